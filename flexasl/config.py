@@ -1,0 +1,201 @@
+"""Every setting of the method, its unit and its check."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flexasl.errors import ConfigError
+
+POOLINGS = ("avgpool", "maxpool")
+VARIANCE_REFERENCES = ("initial", "peak")
+SELECT_ON = ("last", "max")
+IF_NEVER = ("select", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASLConfig:
+    """Settings of adaptive layer selection (ASL, arXiv 2601.07667).
+
+    Layers count from 0. A setting that is None where the type allows it depends on the model or on another setting;
+    `resolve` fills it in, and the report shows what it became. Raises `ConfigError` on a value that cannot work.
+    """
+
+    select_tokens: int | float = 2048
+    """Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the prompt."""
+
+    kv_budget: int | float | None = None
+    """SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or None (all)."""
+
+    kv_top_p: float | None = None
+    """Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`."""
+
+    tau: float = 0.3
+    """Ranks count as settled where the variance ratio is below this, in (0, 1]."""
+
+    min_layer: int | None = None
+    """First layer at which the variance is taken. None: a third of the layers, but no less than `observe_layers - 1`."""
+
+    max_layer: int | None = None
+    """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
+    with `"peak"`, three quarters of the way down."""
+
+    observe_layers: int | None = None
+    """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at least 2."""
+
+    window: int = 32
+    """Last prompt tokens, whose queries score the others, and which are always kept."""
+
+    kernel_size: int = 7
+    """Tokens that each score is pooled over; odd."""
+
+    pooling: Literal["avgpool", "maxpool"] = "avgpool"
+    """How scores are pooled over neighbouring tokens."""
+
+    variance_reference: Literal["initial", "peak"] = "peak"
+    """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
+
+    select_on: Literal["last", "max"] = "max"
+    """Scores that tokens are selected on: the selection layer's (the paper), or each token's best of the observed layers."""
+
+    if_never: Literal["select", "keep"] | None = None
+    """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the `"initial"`
+    reference and no `max_layer`, as in the paper; else select."""
+
+    def __post_init__(self) -> None:
+        self._check_integers()
+        self._check_choices()
+        self._check_amounts()
+        self._check_layers()
+
+    @classmethod
+    def paper(cls, **changes: Any) -> ASLConfig:
+        """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
+        settings: dict[str, Any] = {"variance_reference": "initial", "select_on": "last", "if_never": "keep"}
+        return cls(**(settings | changes))
+
+    def replace(self, **changes: Any) -> ASLConfig:
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a JSON-ready dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> ASLConfig:
+        """The inverse of `to_dict`; an unknown name raises `ConfigError`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ConfigError(f"{unknown[0]!r} is not a setting of ASLConfig; the settings are {', '.join(names)}")
+        return cls(**settings)
+
+    def resolve(self, num_layers: int) -> ASLConfig:
+        """The same settings for a stack of `num_layers` layers, with no None left among the layers."""
+        paper = self.variance_reference == "initial"
+        bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
+        observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
+        if observe is None:
+            observe = min(8, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
+        if first is None:
+            first = min(max(num_layers // 3, observe - 1), num_layers - 1, *bounds)
+        if never is None:
+            never = "keep" if last is None and paper else "select"
+        if last is None:
+            last = num_layers - 1 if paper else max(first, round(0.75 * (num_layers - 1)))
+        for name, value in (("observe_layers", observe - 1), ("min_layer", first), ("max_layer", last)):
+            if value >= num_layers:
+                given = value + 1 if name == "observe_layers" else value
+                most = num_layers if name == "observe_layers" else num_layers - 1
+                raise ConfigError(
+                    f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
+                )
+        return self.replace(observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+
+    def token_budget(self, prompt_tokens: int) -> int:
+        """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at least."""
+        return _amount(self.select_tokens, prompt_tokens, self.window)
+
+    def cache_budget(self, prompt_tokens: int) -> int | None:
+        """Cache entries per KV head for a prompt of so many tokens, window included; None where there is no limit."""
+        return None if self.kv_budget is None else _amount(self.kv_budget, prompt_tokens, self.window)
+
+    @property
+    def compresses_cache(self) -> bool:
+        """Whether any cache entry may be dropped by SnapKV."""
+        return self.kv_budget is not None or self.kv_top_p is not None
+
+    def _check_integers(self) -> None:
+        least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is None and name not in ("window", "kernel_size"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} is not a whole number; give an int of at least {minimum}")
+            if value < minimum:
+                raise ConfigError(f"{name}={value} is too small; give at least {minimum}")
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number, so that pooling is centred")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "pooling": POOLINGS,
+            "variance_reference": VARIANCE_REFERENCES,
+            "select_on": SELECT_ON,
+            "if_never": (*IF_NEVER, None),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                options = " or ".join(repr(choice) for choice in allowed)
+                raise ConfigError(f"{name}={value!r} is not known; give {options}")
+
+    def _check_amounts(self) -> None:
+        for name in ("select_tokens", "kv_budget"):
+            value = getattr(self, name)
+            if value is None and name == "kv_budget":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name}={value!r} is not an amount; give a count of tokens or a share in (0, 1]")
+            if isinstance(value, float) and not 0 < value <= 1:
+                raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
+            if isinstance(value, int) and value <= self.window:
+                raise ConfigError(
+                    f"{name}={value} does not exceed window={self.window}, whose tokens are always kept; "
+                    f"give at least {self.window + 1}"
+                )
+        for name in ("tau", "kv_top_p"):
+            value = getattr(self, name)
+            if value is None and name == "kv_top_p":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ConfigError(f"{name}={value!r} is out of range; give a number in (0, 1]")
+        if self.kv_budget is not None and self.kv_top_p is not None:
+            raise ConfigError(
+                f"kv_budget={self.kv_budget} and kv_top_p={self.kv_top_p} exclude each other; give one of them"
+            )
+
+    def _check_layers(self) -> None:
+        first, last, observe = self.min_layer, self.max_layer, self.observe_layers
+        if first is not None and observe is not None and first < observe - 1:
+            raise ConfigError(
+                f"min_layer={first} leaves fewer than observe_layers={observe} layers to take ranks from; "
+                f"give min_layer of at least {observe - 1}"
+            )
+        if last is not None and first is not None and last < first:
+            raise ConfigError(f"max_layer={last} comes before min_layer={first}; give at least {first}")
+        if last is not None and observe is not None and last < observe - 1:
+            raise ConfigError(
+                f"max_layer={last} leaves fewer than observe_layers={observe} layers to take ranks from; "
+                f"give max_layer of at least {observe - 1}"
+            )
+
+
+def _amount(value: int | float, prompt_tokens: int, window: int) -> int:
+    if isinstance(value, int):
+        return value
+    return max(math.floor(value * prompt_tokens), window + 1)

@@ -1,0 +1,37 @@
+"""Ranks of tokens, and how much they still move from layer to layer.
+
+Shapes: O observed layers, B batch, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Rank of each prefix token, 1 = highest score; ties go to the earlier token.
+
+    scores [B, P] float32; valid [B, P] bool is False at padding, which ranks behind every token. → int32 [B, P].
+    """
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("-inf"))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(1, scores.shape[-1] + 1, dtype=torch.int32, device=scores.device)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, places.expand_as(order))
+
+
+def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over layers and tokens of the squared distance of a token's rank from its mean rank over the layers.
+
+    ranks [O, B, P] int32; budget [B] int: the union is taken of the tokens ranked within it in any layer, and padding
+    must rank beyond it. → variance [B] float64, size of the union [B] int64. Sums are whole numbers, so the result
+    depends neither on their order nor on the rest of the batch. Equation of section 3.2 of arXiv 2601.07667.
+    """
+    layers = ranks.shape[0]
+    union = (ranks <= budget[None, :, None]).any(0)
+    ranks = ranks.long()
+    spread = layers * ranks.square().sum(0) - ranks.sum(0).square()
+    total = spread.masked_fill(~union, 0).sum(-1)
+    size = union.sum(-1)
+    return total.double() / (size.clamp(min=1) * layers * layers), size

@@ -1,0 +1,46 @@
+"""Which cache entries each KV head keeps, by count or by attention mass.
+
+Shapes: B batch, G KV heads, H query heads, N slots, P = N - W prefix slots, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
+    """Entries that each KV head keeps: the best of the prefix, and the window (SnapKV, arXiv 2404.14469).
+
+    scores [B, G, P] float32, pooled and summed over the head's queries; budget [B] int counts prefix entries;
+    valid [B, P] bool is False at padding. Ties go to the earlier token. → keep [B, G, P + window] bool.
+    """
+    batch, groups, prefix = scores.shape
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    within = torch.arange(prefix, device=scores.device) < budget[:, None, None]
+    best = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within.expand_as(order))
+    return torch.cat([best, best.new_ones(batch, groups, window)], -1)
+
+
+def top_p_entries(mass: Tensor, top_p: float, window: int, groups: int, valid: Tensor | None = None) -> Tensor:
+    """Entries that each KV head keeps by attention mass: the fewest that reach `top_p`, rounded down to a multiple of
+    eight, with the first token and the window.
+
+    mass [B, H, N] float32 is summed over the window's queries and not pooled; valid [B, N] bool is False at padding.
+    → keep [B, groups, N] bool.
+    """
+    batch, heads, tokens = mass.shape
+    share = mass.view(batch, groups, heads // groups, tokens).sum(2) / (heads // groups * window)
+    ordered, order = share.sort(dim=-1, descending=True, stable=True)
+    reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True) + 1
+    within = torch.arange(tokens, device=mass.device) < reached // 8 * 8
+    keep = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within)
+    keep[..., tokens - window :] = True
+    if valid is None:
+        keep[..., 0] = True
+        return keep
+    first = valid.int().argmax(-1)
+    keep = keep.scatter(-1, first[:, None, None].expand(batch, groups, 1), True)
+    return keep & valid[:, None]

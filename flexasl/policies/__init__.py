@@ -1,0 +1,28 @@
+"""What to prune and when. A policy is one small file over the protocol of `base.py`; this is the table of their names."""
+
+from __future__ import annotations
+
+from flexasl.errors import FlexASLError
+from flexasl.policies.asl import ASL
+from flexasl.policies.base import Policy
+from flexasl.policies.fixed_layer import FixedLayer
+from flexasl.policies.full import Full
+from flexasl.policies.snapkv import SnapKV
+
+POLICIES: dict[str, type[Policy]] = {
+    "asl": ASL,
+    "fixed_layer": FixedLayer,
+    "snapkv": SnapKV,
+    "full": Full,
+}
+
+__all__ = ["ASL", "POLICIES", "FixedLayer", "Full", "Policy", "SnapKV", "find_policy"]
+
+
+def find_policy(policy: str | Policy) -> Policy:
+    """The policy of that name with its own defaults, or the instance itself."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]()
+    raise FlexASLError(f"policy={policy!r} is not known; give one of {', '.join(POLICIES)}, or an instance of a policy")

@@ -1,0 +1,15 @@
+"""Adaptive layer selection."""
+
+from __future__ import annotations
+
+from flexasl.config import ASLConfig
+from flexasl.policies.base import Policy
+
+
+class ASL(Policy):
+    """Selects tokens once, at the first layer at which their ranking has settled (ASL, arXiv 2601.07667)."""
+
+    name = "asl"
+
+    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
+        return config.resolve(num_layers)

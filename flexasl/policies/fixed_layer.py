@@ -1,0 +1,28 @@
+"""Selection at a fixed layer."""
+
+from __future__ import annotations
+
+from flexasl.config import ASLConfig
+from flexasl.errors import ConfigError
+from flexasl.policies.base import Policy
+
+
+class FixedLayer(Policy):
+    """Selects tokens at one layer for every prompt, on that layer's scores (FastKV, arXiv 2502.01068).
+
+    `layer` counts from 0; None is the middle of the stack, FastKV's choice for Llama 3.1 8B (layer 15 of 32).
+    """
+
+    name = "fixed_layer"
+
+    def __init__(self, layer: int | None = None) -> None:
+        self.layer = layer
+
+    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
+        layer = (num_layers - 1) // 2 if self.layer is None else self.layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
+        rule = config.replace(
+            min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select"
+        )
+        return rule.resolve(num_layers)

@@ -1,0 +1,21 @@
+"""A smaller cache after a full prefill."""
+
+from __future__ import annotations
+
+from flexasl.config import ASLConfig
+from flexasl.policies.base import Policy
+
+
+class SnapKV(Policy):
+    """Every layer reads the whole prompt and keeps the cache entries that its window attends to (arXiv 2404.14469).
+
+    The budget is `kv_budget` or `kv_top_p`; where neither is given, `select_tokens` entries per KV head.
+    """
+
+    name = "snapkv"
+    prunes_tokens = False
+
+    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
+        if not config.compresses_cache:
+            config = config.replace(kv_budget=config.select_tokens)
+        return config.resolve(num_layers)

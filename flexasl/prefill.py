@@ -1,0 +1,198 @@
+"""One batch of prompts on its way through the layers: what every integration and `replay` share.
+
+Shapes: B batch, H query heads, G KV heads, N prompt columns (padding on the left), M slots of the current layer,
+W window, P = M - W prefix slots, K kept slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexasl.config import ASLConfig
+from flexasl.ops import gather_slots, kept_slots, pool_scores, top_k_entries, top_p_entries, window_mass
+from flexasl.policies.base import Policy
+from flexasl.selector import LayerSelector, Selection
+
+Observer = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Cache entries that one layer keeps: slots [B, G, K] int64, ascending; valid [B, G, K] bool, or None for all."""
+
+    slots: Tensor
+    valid: Tensor | None
+
+
+class Prefill:
+    """The tokens that a batch of prompts still has at each layer, and what each layer's attention changes about that.
+
+    At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: ASLConfig,
+        num_layers: int,
+        lengths: Sequence[int],
+        *,
+        tokens: int | None = None,
+        device: torch.device | str = "cpu",
+        observer: Observer | None = None,
+    ) -> None:
+        """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` columns.
+
+        observer(layer, scores [B, H, P]), where given, sees the pooled scores of every layer, and the rule then also
+        runs in rows that are too short to lose a token.
+        """
+        self.policy = policy
+        self.config = config
+        self.num_layers = num_layers
+        self.lengths = list(lengths)
+        self.tokens = max(self.lengths) if tokens is None else tokens
+        self.counts = list(lengths)
+        self.device = torch.device(device)
+        columns = torch.arange(self.tokens, device=self.device)
+        starts = torch.tensor([self.tokens - n for n in self.lengths], device=self.device)
+        self.columns = columns.expand(len(self.lengths), -1)
+        """[B, M] int64: the prompt column of each slot."""
+        self.valid = None if min(self.lengths) == self.tokens else columns >= starts[:, None]
+        """[B, M] bool: False at padding; None where there is none."""
+        self.selections: dict[int, Selection] = {}
+        self.scored: list[int] = []
+        self._observer = observer
+        self._fresh: list[Selection] = []
+        self.selector = LayerSelector(
+            config, self.lengths, tokens=self.tokens, rows=self._open_rows(), device=self.device
+        )
+
+    @property
+    def width(self) -> int:
+        """Slots M of the current layer."""
+        return self.columns.shape[1]
+
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+    ) -> Entries | None:
+        """Scores the layer's tokens where a decision needs it: query [B, H, M, D], key [B, G, M, D], after rotary.
+
+        Returns the cache entries to keep, or None for all.
+        """
+        decides, compresses = self.selector.needs(layer), self._over_budget()
+        if self.width <= self.config.window or not (decides or compresses or self._observer):
+            return None
+        rows = self.selector.rows
+        alone = not (compresses or self._observer) and len(rows) < len(self.lengths)
+        subset = torch.tensor(rows, device=self.device) if alone else slice(None)
+        mass = window_mass(
+            query[subset, :, -self.config.window :],
+            key[subset],
+            scale=scale,
+            valid=None if self.valid is None else self.valid[subset],
+            positions=self.columns[subset] if sliding_window is not None else None,
+            sliding_window=sliding_window,
+        )
+        scores = pool_scores(
+            mass[..., : -self.config.window], kernel_size=self.config.kernel_size, pooling=self.config.pooling
+        )
+        self.scored.append(layer)
+        if self._observer is not None:
+            self._observer(layer, scores)
+        if decides:
+            token_scores = scores.sum(1) if alone or len(rows) == len(self.lengths) else scores[rows].sum(1)
+            self._fresh = self.selector.observe(layer, token_scores)
+            self.selections.update((made.row, made) for made in self._fresh)
+        return self._entries(mass, scores, key.shape[1]) if compresses else None
+
+    def advance(self) -> Tensor | None:
+        """After a layer: the slots [B, K] int64 that go on to the next one, or None where nothing changed."""
+        if not self._fresh:
+            return None
+        keep = self.columns.new_ones(self.columns.shape, dtype=torch.bool) if self.valid is None else self.valid.clone()
+        for made in self._fresh:
+            keep[made.row] = made.keep[self.tokens - self.width :]
+            self.counts[made.row] = min(self.config.token_budget(self.lengths[made.row]), self.lengths[made.row])
+        self._fresh = []
+        slots, valid = kept_slots(keep, max(self.counts))
+        self.columns = gather_slots(self.columns, slots)
+        self.valid = None if min(self.counts) == self.width else valid
+        return slots
+
+    def kept_positions(self, row: int) -> Tensor:
+        """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
+        columns = self.columns[row] if self.valid is None else self.columns[row][self.valid[row]]
+        return columns - (self.tokens - self.lengths[row])
+
+    def reason(self, row: int) -> str:
+        """Why the row was pruned where it was, or was not pruned: one sentence."""
+        config, made, length = self.config, self.selections.get(row), self.lengths[row]
+        trace = self.selector.traces.get(row)
+        if not self.policy.prunes_tokens:
+            return f"policy {self.policy.name!r} lets every token through every layer"
+        if trace is None:
+            return f"the prompt's {length} tokens are within the budget of {config.token_budget(length)}"
+        if config.min_layer == config.max_layer:
+            return f"the policy selects at layer {config.max_layer}"
+        if made is not None and made.settled:
+            return f"the variance ratio fell to {trace.variance_ratio[-1]:.3f}, below tau={config.tau}"
+        lowest = min(trace.variance_ratio, default=float("nan"))
+        waited = f"the variance ratio never fell below tau={config.tau} (lowest {lowest:.3f})"
+        if made is None:
+            return f"{waited}; if_never='keep' keeps every token"
+        return f"{waited} by max_layer={config.max_layer}; if_never='select' selects there"
+
+    def _open_rows(self) -> list[int]:
+        if not self.policy.prunes_tokens:
+            return []
+        least = self.config.window if self._observer else None
+        return [
+            row
+            for row, n in enumerate(self.lengths)
+            if n > (self.config.token_budget(n) if least is None else least)
+        ]
+
+    def _over_budget(self) -> bool:
+        limit = self._limits()
+        return any(count > most for count, most in zip(self.counts, limit, strict=True))
+
+    def _limits(self) -> list[int]:
+        """Cache entries that each row may keep at this layer; with top-p, its tokens where it has more than the budget."""
+        if self.config.kv_top_p is not None:
+            return [self.config.token_budget(n) for n in self.lengths]
+        if self.config.kv_budget is not None:
+            return [min(self.config.cache_budget(n) or n, m) for n, m in zip(self.lengths, self.counts, strict=True)]
+        return self.counts
+
+    def _entries(self, mass: Tensor, scores: Tensor, groups: int) -> Entries:
+        limits, window = self._limits(), self.config.window
+        over = torch.tensor([m > most for m, most in zip(self.counts, limits, strict=True)], device=self.device)
+        batch, heads, prefix = scores.shape
+        if self.config.kv_top_p is not None:
+            keep = top_p_entries(mass, self.config.kv_top_p, window, groups, self.valid)
+        else:
+            budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
+            per_head = scores.view(batch, groups, heads // groups, prefix).sum(2)
+            valid = None if self.valid is None else self.valid[:, :prefix]
+            keep = top_k_entries(per_head, budget, window, valid)
+        if self.valid is not None:
+            keep = keep & self.valid[:, None]
+        everything = keep.new_ones(batch, 1, self.width) if self.valid is None else self.valid[:, None]
+        keep = torch.where(over[:, None, None], keep, everything)
+        if self.config.kv_top_p is not None:
+            count = keep.sum(-1)
+            most, least = torch.stack([count.max(), count.min()]).tolist()
+        else:
+            most, least = max(limits), min(limits)
+        slots, valid = kept_slots(keep, most)
+        return Entries(slots, None if least == most else valid)

@@ -1,0 +1,154 @@
+"""The decision alone, from recorded queries and keys: for tests, calibration and the curious.
+
+Shapes: L layers, B batch, H query heads, G KV heads, N prompt columns, D head dim, W window, P_b prefix tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.ops import gather_slots, token_ranks
+from flexasl.policies import Policy, find_policy
+from flexasl.prefill import Entries, Prefill
+
+
+@dataclass
+class Replay:
+    """Every decision of one row; also readable as a mapping, `row["selected"]`. Layers count from 0, ranks from 1."""
+
+    scored_layers: list[int] = field(default_factory=list)
+    """Layers whose ranking the rule could use: all up to the selection; with a fixed layer, that one."""
+    scores: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    """[scored layers, P_b] float32, pooled and summed over heads."""
+    ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    """[scored layers, P_b] int32."""
+    eval_layers: list[int] = field(default_factory=list)
+    variance: list[float] = field(default_factory=list)
+    variance_ratio: list[float] = field(default_factory=list)
+    union_size: list[int] = field(default_factory=list)
+    selected_layer: int | None = None
+    selected: Tensor | None = None
+    """[kept] int64, ascending prompt positions, window included; None where no layer was selected."""
+    kept_indices: list[list[Tensor]] = field(default_factory=list)
+    """Per layer and KV head, int64 positions in that layer's own input: with `kv_budget` by descending score, then the
+    window; else ascending."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+@torch.no_grad()
+def replay(
+    query: Tensor,
+    key: Tensor,
+    config: ASLConfig | None = None,
+    policy: str | Policy = "asl",
+    *,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> list[Replay]:
+    """Runs the rule over recorded states, and returns its decisions, one entry per batch row.
+
+    query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
+    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5. The rule also runs
+    where the prompt is too short to lose a token, and every layer up to the selection is scored.
+    """
+    if query.dim() != 5 or key.dim() != 5 or query.shape[:2] != key.shape[:2] or query.shape[3:] != key.shape[3:]:
+        raise FlexASLError(
+            f"query {list(query.shape)} and key {list(key.shape)} do not match; "
+            "give query [layer, batch, head, token, dim] and key [layer, batch, KV head, token, dim]"
+        )
+    layers, batch, _, tokens, _ = query.shape
+    chosen = find_policy(policy)
+    rule = chosen.resolve(config or ASLConfig(), layers)
+    lengths = [tokens] * batch if attention_mask is None else left_padded_lengths(attention_mask)
+    scores: dict[int, Tensor] = {}
+    prefill = Prefill(
+        chosen,
+        rule,
+        layers,
+        lengths,
+        tokens=tokens,
+        device=query.device,
+        observer=lambda layer, seen: scores.update({layer: seen}),
+    )
+    rows = [Replay() for _ in range(batch)]
+    slots = prefill.columns
+    for layer in range(layers):
+        states = [_gather_tokens(recorded[layer], slots) for recorded in (query, key)]
+        entries = prefill.observe(layer, *states, scale=scale)
+        for row, result in enumerate(rows):
+            if _is_scored(prefill, row, layer):
+                result.scored_layers.append(layer)
+            result.kept_indices.append(_kept_indices(prefill, row, scores.get(layer), entries, key.shape[2]))
+        if prefill.advance() is not None:
+            slots = prefill.columns
+    for row, result in enumerate(rows):
+        _finish(result, row, prefill, scores)
+    return rows
+
+
+def left_padded_lengths(attention_mask: Tensor) -> list[int]:
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `FlexASLError` unless padding is on the left."""
+    mask = attention_mask.bool()
+    if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise FlexASLError(
+            "attention_mask has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
+        )
+    return [int(count) for count in mask.sum(1).tolist()]
+
+
+def _gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
+    return gather_slots(states.transpose(1, 2), slots).transpose(1, 2)
+
+
+def _is_scored(prefill: Prefill, row: int, layer: int) -> bool:
+    if row not in prefill.selector.traces or layer not in prefill.scored:
+        return False
+    made, rule = prefill.selections.get(row), prefill.config
+    if rule.min_layer == rule.max_layer:
+        return layer == rule.max_layer
+    assert rule.max_layer is not None
+    return layer <= (rule.max_layer if made is None else made.layer)
+
+
+def _kept_indices(
+    prefill: Prefill, row: int, scores: Tensor | None, entries: Entries | None, groups: int
+) -> list[Tensor]:
+    start = prefill.width - prefill.counts[row]
+    heads = []
+    for group in range(groups):
+        if entries is None:
+            kept = torch.arange(start, prefill.width, device=prefill.device)
+        else:
+            kept = entries.slots[row, group]
+            kept = kept if entries.valid is None else kept[entries.valid[row, group]]
+        if prefill.config.kv_budget is not None and scores is not None:
+            repeats = scores.shape[1] // groups
+            best = scores[row, group * repeats : (group + 1) * repeats].sum(0)
+            prefix = kept[kept < best.shape[0]]
+            prefix = prefix[best[prefix].argsort(dim=-1, descending=True, stable=True)]
+            kept = torch.cat([prefix, kept[len(prefix) :]])
+        heads.append(kept - start)
+    return heads
+
+
+def _finish(result: Replay, row: int, prefill: Prefill, scores: dict[int, Tensor]) -> None:
+    trace = prefill.selector.traces.get(row)
+    if trace is not None:
+        result.eval_layers, result.variance = trace.eval_layers, trace.variance
+        result.variance_ratio, result.union_size = trace.variance_ratio, trace.union_size
+    if result.scored_layers:
+        prefix = prefill.lengths[row] - prefill.config.window
+        result.scores = torch.stack([scores[layer][row].sum(0)[-prefix:] for layer in result.scored_layers])
+        result.ranks = token_ranks(result.scores)
+    made = prefill.selections.get(row)
+    if made is not None:
+        result.selected_layer = made.layer
+        result.selected = prefill.kept_positions(row)

@@ -1,0 +1,251 @@
+"""What a pruned prefill decided and saved: as data, as text and as a picture."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+WIDTH = 100
+ROWS_IN_FULL = 8
+CURVE_COLUMNS = 11
+POSITION_BINS = 100
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#666666"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowReport:
+    """What was decided for one prompt of the batch."""
+
+    prompt_tokens: int
+    """Tokens of the prompt, padding excluded."""
+    kept_tokens: int
+    """Tokens that go on below the selection layer; `prompt_tokens` where nothing was selected."""
+    selected_layer: int | None
+    """Layer that selected, counted from 0; None where nothing was selected."""
+    reason: str
+    """Why this layer, or why none: one sentence."""
+    scored_layers: tuple[int, ...] = ()
+    """Layers whose tokens were scored."""
+    eval_layers: tuple[int, ...] = ()
+    """Layers at which the rank variance was evaluated."""
+    variance: tuple[float, ...] = ()
+    """Rank variance, one per layer of `eval_layers`, in squared ranks."""
+    variance_ratio: tuple[float, ...] = ()
+    """Variance over the reference variance, one per layer of `eval_layers`."""
+    kept_positions: tuple[int, ...] = ()
+    """Prompt positions that were kept, ascending; 0 is the first token that is not padding."""
+
+    @property
+    def pruned(self) -> bool:
+        """True where at least one token was dropped."""
+        return self.kept_tokens < self.prompt_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one prefill decided, row by row, and what it saved."""
+
+    policy: str
+    """Name of the policy."""
+    config: dict[str, Any]
+    """Settings, with every default that depends on the model resolved."""
+    num_layers: int
+    """Decoder layers of the model."""
+    rows: tuple[RowReport, ...]
+    """One entry per row of the batch."""
+    kv_tokens: tuple[int, ...]
+    """Slots stored after prefill, per row and KV head; one entry per layer."""
+    kv_bytes: int
+    """Bytes of keys and values stored after prefill, over all rows and layers."""
+    kv_bytes_full: int
+    """Bytes that an unpruned cache would hold, over all rows and layers."""
+    prefill_seconds: float
+    """Wall time of the prefill, in seconds."""
+
+    @property
+    def kv_share(self) -> float:
+        """Stored KV bytes as a share of the unpruned cache's; 1.0 for an empty cache."""
+        return self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, numbers, strings and None, ready for strict JSON.
+
+        A number that is not finite becomes None.
+        """
+        data: dict[str, Any] = _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        data["kv_share"] = self.kv_share
+        return data
+
+    def __str__(self) -> str:
+        lines = [f"policy {self.policy}, {self.num_layers} layers{self._threshold()}"]
+        for index, row in enumerate(self.rows[:ROWS_IN_FULL]):
+            lines += self._row_lines(index, row)
+        if len(self.rows) > ROWS_IN_FULL:
+            more = len(self.rows) - ROWS_IN_FULL
+            lines.append(f"... and {more} more row{'s' if more > 1 else ''}")
+        lines.append(
+            f"KV cache: {self.kv_bytes / MIB:,.1f} MiB of {self.kv_bytes_full / MIB:,.1f} MiB "
+            f"({self.kv_share:.0%} of full)"
+        )
+        if self.kv_tokens:
+            lines += _wrap(f"KV slots per head: {_runs(self.kv_tokens)}", indent="  ")
+        lines.append(f"prefill: {self.prefill_seconds:.2f} s")
+        return "\n".join(lines)
+
+    def _threshold(self) -> str:
+        tau, reference = self.config.get("tau"), self.config.get("variance_reference")
+        if tau is None or not any(row.eval_layers for row in self.rows):
+            return ""
+        return f"; threshold: rank variance below {tau:g} of its {reference or 'reference'} value"
+
+    def _row_lines(self, index: int, row: RowReport) -> list[str]:
+        head = f"row {index}: {row.prompt_tokens:,} tokens in, "
+        if row.selected_layer is None:
+            head += "nothing pruned" if not row.pruned else f"{row.kept_tokens:,} kept"
+        elif row.selected_layer + 1 < self.num_layers:
+            # The selection layer itself still runs on every token.
+            head += f"{row.kept_tokens:,} kept from layer {row.selected_layer + 1} of {self.num_layers} on"
+            head += f" (selected at layer {row.selected_layer})"
+        else:
+            head += f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
+        return [head, *_wrap(f"why: {row.reason}", indent="  "), *_curve_lines(row)]
+
+    def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
+        """Picture of one row: variance ratio by layer, and where in the prompt the kept tokens lie.
+
+        Writes it to `path` if given (format by suffix: PNG, SVG, PDF) and returns the matplotlib figure.
+        Raises ImportError without matplotlib, ValueError where the batch has no such row.
+        """
+        if not 0 <= row < len(self.rows):
+            held = f"0 to {len(self.rows) - 1}" if self.rows else "none: the report is empty"
+            raise ValueError(f"row={row} is not in this report; rows are {held}")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Report.plot needs matplotlib; install it with: pip install 'flexasl[plot]'") from error
+        chosen = self.rows[row]
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+        _draw_curve(above, chosen, self.num_layers, self.config.get("tau"))
+        _draw_positions(below, chosen)
+        figure.suptitle(
+            f"{self.policy}, row {row}: {chosen.kept_tokens:,} of {chosen.prompt_tokens:,} tokens kept, "
+            f"KV cache {self.kv_share:.0%} of full",
+            fontsize=11,
+        )
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _short(value: float) -> str:
+    """A number in at most six characters."""
+    if not math.isfinite(value):
+        return str(value)
+    if 0 < abs(value) < 0.01 or abs(value) >= 10_000:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _runs(slots: tuple[int, ...]) -> str:
+    """Slots per layer, equal neighbours together: `layers 0-18: 512, 19-29: 480`."""
+    parts = []
+    first = 0
+    for layer in range(1, len(slots) + 1):
+        if layer == len(slots) or slots[layer] != slots[first]:
+            span = f"{first}-{layer - 1}" if layer - 1 > first else f"{first}"
+            parts.append(f"{span}: {slots[first]:,}")
+            first = layer
+    return ("layers " if len(slots) > 1 else "layer ") + ", ".join(parts)
+
+
+def _curve_lines(row: RowReport) -> list[str]:
+    """Variance and ratio by layer, `CURVE_COLUMNS` layers to a block; a star marks the chosen layer."""
+    lines = []
+    for start in range(0, len(row.eval_layers), CURVE_COLUMNS):
+        block = slice(start, start + CURVE_COLUMNS)
+        layers = [f"*{layer}" if layer == row.selected_layer else f"{layer}" for layer in row.eval_layers[block]]
+        for name, cells in (
+            ("layer", layers),
+            ("variance", map(_short, row.variance[block])),
+            ("ratio", map(_short, row.variance_ratio[block])),
+        ):
+            lines.append(f"  {name:<8}" + "".join(f"{cell:>8}" for cell in cells))
+    return lines
+
+
+def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) -> None:
+    axes.set_title("Has the ranking of tokens settled?", loc="left", fontsize=10)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("rank variance / reference")
+    axes.set_xlim(-0.5, num_layers - 0.5)
+    axes.locator_params(axis="x", integer=True)
+    if row.eval_layers:
+        axes.plot(row.eval_layers, row.variance_ratio, marker="o", markersize=4, color=BLUE, label="variance ratio")
+        if tau is not None:
+            axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"tau = {tau:g}")
+        axes.set_ylim(bottom=0)
+    else:
+        _say(axes, "no variance was evaluated for this row")
+        axes.set_yticks([])
+    if row.selected_layer is not None:
+        label = f"selected at layer {row.selected_layer}"
+        axes.axvline(row.selected_layer, color=ORANGE, linewidth=1.5, label=label)
+        if row.selected_layer in row.eval_layers:
+            ratio = row.variance_ratio[row.eval_layers.index(row.selected_layer)]
+            axes.plot(row.selected_layer, ratio, marker="o", markersize=9, color=ORANGE, zorder=3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=9, frameon=False)
+
+
+def _draw_positions(axes: Axes, row: RowReport) -> None:
+    axes.set_title("Where in the prompt are the kept tokens?", loc="left", fontsize=10)
+    axes.set_xlabel("prompt position (tokens)")
+    axes.set_ylabel("share kept")
+    axes.set_xlim(0, max(row.prompt_tokens, 1))
+    axes.set_ylim(0, 1.05)
+    if not row.kept_positions:
+        _say(axes, "every token was kept" if not row.pruned else "no kept positions were recorded")
+        return
+    bins = min(POSITION_BINS, row.prompt_tokens)
+    edges = [row.prompt_tokens * index // bins for index in range(bins + 1)]
+    widths = [right - left for left, right in itertools.pairwise(edges)]
+    # Each token weighs one over its bin's width, so that a bar is the share of the bin's tokens that was kept.
+    weights = [1 / widths[bisect.bisect_right(edges, position) - 1] for position in row.kept_positions]
+    axes.hist(row.kept_positions, bins=edges, weights=weights, color=BLUE)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
