@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexasl.config import ASLConfig
+from flexasl.errors import UnsupportedError
 from flexasl.ops import gather_slots, kept_slots, pool_scores, top_k_entries, top_p_entries, window_mass
 from flexasl.policies.base import Policy
 from flexasl.selector import LayerSelector, Selection
@@ -196,3 +197,13 @@ class Prefill:
             most, least = max(limits), min(limits)
         slots, valid = kept_slots(keep, most)
         return Entries(slots, None if least == most else valid)
+
+
+def left_padded_lengths(attention_mask: Tensor) -> list[int]:
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError` unless padding is on the left."""
+    mask = attention_mask.bool()
+    if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise UnsupportedError(
+            "attention_mask has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
+        )
+    return [int(count) for count in mask.sum(1).tolist()]

@@ -15,7 +15,7 @@ from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.ops import gather_slots, token_ranks
 from flexasl.policies import Policy, find_policy
-from flexasl.prefill import Entries, Prefill
+from flexasl.prefill import Entries, Prefill, left_padded_lengths
 
 
 @dataclass
@@ -92,16 +92,6 @@ def replay(
     for row, result in enumerate(rows):
         _finish(result, row, prefill, scores)
     return rows
-
-
-def left_padded_lengths(attention_mask: Tensor) -> list[int]:
-    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `FlexASLError` unless padding is on the left."""
-    mask = attention_mask.bool()
-    if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise FlexASLError(
-            "attention_mask has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
-        )
-    return [int(count) for count in mask.sum(1).tolist()]
 
 
 def _gather_tokens(states: Tensor, slots: Tensor) -> Tensor:

@@ -12,10 +12,21 @@ from typing import Any, NamedTuple
 
 from flexasl.errors import FlexASLError
 
-INTRODUCTION = "One sentence of the following text states a special magic number. You will be asked for it after the text."
+INTRODUCTION = (
+    "One sentence of the following text states a special magic number. You will be asked for it after the text."
+)
 THINGS = (
     *("red fox", "old bridge", "glass lamp", "north gate", "silver spoon", "quiet river", "paper kite", "stone tower"),
-    *("blue ladder", "wooden boat", "green door", "tall chimney", "copper bell", "white horse", "winter coat", "apple tree"),
+    *(
+        "blue ladder",
+        "wooden boat",
+        "green door",
+        "tall chimney",
+        "copper bell",
+        "white horse",
+        "winter coat",
+        "apple tree",
+    ),
 )
 
 
@@ -59,9 +70,9 @@ def read_text(source: str | Path | None = None) -> str:
 
 
 def prose(tokens: int | None = None, tokenizer: Any = None, *, seed: int = 0) -> str:
-    """English prose: the paragraphs of the Python language reference, as installed with Python, without code and markup.
+    """English prose: paragraphs of the language reference that is installed with Python, without code and markup.
 
-    At most `tokens` tokens of `tokenizer`, cut after a sentence; everything (some 40,000 tokens) where `tokens` is None.
+    At most `tokens` tokens of `tokenizer`, cut after a sentence; all of it (some 33,000 tokens) for None.
     Longer texts repeat it. Another `seed` starts at another place; 0 at the beginning.
 
     Raises TextError where `tokens` has no tokenizer to count with, or is too few for one sentence.
@@ -112,11 +123,13 @@ def needle_prompt(
 
 
 def prompt_ids(tokenizer: Any, message: str, answer_prefix: str = "") -> list[int]:
-    """Token ids of a prompt: the message through the tokenizer's chat template if it has one, then the answer's start."""
+    """Token ids of a prompt: the message through the chat template, if there is one, then the start of the answer."""
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{message}\n{answer_prefix}" if answer_prefix else message)["input_ids"])
     turns = [{"role": "user", "content": message}]
-    return _ids(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + answer_prefix)
+    return _ids(
+        tokenizer, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + answer_prefix
+    )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

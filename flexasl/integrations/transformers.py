@@ -20,8 +20,7 @@ from flexasl.call import Call
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.policies import Policy
-from flexasl.prefill import Prefill
-from flexasl.replay import left_padded_lengths
+from flexasl.prefill import Prefill, left_padded_lengths
 from flexasl.report import Report
 
 NAME = "flexasl"

@@ -1,0 +1,287 @@
+"""The words on a command line: `flexasl ask` and `flexasl demo`."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.policies import POLICIES, find_policy
+from flexasl.text import magic_number, needle_prompt, prompt_ids, read_text
+
+# torch and transformers take seconds to import, so `flexasl.run` is imported inside the commands: help must be quick.
+if TYPE_CHECKING:
+    from flexasl.report import Report
+    from flexasl.run import Answer
+
+MIB = 2**20
+DEMO_ANSWER_TOKENS = 12
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ask about long texts, with the prompt pruned while the model reads it.",
+)
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str | None, typer.Option(help="Model folder or hub id. [default: the embedded SmolLM2-135M-Instruct]")
+]
+PolicyName = Annotated[str, typer.Option("--policy", help=f"What to prune and when: {', '.join(POLICIES)}.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
+DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: that of the stored weights]")]
+AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about the text.")],
+    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    model: Model = None,
+    select_tokens: Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")
+    ] = None,
+    tau: Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")] = None,
+    policy: PolicyName = "asl",
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
+) -> None:
+    """Answer a question about a text. Streams the answer, then prints what was pruned."""
+    config = _config(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    find_policy(policy)
+    _check_plot(plot)
+    if not question.strip():
+        raise FlexASLError("--question is empty; give a question")
+    if file is None and sys.stdin.isatty():
+        raise FlexASLError("there is no text to read; give --file, or pipe a text in")
+    text = read_text(file)
+    with _progress("loading the model"):
+        from flexasl import run
+
+        _quiet_transformers()
+        loaded, tokenizer = run.load_model(model, dtype, device)
+    ids = run.question_ids(tokenizer, text, question)
+    run.check_fits(loaded, len(ids), max_new_tokens)
+    if compare:
+        with _progress("warming up"):
+            run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+    pruned = _answer(
+        loaded, tokenizer, ids, max_new_tokens, policy, config, quiet=as_json, title=policy if compare else ""
+    )
+    plain = _answer(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned") if compare else None
+    assert pruned.report is not None
+    if plot is not None:
+        _write_plot(pruned.report, plot)
+    if as_json:
+        print(json.dumps(pruned.to_dict() | ({"unpruned": plain.to_dict()} if plain else {})))
+        return
+    print(pruned.report)
+    if plain is not None:
+        _print_comparison(pruned, plain, policy)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the prompt, in tokens.")] = 4000,
+    depth: Annotated[float, typer.Option(min=0, max=1, help="Where the fact is hidden: 0 start, 1 end.")] = 0.4,
+    seed: Annotated[int, typer.Option(help="Chooses the fact and the text around it.")] = 0,
+    select_tokens: Annotated[str, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")] = "512",
+    policy: PolicyName = "asl",
+    model: Model = None,
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+) -> None:
+    """Hide a fact in a long text, ask for it with and without pruning, and compare.
+
+    Exit status 1 if the pruned answer does not contain the fact.
+    """
+    config = _config(select_tokens=select_tokens)
+    find_policy(policy)
+    with _progress("loading the model"):
+        from flexasl import run
+
+        _quiet_transformers()
+        loaded, tokenizer = run.load_model(model, dtype, device)
+    fact = magic_number(seed)
+    run.check_fits(loaded, tokens, DEMO_ANSWER_TOKENS)
+    message = needle_prompt(
+        tokenizer, tokens, depth, fact.needle, fact.question, seed, answer_prefix=fact.answer_prefix
+    )
+    ids = prompt_ids(tokenizer, message, fact.answer_prefix)
+    print(f"Hidden at {depth:.0%} of {len(ids):,} tokens: {fact.needle}\nQuestion: {fact.question}\n")
+    with _progress("warming up"):
+        run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+    begin = fact.answer_prefix
+    pruned = _answer(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, policy, config, title=policy, begin=begin)
+    plain = _answer(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, title="unpruned", begin=begin)
+    print(pruned.report)
+    _print_comparison(pruned, plain, policy)
+    if fact.answer not in pruned.text:
+        print(f"flexasl: the pruned answer does not contain {fact.answer}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit status: 0 done, 1 the demo's answer is wrong, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        status = app(arguments or ["--help"], prog_name="flexasl", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except typer.TyperException as error:
+        status = _fail(error.format_message())
+    except (FlexASLError, OSError) as error:
+        status = _fail(str(error))
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print("flexasl:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _config(tau: float | None = None, **amounts: str | None) -> ASLConfig:
+    settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
+    return ASLConfig(**settings if tau is None else settings | {"tau": tau})
+
+
+def _amount(name: str, text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise FlexASLError(f"--{name.replace('_', '-')} {text} is no amount; give {AMOUNT}")
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    policy: str | None = None,
+    config: ASLConfig | None = None,
+    *,
+    title: str = "",
+    begin: str = "",
+    quiet: bool = False,
+) -> "Answer":
+    """Run once, with a bar over the layers of the prefill, then the answer as it comes."""
+    from flexasl import run
+
+    with _progress(f"reading {len(ids):,} tokens", model.config.get_text_config().num_hidden_layers) as bar:
+
+        def show(text: str) -> None:
+            nonlocal begin
+            bar.stop()  # it shares the terminal with the answer
+            print(begin + text, end="", flush=True)
+            begin = ""
+
+        if title and not quiet:
+            begin = f"{title}: {begin}"
+        answer = run.answer(
+            model,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            config=config,
+            policy=policy,
+            on_text=(lambda text: None) if quiet else show,
+            on_layer=bar.advance,
+        )
+    if not quiet:
+        print("\n", flush=True)
+    return answer
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def _progress(words: str, total: int | None = None) -> Iterator[_Bar]:
+    """A bar on standard error while something takes its time; nothing where standard error is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as progress:
+        yield _Bar(progress, progress.add_task(words, total=total))
+
+
+def _print_comparison(pruned: "Answer", plain: "Answer", policy: str) -> None:
+    table = Table("", policy, "unpruned", "share")
+    rows: tuple[tuple[str, Callable[[Answer], float], str], ...] = (
+        ("time to first token, s", lambda answer: answer.first_token_seconds, ".2f"),
+        ("total time, s", lambda answer: answer.total_seconds, ".2f"),
+        ("KV cache of the prompt, MiB", lambda answer: answer.kv_bytes / MIB, ".1f"),
+    )
+    for name, measure, spec in rows:
+        less, full = measure(pruned), measure(plain)
+        table.add_row(name, f"{less:{spec}}", f"{full:{spec}}", f"{less / full:.0%}" if full else "")
+    Console().print(table)
+
+
+def _check_plot(path: Path | None) -> None:
+    """Find out before the model runs whether the picture can be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise FlexASLError(f"--plot {path} has no known format; give a name that ends in {', '.join(PLOT_FORMATS)}")
+    if not path.parent.is_dir():
+        raise FlexASLError(f"--plot {path} lies in a folder that does not exist; make {path.parent} first")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise FlexASLError("--plot needs matplotlib; install it with: pip install 'flexasl[plot]'") from error
+
+
+def _write_plot(report: "Report", path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
+        drawn = Path(folder) / path.name
+        report.plot(drawn)
+        os.replace(drawn, path)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""One answer from one model, measured: load, make the prompt, generate with or without pruning."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+import flexasl
+from flexasl import embedded
+from flexasl.errors import FlexASLError
+from flexasl.report import Report
+from flexasl.text import prompt_ids
+
+WARM_UP_TOKENS = 768
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said, and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    """Wall time from the call of `generate` until its first token is there: the prefill and one choice of a token."""
+    total_seconds: float
+    """Wall time of the whole call of `generate`."""
+    kv_bytes: int
+    """Keys and values of the prompt, over all layers, in bytes."""
+    report: Report | None = None
+    """What was pruned; None without a patch."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer in JSON's own types; the report only where there is one."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "report"}
+        return data if self.report is None else data | {"report": self.report.to_dict()}
+
+
+def load_model(
+    name: str | None, dtype: str | None = None, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer: from a folder or a hub id, or the embedded one for None.
+
+    `dtype` is a name such as "bfloat16"; None keeps that of the stored weights.
+
+    Raises FlexASLError where the device, the folder or the model cannot be used.
+    """
+    place = _device(device)
+    if name is None:
+        return embedded.load(getattr(torch, dtype or "float32"), place)
+    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise FlexASLError(f"model {name} is not a folder; give a folder with a model, or a hub id such as owner/name")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FlexASLError(f"model {name} cannot be loaded: {reason}") from error
+    return model.to(place).eval(), tokenizer
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
+    """Token ids of a text and a question about it, through the chat template if there is one."""
+    if tokenizer.chat_template is None:
+        return prompt_ids(tokenizer, f"{text}\n\nQuestion: {question}\nAnswer:")
+    return prompt_ids(tokenizer, f"{text}\n\n{question}")
+
+
+def check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise FlexASLError, which names both lengths, where prompt and answer are longer than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        raise FlexASLError(
+            f"the prompt has {prompt_tokens} tokens, which with max_new_tokens={max_new_tokens} is longer than "
+            f"the model's context of {context} tokens"
+        )
+
+
+def warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], **patching: Any) -> None:
+    """Run the start of the prompt both ways, so that neither of two timed runs pays for being first."""
+    start = ids[:WARM_UP_TOKENS]
+    answer(model, tokenizer, start, max_new_tokens=2, **patching)
+    answer(model, tokenizer, start, max_new_tokens=2)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    config: flexasl.ASLConfig | None = None,
+    policy: str | None = None,
+    on_text: Callable[[str], None] = _nothing,
+    on_layer: Callable[[], None] = _nothing,
+) -> Answer:
+    """Greedy answer to a prompt, pruned by the policy, or not pruned where it is None.
+
+    `on_text` gets the answer piece by piece, `on_layer` is called after each decoder layer of the prefill.
+    """
+    if policy is None:
+        return _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
+    with flexasl.patch(model, config, policy=policy) as patch:
+        plain = _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
+        report = patch.report
+    assert report is not None  # a prefill has just run
+    return dataclasses.replace(plain, report=report, kv_bytes=report.kv_bytes)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    on_text: Callable[[str], None],
+    on_layer: Callable[[], None],
+) -> Answer:
+    prompt = torch.tensor([ids], device=model.device)
+    stream = _Stream(tokenizer, on_text)
+    with _layers_watched(model, stream, on_layer):
+        start = time.perf_counter()
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=stream,
+            return_dict_in_generate=True,
+        )
+        end = time.perf_counter()
+    new = out.sequences[0, len(ids) :]
+    return Answer(
+        text=tokenizer.decode(new, skip_special_tokens=True).strip(),
+        prompt_tokens=len(ids),
+        new_tokens=len(new),
+        first_token_seconds=stream.first_token_at - start,
+        total_seconds=end - start,
+        kv_bytes=_kv_bytes(out.past_key_values, len(ids)),
+    )
+
+
+class _Stream(TextStreamer):
+    """Passes finished text on, and notes when the first token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first_token_at = 0.0
+        self._on_text = on_text
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt and not self.first_token_at:
+            self.first_token_at = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+@contextmanager
+def _layers_watched(model: PreTrainedModel, stream: _Stream, on_layer: Callable[[], None]) -> Iterator[None]:
+    def tell(*_: Any) -> None:
+        if not stream.first_token_at:
+            on_layer()
+
+    layers = getattr(model.get_decoder(), "layers", [])
+    handles = [layer.register_forward_hook(tell) for layer in layers] if on_layer is not _nothing else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kv_bytes(cache: Any, prompt_tokens: int) -> int:
+    """Bytes of the prompt's part of an ordinary cache."""
+    layers = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    return sum(part[..., :prompt_tokens, :].nbytes for layer in layers for part in (layer.keys, layer.values))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FlexASLError(f"device={name!r} cannot be used here: {str(error).partition(chr(10))[0]}") from error
+    return device

@@ -1,0 +1,123 @@
+"""Tiny random models of every supported family, and an oracle that recomputes a pruned run without pruning."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import flexasl
+
+VOCAB, LAYERS, HEADS, GROUPS = 199, 6, 4, 2
+
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mistral_sliding": {"model_type": "mistral", "sliding_window": 48},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "phi3": {},
+    "smollm3": {},
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+}
+
+SMALL = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3, observe_layers=2, min_layer=1, max_layer=3, tau=0.9)
+"""Settings that prune short prompts of the tiny models."""
+
+
+@functools.cache
+def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The family's tiny model in eval mode; shared, so leave it as it was."""
+    extra = dict(FAMILIES[family])
+    config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random token ids, one [length] tensor each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of a batch."""
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+
+
+def recompute(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    prompt: int,
+    columns: list[torch.Tensor],
+    selected_layer: int | None,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    """Logits [1, N, V] of one unpatched forward over all N tokens of one row, each layer's pruning as a mask.
+
+    columns: per layer the cached columns [1, N_l] or [1, G, N_l] after generation; kept: the prompt positions that
+    go on below `selected_layer`. Queries of the prompt see the prompt; those after it see what the layer's cache holds.
+    """
+    total = ids.shape[1]
+    at = torch.arange(total)
+    causal = at[None] <= at[:, None]
+    sliding = getattr(model.config, "sliding_window", None)
+    if sliding is not None and getattr(model.config, "use_sliding_window", True):
+        causal = causal & (at[None] > at[:, None] - sliding)
+    on = torch.ones(total, dtype=torch.bool)
+    on[:prompt] = False
+    on[kept] = True
+    masks = []
+    for layer, held in enumerate(columns):
+        held = held.expand(1, held.shape[-1])[None] if held.dim() == 2 else held
+        stored = torch.zeros(held.shape[1], total, dtype=torch.bool)
+        stored.scatter_(1, held[0], True)
+        seen = on if selected_layer is not None and layer > selected_layer else torch.ones_like(on)
+        allowed = (causal & seen[None])[None].repeat(held.shape[1], 1, 1)
+        allowed[:, prompt:] &= stored[:, None]
+        allowed |= torch.eye(total, dtype=torch.bool)
+        allowed = allowed.repeat_interleave(HEADS // held.shape[1], 0)[None]
+        masks.append(torch.where(allowed, 0.0, float("-inf")))
+    with _layer_masks(model, masks):
+        return model(ids, use_cache=False).logits
+
+
+@contextmanager
+def _layer_masks(model: PreTrainedModel, masks: list[torch.Tensor]):
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+        for layer, mask in zip(model.get_decoder().layers, masks, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation(before)

@@ -1,0 +1,284 @@
+"""The command line: what it prints where, what it refuses, and what it leaves behind."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tiny_chat import save_tiny_model, tiny_tokenizer
+
+import flexasl
+from flexasl import cli, run
+from flexasl.report import Report
+from flexasl.text import prose
+
+SELECT = 100
+KV_BYTES_PER_TOKEN = 6 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head dim, float32
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> str:
+    file = tmp_path / "document.txt"
+    file.write_text(prose(500, tiny_tokenizer()))
+    return str(file)
+
+
+@pytest.fixture
+def flexasl_main(capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(list(arguments))
+        return Outcome(caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def ask(flexasl_main, model: str, document: str):
+    """`flexasl ask` about the document with the tiny model; later options win."""
+
+    def call(*arguments: str) -> Outcome:
+        given = ["--file", document, "--question", "Why?", "--model", model, "--select-tokens", str(SELECT)]
+        return flexasl_main("ask", *given, "--max-new-tokens", "8", *arguments)
+
+    return call
+
+
+def refused(outcome: Outcome) -> str:
+    """The one line on standard error, of a call that printed nothing else."""
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("flexasl: ") and outcome.err.count("\n") == 1, outcome.err
+    return outcome.err
+
+
+def test_ask_prints_answer_then_report(ask, model: str, document: str) -> None:
+    status, out, err = ask()
+    assert (status, err) == (0, "")
+    loaded, tokenizer = run.load_model(model)
+    ids = run.question_ids(tokenizer, Path(document).read_text(), "Why?")
+    config = flexasl.ASLConfig(select_tokens=SELECT)
+    expected = run.answer(loaded, tokenizer, ids, max_new_tokens=8, config=config, policy="asl")
+    answer, report = out.split("policy asl")
+    assert answer.strip() == expected.text != ""
+    assert f"{len(ids)} tokens in, {SELECT} kept" in report
+
+
+def test_json_is_one_object_and_nothing_else(ask) -> None:
+    status, out, err = ask("--json")
+    assert (status, err) == (0, "")
+    data = json.loads(out)
+    assert data["text"]
+    assert 0 < data["first_token_seconds"] < data["total_seconds"]
+    assert data["new_tokens"] == 8
+    row = data["report"]["rows"][0]
+    assert row["prompt_tokens"] == data["prompt_tokens"] > 500
+    assert row["kept_tokens"] == SELECT
+    assert data["kv_bytes"] == data["report"]["kv_bytes"] < data["prompt_tokens"] * KV_BYTES_PER_TOKEN
+    assert "unpruned" not in data
+
+
+def test_compare_runs_the_model_without_pruning_too(ask) -> None:
+    data = json.loads(ask("--json", "--compare").out)
+    plain = data["unpruned"]
+    assert plain["kv_bytes"] == data["report"]["kv_bytes_full"] == data["prompt_tokens"] * KV_BYTES_PER_TOKEN
+    assert plain["prompt_tokens"] == data["prompt_tokens"]
+    assert "report" not in plain
+
+    status, out, _ = ask("--compare")
+    assert status == 0
+    assert out.index(f"asl: {data['text']}") < out.index(f"unpruned: {plain['text']}") < out.index("policy asl")
+    for words in ("time to first token", "total time", "KV cache"):
+        assert words in out.split("policy asl")[1]
+
+
+def test_keep_all_answers_like_the_unpruned_model(ask) -> None:
+    data = json.loads(ask("--json", "--compare", "--select-tokens", "1.0").out)
+    assert data["text"] == data["unpruned"]["text"]
+    assert data["kv_bytes"] == data["unpruned"]["kv_bytes"]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_dtype(ask, name: str) -> None:
+    data = json.loads(ask("--json", "--policy", "full", "--dtype", name).out)
+    size = {"float32": 1, "bfloat16": 2}[name]
+    assert data["kv_bytes"] == data["prompt_tokens"] * KV_BYTES_PER_TOKEN // size
+
+
+def test_options_reach_the_configuration(ask) -> None:
+    data = json.loads(
+        ask("--json", "--select-tokens", "0.5", "--kv-budget", "64", "--tau", "0.125", "--policy", "fixed_layer").out
+    )
+    config = data["report"]["config"]
+    assert (config["select_tokens"], config["kv_budget"], config["tau"]) == (0.5, 64, 0.125)
+    assert data["report"]["policy"] == "fixed_layer"
+    assert data["report"]["rows"][0]["kept_tokens"] == data["prompt_tokens"] // 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--file", "-"]])
+def test_text_from_standard_input(
+    flexasl_main, model: str, document: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    text = Path(document).read_text()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    _, out, _ = flexasl_main("ask", "-q", "Why?", "--model", model, "--json", "--max-new-tokens", "1", *arguments)
+    assert json.loads(out)["prompt_tokens"] == len(run.question_ids(tiny_tokenizer(), text, "Why?"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot_is_written_and_nothing_beside_it(ask, tmp_path: Path, suffix: str) -> None:
+    picture = tmp_path / f"decision.{suffix}"
+    picture.write_bytes(b"an older picture")
+    assert ask("--plot", str(picture)).status == 0
+    assert picture.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [picture.name, "document.txt"]
+
+
+def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(self: Report, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "plot", half)
+    picture = tmp_path / "decision.png"
+    picture.write_bytes(b"an older picture")
+    assert ask("--plot", str(picture)).status == 130
+    assert picture.read_bytes() == b"an older picture"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["decision.png", "document.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policy", "best"], "policy='best' is not known; give one of asl, fixed_layer, snapkv, full"),
+        (["--select-tokens", "many"], "--select-tokens many is no amount"),
+        (["--select-tokens", "16"], "select_tokens=16"),
+        (["--kv-budget", "1.5"], "kv_budget=1.5"),
+        (["--tau", "0"], "tau=0"),
+        (["--question", " "], "--question is empty"),
+        (["--dtype", "int7"], "int7"),
+        (["--device", "abacus"], "device='abacus' cannot be used here"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--file", "none.txt"], "none.txt does not exist"),
+        (["--model", "./no/such/model"], "model ./no/such/model is not a folder"),
+        (["--model", "no-such-owner/no-such-model"], "model no-such-owner/no-such-model cannot be loaded"),
+        (["--plot", "picture.doc"], "--plot picture.doc has no known format"),
+        (["--plot", "none/picture.png"], "--plot none/picture.png lies in a folder that does not exist"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line(ask, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    monkeypatch.setattr(run, "answer", None)  # no bad input may reach the model
+    assert words in refused(ask(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "is empty"), (b"\0\1", "is binary"), (b"\xff\xfe", "is not UTF-8"), (None, "is a folder")]
+)
+def test_unusable_text(ask, tmp_path: Path, data: bytes | None, words: str) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.mkdir() if data is None else bad.write_bytes(data)
+    assert f"bad.txt {words}" in refused(ask("--file", str(bad)))
+
+
+def test_no_text_at_a_terminal_does_not_wait(flexasl_main, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert "give --file" in refused(flexasl_main("ask", "-q", "Why?"))
+
+
+def test_text_longer_than_the_context(ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "answer", None)
+    text = prose(1200, tiny_tokenizer())
+    long = tmp_path / "long.txt"
+    long.write_text(text)
+    length = len(run.question_ids(tiny_tokenizer(), text, "Why?"))
+    error = refused(ask("--file", str(long)))
+    assert f"{length} tokens" in error and "1024 tokens" in error
+
+
+def test_room_for_the_answer_counts(model: str) -> None:
+    loaded, _ = run.load_model(model)
+    run.check_fits(loaded, 1000, 24)
+    with pytest.raises(flexasl.FlexASLError, match=r"1001 tokens.*max_new_tokens=24.*1024 tokens"):
+        run.check_fits(loaded, 1001, 24)
+
+
+def test_prompt_of_a_model_without_chat_template() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    assert tokenizer.decode(run.question_ids(tokenizer, "A text.", "Why?")) == "A text.\n\nQuestion: Why?\nAnswer:"
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(run.question_ids(tokenizer, "A text.", "Why?")) == "<user>A text.\n\nWhy?<end><assistant>"
+
+
+def test_first_token_is_timed_before_the_rest_and_layers_are_counted_once(model: str, document: str) -> None:
+    loaded, tokenizer = run.load_model(model)
+    ids = run.question_ids(tokenizer, Path(document).read_text(), "Why?")
+    layers, pieces = [], []
+    answer = run.answer(
+        loaded,
+        tokenizer,
+        ids,
+        max_new_tokens=20,
+        on_text=pieces.append,
+        on_layer=lambda: layers.append(len(pieces)),
+    )
+    assert layers == [0] * 6, "one call per layer, all before the first text"
+    assert "".join(pieces).strip() == answer.text
+    assert 0 < answer.first_token_seconds < 0.9 * answer.total_seconds
+    assert not any(module._forward_hooks for module in loaded.modules())
+
+
+def test_interrupt_during_the_answer(model: str, document: str) -> None:
+    command = [sys.executable, "-m", "flexasl.cli", "ask", "-f", document, "-q", "Why?", "--model", model]
+    options = ["--max-new-tokens", "400", "--select-tokens", str(SELECT)]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1), "the answer streams"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"KV cache" not in out
+    assert err == b""
+
+
+def test_help_is_quick() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "flexasl.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ask" in done.stdout and "demo" in done.stdout
+    assert "transformers" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_demo_fails_where_the_fact_is_not_found(flexasl_main, model: str) -> None:
+    status, out, err = flexasl_main("demo", "--model", model, "--tokens", "700", "--select-tokens", "100")
+    assert status == 1
+    fact = out.partition("red fox is ")[2][:5]
+    assert err == f"flexasl: the pruned answer does not contain {fact}\n"
+    assert "asl: The special magic number" in out and "unpruned: The special magic number" in out
+    assert "tokens in, 100 kept" in out and "time to first token" in out
+
+
+@pytest.mark.slow
+def test_demo_finds_the_fact(flexasl_main) -> None:
+    status, out, _ = flexasl_main("demo", "--tokens", "2000")
+    assert status == 0
+    fact = out.partition("red fox is ")[2][:5]
+    assert f"mentioned in the text is {fact}" in out.partition("asl: ")[2]
+    assert "512 kept" in out

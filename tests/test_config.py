@@ -1,0 +1,112 @@
+"""Every setting: what it takes, what it refuses, and what it becomes on a model."""
+
+import json
+
+import pytest
+
+from flexasl import ASLConfig, ConfigError, policies
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select_tokens": 16}, "select_tokens=16 does not exceed window=32"),
+        ({"select_tokens": 32}, "give at least 33"),
+        ({"select_tokens": 0.0}, "select_tokens=0.0 is no share of the prompt"),
+        ({"select_tokens": 1.5}, "select_tokens=1.5 is no share of the prompt"),
+        ({"select_tokens": "many"}, "select_tokens='many' is not an amount"),
+        ({"select_tokens": True}, "select_tokens=True is not an amount"),
+        ({"select_tokens": None}, "select_tokens=None is not an amount"),
+        ({"kv_budget": 8}, "kv_budget=8 does not exceed window=32"),
+        ({"kv_budget": -0.5}, "kv_budget=-0.5 is no share"),
+        ({"kv_top_p": 0}, r"kv_top_p=0 is out of range; give a number in \(0, 1\]"),
+        ({"kv_top_p": 0.9, "kv_budget": 64}, "kv_budget=64 and kv_top_p=0.9 exclude each other"),
+        ({"tau": 0}, "tau=0 is out of range"),
+        ({"tau": 1.1}, "tau=1.1 is out of range"),
+        ({"tau": float("nan")}, "tau=nan is out of range"),
+        ({"min_layer": 4, "observe_layers": 6}, "min_layer=4 leaves fewer than observe_layers=6"),
+        ({"min_layer": -1}, "min_layer=-1 is too small"),
+        ({"min_layer": 2.0}, "min_layer=2.0 is not a whole number"),
+        ({"max_layer": 3, "min_layer": 5}, "max_layer=3 comes before min_layer=5"),
+        ({"max_layer": 3, "observe_layers": 8}, "max_layer=3 leaves fewer than observe_layers=8"),
+        ({"observe_layers": 0}, "observe_layers=0 is too small"),
+        ({"window": 0}, "window=0 is too small"),
+        ({"window": None}, "window=None is not a whole number"),
+        ({"kernel_size": 4}, "kernel_size=4 is even"),
+        ({"kernel_size": -1}, "kernel_size=-1 is too small"),
+        ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool'"),
+        ({"variance_reference": "first"}, "variance_reference='first' is not known"),
+        ({"select_on": "mean"}, "select_on='mean' is not known"),
+        ({"if_never": "raise"}, "if_never='raise' is not known; give 'select' or 'keep' or None"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ASLConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_layer": 12, "observe_layers": 2}, "min_layer=12 is beyond the model, which has 12 layers; give at most 11"),
+        ({"observe_layers": 13}, "observe_layers=13 is beyond the model"),
+        ({"max_layer": 40}, "max_layer=40 is beyond the model"),
+    ],
+)
+def test_refuses_layers_that_the_model_lacks(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ASLConfig(**settings).resolve(12)
+
+
+@pytest.mark.parametrize("layer", [-1, 12, 3.0])
+def test_fixed_layer_refuses_layers_that_the_model_lacks(layer):
+    with pytest.raises(ConfigError, match=f"layer={layer} is not a layer of this model; give an int from 0 to 11"):
+        policies.FixedLayer(layer).resolve(ASLConfig(), 12)
+
+
+@pytest.mark.parametrize("reference", ["initial", "peak"])
+def test_defaults_fit_every_depth(reference):
+    for layers in range(1, 130):
+        config = ASLConfig(variance_reference=reference).resolve(layers)
+        assert 0 <= config.observe_layers - 1 <= config.min_layer <= config.max_layer < layers
+        assert config.resolve(layers) == config
+
+
+def test_papers_defaults_for_a_deep_stack():
+    config = ASLConfig.paper().resolve(32)
+    assert (config.min_layer, config.observe_layers, config.max_layer, config.if_never) == (10, 8, 31, "keep")
+    assert (config.tau, config.window, config.kernel_size, config.select_tokens) == (0.3, 32, 7, 2048)
+
+
+def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
+    assert ASLConfig(variance_reference="initial").resolve(30).if_never == "keep"
+    assert ASLConfig(variance_reference="initial", max_layer=20).resolve(30).if_never == "select"
+    assert ASLConfig().resolve(30).if_never == "select"
+
+
+def test_one_bound_pulls_the_other_defaults_along():
+    config = ASLConfig(max_layer=3).resolve(30)
+    assert (config.observe_layers, config.min_layer, config.max_layer) == (4, 3, 3)
+    assert ASLConfig(min_layer=4).resolve(30).observe_layers == 5
+
+
+def test_shares_of_the_prompt():
+    config = ASLConfig(select_tokens=0.25, kv_budget=0.1, window=16)
+    assert (config.token_budget(1001), config.cache_budget(1001)) == (250, 100)
+    assert config.token_budget(20) == 17
+    assert ASLConfig(select_tokens=512).token_budget(100) == 512
+    assert ASLConfig().cache_budget(100) is None
+
+
+def test_dict_round_trip():
+    config = ASLConfig(select_tokens=0.5, tau=0.2, kv_budget=99)
+    assert ASLConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="'budget' is not a setting of ASLConfig"):
+        ASLConfig.from_dict({"budget": 3})
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(AttributeError):
+        ASLConfig().tau = 0.1
+    with pytest.raises(TypeError):
+        ASLConfig(512)
