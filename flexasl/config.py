@@ -32,15 +32,16 @@ class ASLConfig:
     kv_top_p: float | None = None
     """Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`."""
 
-    tau: float = 0.3
-    """Ranks count as settled where the variance ratio is below this, in (0, 1]."""
+    tau: float | None = None
+    """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"` reference,
+    as in the paper; 0.4 with `"peak"`."""
 
     min_layer: int | None = None
     """First layer at which the variance is taken. None: a third of the layers, but no less than `observe_layers - 1`."""
 
     max_layer: int | None = None
     """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
-    with `"peak"`, three quarters of the way down."""
+    three quarters of the way down with `"peak"`."""
 
     observe_layers: int | None = None
     """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at least 2."""
@@ -94,7 +95,7 @@ class ASLConfig:
         return cls(**settings)
 
     def resolve(self, num_layers: int) -> ASLConfig:
-        """The same settings for a stack of `num_layers` layers, with no None left among the layers."""
+        """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the model."""
         paper = self.variance_reference == "initial"
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
@@ -105,7 +106,7 @@ class ASLConfig:
         if never is None:
             never = "keep" if last is None and paper else "select"
         if last is None:
-            last = num_layers - 1 if paper else max(first, round(0.75 * (num_layers - 1)))
+            last = num_layers - 1 if paper else max(first, int(0.75 * (num_layers - 1)))
         for name, value in (("observe_layers", observe - 1), ("min_layer", first), ("max_layer", last)):
             if value >= num_layers:
                 given = value + 1 if name == "observe_layers" else value
@@ -113,7 +114,8 @@ class ASLConfig:
                 raise ConfigError(
                     f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
                 )
-        return self.replace(observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+        tau = (0.3 if paper else 0.4) if self.tau is None else self.tau
+        return self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at least."""
@@ -170,7 +172,7 @@ class ASLConfig:
                 )
         for name in ("tau", "kv_top_p"):
             value = getattr(self, name)
-            if value is None and name == "kv_top_p":
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ConfigError(f"{name}={value!r} is out of range; give a number in (0, 1]")

@@ -100,7 +100,7 @@ def answer(
     *,
     max_new_tokens: int,
     config: flexasl.ASLConfig | None = None,
-    policy: str | None = None,
+    policy: str | flexasl.policies.Policy | None = None,
     on_text: Callable[[str], None] = _nothing,
     on_layer: Callable[[], None] = _nothing,
 ) -> Answer:

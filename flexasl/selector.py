@@ -64,8 +64,8 @@ class LayerSelector:
         self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
         self.traces = {row: Trace() for row in self.rows}
         self._prefix = self.tokens - config.window
-        assert config.observe_layers is not None and config.min_layer is not None and config.max_layer is not None
-        self._first, self._last = config.min_layer, config.max_layer
+        assert config.observe_layers and config.tau and config.min_layer is not None and config.max_layer is not None
+        self._first, self._last, self._tau = config.min_layer, config.max_layer, config.tau
         self._compares = self._last > self._first
         held = config.observe_layers if self._compares or config.select_on == "max" else 1
         self._ranks: deque[Tensor] = deque(maxlen=held if self._compares else 1)
@@ -119,7 +119,7 @@ class LayerSelector:
             trace.variance.append(values[0])
             trace.union_size.append(int(values[1]))
             trace.variance_ratio.append(values[2])
-        return [value < self.config.tau for value in seen[2]]
+        return [value < self._tau for value in seen[2]]
 
     def _keep(self) -> Tensor:
         if self.config.select_on == "max":

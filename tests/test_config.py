@@ -84,6 +84,11 @@ def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
     assert ASLConfig().resolve(30).if_never == "select"
 
 
+def test_own_defaults_for_the_embedded_depth():
+    config = ASLConfig().resolve(30)
+    assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (10, 21, 8, 0.4)
+
+
 def test_one_bound_pulls_the_other_defaults_along():
     config = ASLConfig(max_layer=3).resolve(30)
     assert (config.observe_layers, config.min_layer, config.max_layer) == (4, 3, 3)

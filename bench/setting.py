@@ -1,0 +1,49 @@
+"""What a figure was measured on, so that it can be measured again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def setting() -> dict[str, str]:
+    """Command, hardware, versions and commit of this run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "flexasl"], capture_output=True, text=True, check=False)
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": cuda or f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
+        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+    }
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *[[str(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(out: Path | None, title: str, body: str, data: dict[str, Any]) -> None:
+    """Prints the result, and writes it to `out`.md and `out`.json where a path is given."""
+    where = setting()
+    text = f"# {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in where.items()) + f"\n\n{body}\n"
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text)
+        out.with_suffix(".json").write_text(json.dumps({"setting": where, **data}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
