@@ -31,7 +31,9 @@ def main() -> None:
     for tokens in args.tokens:
         ids = _prompt(tokenizer, tokens, args.device)
         keep_all = _pairs(model, ids, flexasl.ASLConfig(select_tokens=1.0), "asl", args.pairs)
-        rows.append([ids.shape[1], "all", "", _seconds(keep_all, 0), _seconds(keep_all, 1), _share(keep_all), "1.000", ""])
+        rows.append(
+            [ids.shape[1], "all", "", _seconds(keep_all, 0), _seconds(keep_all, 1), _share(keep_all), "1.000", ""]
+        )
         data.append({"tokens": ids.shape[1], "keep": "all", "pairs": keep_all})
         cost = _layer_share(model, ids.shape[1], args.select_tokens, args.pairs)
         config = flexasl.ASLConfig(select_tokens=args.select_tokens)
@@ -48,7 +50,16 @@ def main() -> None:
                 {"tokens": ids.shape[1], "keep": args.select_tokens, "policy": name, "selected_layer": selected}
                 | {"pairs": pairs, "limit": limit, "layer_share": cost, "scoring_share": scoring}
             )
-    heads = ["tokens", "kept", "layer", "unpatched, s", "patched, s", "share", "limit (above it)", "scoring and decision"]
+    heads = [
+        "tokens",
+        "kept",
+        "layer",
+        "unpatched, s",
+        "patched, s",
+        "share",
+        "limit (above it)",
+        "scoring and decision",
+    ]
     write(args.out, "Prefill", table(heads, rows), {"rows": data})
 
 

@@ -158,9 +158,7 @@ class Prefill:
             return []
         least = self.config.window if self._observer else None
         return [
-            row
-            for row, n in enumerate(self.lengths)
-            if n > (self.config.token_budget(n) if least is None else least)
+            row for row, n in enumerate(self.lengths) if n > (self.config.token_budget(n) if least is None else least)
         ]
 
     def _over_budget(self) -> bool:

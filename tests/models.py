@@ -38,7 +38,9 @@ FAMILIES: dict[str, dict] = {
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
 }
 
-SMALL = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3, observe_layers=2, min_layer=1, max_layer=3, tau=0.9)
+SMALL = flexasl.ASLConfig(
+    select_tokens=24, window=8, kernel_size=3, observe_layers=2, min_layer=1, max_layer=3, tau=0.9
+)
 """Settings that prune short prompts of the tiny models."""
 
 

@@ -48,7 +48,10 @@ def test_refuses(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_layer": 12, "observe_layers": 2}, "min_layer=12 is beyond the model, which has 12 layers; give at most 11"),
+        (
+            {"min_layer": 12, "observe_layers": 2},
+            "min_layer=12 is beyond the model, which has 12 layers; give at most 11",
+        ),
         ({"observe_layers": 13}, "observe_layers=13 is beyond the model"),
         ({"max_layer": 40}, "max_layer=40 is beyond the model"),
     ],

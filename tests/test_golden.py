@@ -90,7 +90,9 @@ def test_paper_is_the_published_rule():
     case = CASES["never_snap"]
     tensors, query, key = states(case)
     given = rule(case)[0].to_dict()
-    changes = {name: value for name, value in given.items() if name not in ("variance_reference", "select_on", "if_never")}
+    changes = {
+        name: value for name, value in given.items() if name not in ("variance_reference", "select_on", "if_never")
+    }
     check(case, tensors, flexasl.replay(query, key, flexasl.ASLConfig.paper(**changes))[0])
 
 

@@ -415,7 +415,7 @@ def test_refuses_caches_that_it_cannot_fill():
 def test_refuses_generation_that_puts_more_than_the_prompt_into_prefill():
     model, ids = tiny(), prompts(64)[0][None]
     with flexasl.patch(model, SMALL):
-        with pytest.raises(ValueError, match="only supports .* but got generation mode"):
+        with pytest.raises(ValueError, match=r"only supports .* but got generation mode"):
             model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3, **GREEDY)
         with pytest.raises(ValueError, match="only supports"):
             model.generate(ids, max_new_tokens=4, assistant_model=tiny("qwen2"), **GREEDY)

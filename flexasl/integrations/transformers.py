@@ -44,17 +44,18 @@ class Patch:
 
     def __init__(self, model: PreTrainedModel, config: ASLConfig, policy: Policy) -> None:
         decoder = _check_model(model)
-        layers = _decoder_layers(decoder)
+        layers = list(decoder.layers)[: decoder.config.num_hidden_layers]
         self.policy = policy
         self.config = policy.resolve(config, len(layers))
         """The settings that run on this model, with no default left open."""
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
-        self._model, self._num_layers = model, len(layers)
+        self._model: Any = model
+        self._num_layers = len(layers)
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
         self._attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
-        model._supported_generation_modes = list(GENERATION_MODES)
+        self._model._supported_generation_modes = list(GENERATION_MODES)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -87,7 +88,7 @@ class Patch:
         state = "active" if self._handles else "removed"
         return f"<flexasl.Patch {self.policy.name} on {type(self._model).__name__}, {state}>"
 
-    def _enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self._argument_names, args, strict=False)) | kwargs
         if decoder.training:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
@@ -109,7 +110,7 @@ class Patch:
         output.last_hidden_state = call.restore(output.last_hidden_state)
         return output
 
-    def _cache(self, decoder: nn.Module, kwargs: dict[str, Any]) -> DynamicCache | None:
+    def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The call's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
         cache = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
@@ -134,7 +135,7 @@ class Patch:
 
     def _call(
         self,
-        cache: DynamicCache | None,
+        cache: Any,
         past: int,
         batch: int,
         count: int,
@@ -194,7 +195,9 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            raise FlexASLError(f"tokens_to_remove={tokens_to_remove} is positive; give minus the number of tokens to drop")
+            raise FlexASLError(
+                f"tokens_to_remove={tokens_to_remove} is positive; give minus the number of tokens to drop"
+            )
         super().crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -210,7 +213,7 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):
 
 
 def attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -258,7 +261,7 @@ def _leave_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return kwargs[CALL].leave(output)
 
 
-def _check_model(model: PreTrainedModel) -> nn.Module:
+def _check_model(model: PreTrainedModel) -> Any:
     """The decoder of a model that can be patched; raises `UnsupportedError` for any other."""
     kind = type(model).__name__
     if model.config._attn_implementation == NAME:
@@ -273,10 +276,6 @@ def _check_model(model: PreTrainedModel) -> nn.Module:
     if model.training:
         raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
     return model.get_decoder()
-
-
-def _decoder_layers(decoder: nn.Module) -> list[nn.Module]:
-    return list(decoder.layers)[: decoder.config.num_hidden_layers]
 
 
 def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

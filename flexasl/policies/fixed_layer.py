@@ -22,7 +22,5 @@ class FixedLayer(Policy):
         layer = (num_layers - 1) // 2 if self.layer is None else self.layer
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
-        rule = config.replace(
-            min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select"
-        )
+        rule = config.replace(min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select")
         return rule.resolve(num_layers)
