@@ -1,6 +1,7 @@
 """How often a pruned model still finds one sentence in a long text, and at which prefill cost, for several settings.
 
-Cost is counted: the tokens that every layer runs on, over those of a full prefill. It leaves out attention's own saving.
+Cost is counted: the tokens that every layer runs on, over those of a full prefill. It leaves out attention's own
+saving.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ def setting() -> dict[str, str]:
     """Command, hardware, versions and commit of this run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "flexasl"], capture_output=True, text=True, check=False)
+    torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "command": " ".join(["python", *sys.argv]),
         "hardware": cuda or f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}",
+        "versions": f"{torch_and_python}, transformers {transformers.__version__}",
         "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
     }
 

@@ -28,7 +28,8 @@ class LayerCache:
         """Columns of the sequence so far, dropped ones included."""
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
-        """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more columns."""
+        """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
+        columns."""
         self.seen += seen
         if self.keys is None or self.values is None or self.columns is None:
             self.keys, self.values, self.columns, self.valid = _owned(keys), _owned(values), columns, valid
@@ -45,7 +46,8 @@ class LayerCache:
         self.columns = torch.cat([self.columns, columns], -1)
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
-        """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the rest."""
+        """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
+        rest."""
         assert self.keys is not None and self.values is not None and self.columns is not None
         index = slots[..., None]
         self.keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))

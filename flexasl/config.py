@@ -27,24 +27,27 @@ class ASLConfig:
     """Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the prompt."""
 
     kv_budget: int | float | None = None
-    """SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or None (all)."""
+    """SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or None
+    (all)."""
 
     kv_top_p: float | None = None
     """Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`."""
 
     tau: float | None = None
-    """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"` reference,
-    as in the paper; 0.4 with `"peak"`."""
+    """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
+    reference, as in the paper; 0.4 with `"peak"`."""
 
     min_layer: int | None = None
-    """First layer at which the variance is taken. None: a third of the layers, but no less than `observe_layers - 1`."""
+    """First layer at which the variance is taken. None: a third of the layers, but no less than
+    `observe_layers - 1`."""
 
     max_layer: int | None = None
     """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
     three quarters of the way down with `"peak"`."""
 
     observe_layers: int | None = None
-    """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at least 2."""
+    """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at
+    least 2."""
 
     window: int = 32
     """Last prompt tokens, whose queries score the others, and which are always kept."""
@@ -59,11 +62,12 @@ class ASLConfig:
     """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
 
     select_on: Literal["last", "max"] = "max"
-    """Scores that tokens are selected on: the selection layer's (the paper), or each token's best of the observed layers."""
+    """Scores that tokens are selected on: the selection layer's (the paper), or each token's best of the observed
+    layers."""
 
     if_never: Literal["select", "keep"] | None = None
-    """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the `"initial"`
-    reference and no `max_layer`, as in the paper; else select."""
+    """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
+    `"initial"` reference and no `max_layer`, as in the paper; else select."""
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -95,7 +99,8 @@ class ASLConfig:
         return cls(**settings)
 
     def resolve(self, num_layers: int) -> ASLConfig:
-        """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the model."""
+        """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the
+        model."""
         paper = self.variance_reference == "initial"
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
@@ -118,7 +123,8 @@ class ASLConfig:
         return self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
 
     def token_budget(self, prompt_tokens: int) -> int:
-        """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at least."""
+        """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
+        least."""
         return _amount(self.select_tokens, prompt_tokens, self.window)
 
     def cache_budget(self, prompt_tokens: int) -> int | None:

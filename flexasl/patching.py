@@ -18,8 +18,8 @@ def patch(model: Any, config: ASLConfig | None = None, policy: str | Policy = "a
 
     model: a transformers causal decoder in eval mode. config: the settings (default `ASLConfig()`). policy: a name from
     `flexasl.policies.POLICIES` or an instance. Returns the patch, whose `report` tells of the last prompt. Raises
-    `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit it; the model is
-    then untouched.
+    `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit it; the
+    model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")

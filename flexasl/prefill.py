@@ -166,7 +166,8 @@ class Prefill:
         return any(count > most for count, most in zip(self.counts, limit, strict=True))
 
     def _limits(self) -> list[int]:
-        """Cache entries that each row may keep at this layer; with top-p, its tokens where it has more than the budget."""
+        """Cache entries that each row may keep at this layer; with top-p, its tokens where it has more than the
+        budget."""
         if self.config.kv_top_p is not None:
             return [self.config.token_budget(n) for n in self.lengths]
         if self.config.kv_budget is not None:
@@ -198,7 +199,8 @@ class Prefill:
 
 
 def left_padded_lengths(attention_mask: Tensor) -> list[int]:
-    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError` unless padding is on the left."""
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError` unless padding is on the
+    left."""
     mask = attention_mask.bool()
     if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise UnsupportedError(

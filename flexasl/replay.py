@@ -1,6 +1,7 @@
 """The decision alone, from recorded queries and keys: for tests, calibration and the curious.
 
-Shapes: L layers, B batch, H query heads, G KV heads, N prompt columns, D head dim, W window, P_b prefix tokens of a row.
+Shapes: L layers, B batch, H query heads, G KV heads, N prompt columns, D head dim, W window, P_b prefix tokens of a
+row.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class LayerSelector:
         rows: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """config is resolved; lengths are the real tokens of every row, at the right end of `tokens` slots (default: the
-        longest row); rows are those to decide (default: all)."""
+        """config is resolved; lengths are the real tokens of every row, at the right end of `tokens` slots (default:
+        the longest row); rows are those to decide (default: all)."""
         self.config = config
         self.lengths = list(lengths)
         self.tokens = max(self.lengths) if tokens is None else tokens

@@ -42,7 +42,7 @@ REFUSED = {
 class Patch:
     """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself."""
 
-    def __init__(self, model: PreTrainedModel, config: ASLConfig, policy: Policy) -> None:
+    def __init__(self, model: Any, config: ASLConfig, policy: Policy) -> None:
         decoder = _check_model(model)
         layers = list(decoder.layers)[: decoder.config.num_hidden_layers]
         self.policy = policy
@@ -50,7 +50,7 @@ class Patch:
         """The settings that run on this model, with no default left open."""
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
-        self._model: Any = model
+        self._model = model
         self._num_layers = len(layers)
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
         self._attention_before = model.config._attn_implementation

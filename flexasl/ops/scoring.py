@@ -21,10 +21,10 @@ def window_mass(
 ) -> Tensor:
     """Attention that each key gets from the window's queries, per query head and summed over the window.
 
-    query [B, H, W, D] are the queries of the last W keys; key [B, G, N, D]; valid [B, N] bool is False at padding, which
-    neither gives nor gets; positions [B, N] int (default 0..N-1) matter to `sliding_window` only, which hides keys that
-    many positions back or more. Returns [B, H, N] float32. One KV head at a time, so the largest temporary holds
-    B * R * W * N floats. Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
+    query [B, H, W, D] are the queries of the last W keys; key [B, G, N, D]; valid [B, N] bool is False at padding,
+    which neither gives nor gets; positions [B, N] int (default 0..N-1) matter to `sliding_window` only, which hides
+    keys that many positions back or more. Returns [B, H, N] float32. One KV head at a time, so the largest temporary
+    holds B * R * W * N floats. Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
     batch, heads, window, dim = query.shape
     groups, tokens = key.shape[1], key.shape[2]

@@ -21,8 +21,8 @@ def select_tokens(ranks: Tensor, budget: Tensor, window: int) -> Tensor:
 def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Slots that stay, ascending, at the right end of `count` columns.
 
-    keep [..., N] bool with at most `count` True in any row → slots [..., count] int64 and valid [..., count] bool, which
-    is False in the columns that a row with fewer does not need; those hold slots that do not stay.
+    keep [..., N] bool with at most `count` True in any row → slots [..., count] int64 and valid [..., count] bool,
+    which is False in the columns that a row with fewer does not need; those hold slots that do not stay.
     """
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     slots = order[..., order.shape[-1] - count :]

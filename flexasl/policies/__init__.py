@@ -1,4 +1,5 @@
-"""What to prune and when. A policy is one small file over the protocol of `base.py`; this is the table of their names."""
+"""What to prune and when. A policy is one small file over the protocol of `base.py`; this is the table of their
+names."""
 
 from __future__ import annotations
 

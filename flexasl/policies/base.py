@@ -17,4 +17,5 @@ class Policy(ABC):
 
     @abstractmethod
     def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
-        """The settings that this policy runs with on `num_layers` layers; raises `ConfigError` where they cannot work."""
+        """The settings that this policy runs with on `num_layers` layers; raises `ConfigError` where they cannot
+        work."""

@@ -1,0 +1,281 @@
+"""The cache of one layer against plain lists, and masks and attention against loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexasl.attention import attend
+from flexasl.cache import LayerCache
+from flexasl.masks import causal_mask
+
+GROUPS, DIM = 2, 3
+
+
+class Model:
+    """What a LayerCache should remember: rows[b][g] lists (column, mark) in order, real tokens only."""
+
+    def __init__(self, batch):
+        self.rows = [[[] for _ in range(GROUPS)] for _ in range(batch)]
+        self.seen = 0
+
+    def heads(self):
+        return [head for row in self.rows for head in row]
+
+
+def states_of(marks):
+    """[B, M] marks → keys and values [B, G, M, D] that tell mark, head and part."""
+    at = torch.tensor(marks, dtype=torch.float32)[:, None, :, None] * 10
+    keys = at + torch.arange(GROUPS)[None, :, None, None] + torch.arange(DIM) / 10
+    return keys, -keys
+
+
+def held_entries(cache, row, group):
+    """(column, mark) of the real entries of one head, after checking that key and value belong together."""
+    columns = cache.columns[row] if cache.columns.dim() == 2 else cache.columns[row, group]
+    real = torch.ones_like(columns, dtype=torch.bool)
+    if cache.valid is not None:
+        assert cache.valid.shape == cache.columns.shape
+        real = cache.valid[row] if cache.valid.dim() == 2 else cache.valid[row, group]
+    keys = cache.keys[row, group][real]
+    marks = [round(value) // 10 for value in keys[:, 0].tolist()]
+    want = states_of([marks])[0][0, group] if marks else keys
+    assert torch.equal(keys, want) and torch.equal(cache.values[row, group][real], -want)
+    return list(zip(columns[real].tolist(), marks, strict=True))
+
+
+def check(cache, model):
+    assert cache.seen == model.seen
+    for row, heads in enumerate(model.rows):
+        for group, entries in enumerate(heads):
+            assert held_entries(cache, row, group) == entries
+    for held in (cache.keys, cache.values):
+        assert held.untyped_storage().nbytes() == held.numel() * held.element_size()
+    assert cache.nbytes == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+    assert cache.keys.shape == (len(model.rows), GROUPS, cache.columns.shape[-1], DIM)
+
+
+def append(draw, cache, model, padding=False):
+    batch, count = len(model.rows), draw(st.integers(1, 4))
+    pads = [draw(st.integers(0, count - 1)) if padding else 0 for _ in range(batch)]
+    marks = [[draw(st.integers(0, 999)) for _ in range(count)] for _ in range(batch)]
+    columns = torch.arange(model.seen, model.seen + count).expand(batch, -1)
+    valid = torch.arange(count) >= torch.tensor(pads)[:, None]
+    cache.append(*states_of(marks), columns, valid if any(pads) or draw(st.booleans()) else None, count)
+    for row, heads in enumerate(model.rows):
+        for entries in heads:
+            entries += [(model.seen + at, marks[row][at]) for at in range(pads[row], count)]
+    model.seen += count
+
+
+def keep(draw, cache, model):
+    """Any subset of each head's real entries, as kept slots are given: right-aligned, the unneeded ones invalid."""
+    width, chosen = cache.keys.shape[2], []
+    for row, heads in enumerate(model.rows):
+        for group, entries in enumerate(heads):
+            columns = cache.columns[row] if cache.columns.dim() == 2 else cache.columns[row, group]
+            real = [True] * width
+            if cache.valid is not None:
+                real = (cache.valid[row] if cache.valid.dim() == 2 else cache.valid[row, group]).tolist()
+            slots = [slot for slot in range(width) if real[slot]]
+            kept = sorted(draw(st.sets(st.sampled_from(slots)))) if slots else []
+            heads[group] = [entries[slots.index(slot)] for slot in kept]
+            assert [column for column, _ in heads[group]] == columns[kept].tolist()
+            chosen.append((kept, [slot for slot in range(width) if slot not in kept]))
+    count = max(len(kept) for kept, _ in chosen)
+    filled = [others[: count - len(kept)] + kept for kept, others in chosen]
+    shape = (len(model.rows), GROUPS, count)
+    slots = torch.tensor(filled, dtype=torch.long).view(shape)
+    valid = torch.tensor([[at >= count - len(kept) for at in range(count)] for kept, _ in chosen]).view(shape)
+    cache.keep(slots, None if valid.all() else valid)
+    assert cache.keys.shape[2] == count
+
+
+def crop(draw, cache, model):
+    count = draw(st.integers(0, model.seen + 1))
+    cache.crop(count)
+    if count:
+        model.seen = max(0, model.seen - count)
+        for heads in model.rows:
+            heads[:] = [[entry for entry in entries if entry[0] < model.seen] for entries in heads]
+
+
+def select_rows(draw, cache, model):
+    rows = draw(st.lists(st.integers(0, len(model.rows) - 1), min_size=1, max_size=3))
+    cache.select_rows(torch.tensor(rows))
+    model.rows = [[list(entries) for entries in model.rows[row]] for row in rows]
+
+
+@given(data=st.data())
+def test_cache_remembers_what_plain_lists_remember(data):
+    cache, model = LayerCache(), Model(data.draw(st.integers(1, 3)))
+    append(data.draw, cache, model, padding=True)
+    check(cache, model)
+    for change in data.draw(st.lists(st.sampled_from([append, keep, crop, select_rows]), max_size=6)):
+        change(data.draw, cache, model)
+        check(cache, model)
+
+
+def filled(batch=2, count=6):
+    cache = LayerCache()
+    marks = [[10 * row + at for at in range(count)] for row in range(batch)]
+    cache.append(*states_of(marks), torch.arange(count).expand(batch, -1), None, count)
+    return cache
+
+
+def test_an_empty_cache():
+    cache = LayerCache()
+    cache.crop(3)
+    cache.select_rows(torch.tensor([0]))
+    assert (cache.nbytes, cache.seen, cache.keys, cache.columns) == (0, 0, None, None)
+
+
+def test_clear_forgets_everything():
+    cache = filled()
+    cache.clear()
+    assert (cache.nbytes, cache.seen, cache.keys, cache.values, cache.columns, cache.valid) == (0, 0, *[None] * 4)
+
+
+def test_a_view_of_a_bigger_tensor_is_copied():
+    whole = torch.randn(1, 6, 5, DIM)
+    cache = LayerCache()
+    cache.append(whole[:, :GROUPS], whole[:, GROUPS : 2 * GROUPS], torch.arange(5)[None], None, 5)
+    assert torch.equal(cache.keys, whole[:, :GROUPS])
+    assert cache.keys.untyped_storage().nbytes() == GROUPS * 5 * DIM * 4
+    assert cache.values.untyped_storage().nbytes() == GROUPS * 5 * DIM * 4
+    assert cache.nbytes == 2 * GROUPS * 5 * DIM * 4
+
+
+def test_expanded_heads_are_stored_for_real():
+    one = torch.randn(1, 1, 5, DIM).expand(-1, GROUPS, -1, -1)
+    cache = LayerCache()
+    cache.append(one, one, torch.arange(5)[None], None, 5)
+    assert cache.nbytes == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+
+
+def test_states_that_own_their_storage_are_not_copied():
+    keys, values = torch.randn(1, 5, GROUPS, DIM).transpose(1, 2), torch.randn(1, GROUPS, 5, DIM)
+    cache = LayerCache()
+    cache.append(keys, values, torch.arange(5)[None], None, 5)
+    assert cache.keys.data_ptr() == keys.data_ptr() and cache.values.data_ptr() == values.data_ptr()
+
+
+def test_crop_frees_what_it_forgets():
+    cache = filled(count=6)
+    cache.crop(4)
+    assert cache.keys.shape[2] == 2
+    assert cache.nbytes == 2 * 2 * GROUPS * 2 * DIM * 4 == 2 * cache.keys.untyped_storage().nbytes()
+    assert cache.columns.untyped_storage().nbytes() <= 2 * 2 * 8
+    cache.crop(99)
+    assert (cache.seen, cache.nbytes) == (0, 0)
+
+
+def test_crop_leaves_pruned_entries_pruned():
+    cache = filled(batch=1)
+    slots = torch.tensor([[[0, 3, 5], [1, 2, 4]]])
+    cache.keep(slots, None)
+    cache.crop(2)
+    assert [[column for column, _ in held_entries(cache, 0, group)] for group in range(GROUPS)] == [[0, 3], [1, 2]]
+    cache.append(*states_of([[77]]), torch.tensor([[4]]), None, 1)
+    assert [held_entries(cache, 0, group)[-1] for group in range(GROUPS)] == [(4, 77), (4, 77)]
+
+
+# ---------------------------------------------------------------- causal_mask
+
+
+@st.composite
+def key_layouts(draw):
+    """Columns as a pruned cache has them: ascending with gaps, the queries' own last."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch, heads = draw(st.integers(1, 2)), draw(st.sampled_from([None, 1, 2]))
+    queries, older = draw(st.integers(1, 4)), draw(st.integers(0, 6))
+    shape = (batch, older) if heads is None else (batch, heads, older)
+    columns = np.sort(rng.permuted(np.broadcast_to(np.arange(12), (*shape[:-1], 12)), axis=-1)[..., :older], -1)
+    own = np.broadcast_to(np.arange(12, 12 + queries), (batch, queries))
+    tail = own if heads is None else np.broadcast_to(own[:, None], (batch, heads, queries))
+    keys = np.concatenate([columns, tail], -1)
+    valid = rng.random(keys.shape) < 0.7 if draw(st.booleans()) else None
+    return own, keys, valid, draw(st.none() | st.integers(1, 16))
+
+
+@given(layout=key_layouts())
+def test_causal_mask_looks_at_columns_not_slots(layout):
+    queries, keys, valid, sliding_window = layout
+    batch, count = queries.shape
+    mask = causal_mask(
+        torch.tensor(queries), torch.tensor(keys), None if valid is None else torch.tensor(valid), sliding_window
+    )
+    heads = keys.reshape(batch, -1, keys.shape[-1])
+    real = np.ones_like(heads, dtype=bool) if valid is None else valid.reshape(heads.shape)
+    assert mask.shape == (batch, heads.shape[1], count, heads.shape[2])
+    for b, g, i, j in np.ndindex(*mask.shape):
+        back = int(queries[b, i]) - int(heads[b, g, j])
+        sees = real[b, g, j] and back >= 0 and (sliding_window is None or back < sliding_window)
+        itself = j == heads.shape[2] - count + i
+        assert bool(mask[b, g, i, j]) == bool(sees or itself), (b, g, i, j)
+
+
+# ---------------------------------------------------------------- attend
+
+
+def attention_oracle(query, key, value, mask, scale):
+    """float64 loops over mask [B, G, M, N]."""
+    batch, heads, count, _ = query.shape
+    repeats = heads // key.shape[1]
+    out = np.zeros((batch, heads, count, value.shape[-1]))
+    for b, h, i in np.ndindex(batch, heads, count):
+        g = h // repeats
+        weights = [
+            math.exp(scale * float(query[b, h, i].double() @ key[b, g, j].double())) if mask[b, g, i, j] else 0.0
+            for j in range(key.shape[2])
+        ]
+        for j, weight in enumerate(weights):
+            out[b, h, i] += weight / sum(weights) * value[b, g, j].double().numpy()
+    return out
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 3]),
+    repeats=st.sampled_from([1, 2, 3]),
+    count=st.sampled_from([1, 1, 2, 5]),
+    older=st.integers(0, 4),
+    mask_heads=st.sampled_from(["none", "one", "all"]),
+    scale=st.sampled_from([0.3, 1.0]),
+)
+def test_attend(seed, batch, groups, repeats, count, older, mask_heads, scale):
+    generator = torch.Generator().manual_seed(seed)
+    causal = mask_heads == "none" and count > 1
+    keys = count if causal else count + older
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    query = normal(batch, groups * repeats, count, 4)
+    key, value = normal(batch, groups, keys, 4), normal(batch, groups, keys, 4)
+    mask = None
+    want = torch.ones(batch, groups, count, keys, dtype=torch.bool)
+    if causal:
+        want = want.tril()
+    elif mask_heads != "none":
+        heads = 1 if mask_heads == "one" else groups
+        mask = torch.rand(batch, heads, count, keys, generator=generator) < 0.5
+        mask[..., keys - count :] |= torch.eye(count, dtype=torch.bool)
+        want = mask.expand_as(want)
+    out = attend(query, key, value, mask=mask, causal=causal, scale=scale)
+    assert out.shape == query.shape
+    oracle = attention_oracle(query, key, value, want.numpy(), scale)
+    np.testing.assert_allclose(out.double().numpy(), oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_attend_takes_values_of_another_width(count):
+    query, key, value = torch.randn(1, 4, count, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 6)
+    mask = torch.ones(1, 1, count, 4, dtype=torch.bool)
+    out = attend(query, key, value, mask=mask, causal=False, scale=1.0)
+    want = attention_oracle(query, key, value, mask.expand(1, 2, count, 4).numpy(), 1.0)
+    np.testing.assert_allclose(out.double().numpy(), want, rtol=1e-5, atol=1e-6)
