@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from setting import table, write
+from setting import setting, table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flexasl
@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 
 def main() -> None:
     args = _arguments()
+    setting()
     if args.child:
         print(json.dumps(_measure(args)))
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from setting import table, write
+from setting import setting, table, write
 
 from flexasl import ASLConfig, embedded
 from flexasl.policies import FixedLayer, Policy
@@ -24,6 +24,7 @@ ANSWER_TOKENS = 12
 
 def main() -> None:
     args = _arguments()
+    setting()
     model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
     settings = _settings(args.select_tokens)
     results: dict[int, dict[str, list[dict[str, Any]]]] = {}

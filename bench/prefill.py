@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from setting import table, write
+from setting import setting, table, write
 
 import flexasl
 from flexasl import embedded
@@ -25,6 +25,7 @@ from flexasl.text import magic_number, needle_prompt, prompt_ids
 
 def main() -> None:
     args = _arguments()
+    setting()
     model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
     layers = model.config.num_hidden_layers
     rows, data = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -13,8 +14,9 @@ import torch
 import transformers
 
 
+@functools.cache
 def setting() -> dict[str, str]:
-    """Command, hardware, versions and commit of this run."""
+    """Command, hardware, versions and commit of this run, as they were when first asked for."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "flexasl"], capture_output=True, text=True, check=False)
     torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,11 +1,15 @@
 """FlexASL: makes long prompts cheap for decoder language models, by pruning the prompt while the model reads it."""
 
-from flexasl import policies
-from flexasl.config import ASLConfig
-from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
-from flexasl.patching import patch
-from flexasl.replay import Replay, replay
-from flexasl.selector import LayerSelector, Selection
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexasl import policies
+    from flexasl.config import ASLConfig
+    from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
+    from flexasl.patching import patch
+    from flexasl.replaying import Replay, replay
+    from flexasl.selector import LayerSelector, Selection
 
 __version__ = "0.1.0"
 
@@ -21,3 +25,28 @@ __all__ = [
     "policies",
     "replay",
 ]
+
+_HOMES = {
+    "ASLConfig": "config",
+    "ConfigError": "errors",
+    "FlexASLError": "errors",
+    "LayerSelector": "selector",
+    "Replay": "replaying",
+    "Selection": "selector",
+    "UnsupportedError": "errors",
+    "patch": "patching",
+    "replay": "replaying",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that the command line answers before torch has been imported."""
+    if name in _HOMES:
+        return getattr(import_module(f"flexasl.{_HOMES[name]}"), name)
+    if name in __all__:
+        return import_module(f"flexasl.{name}")
+    raise AttributeError(f"module 'flexasl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

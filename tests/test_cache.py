@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexasl.attention import attend
@@ -109,6 +109,7 @@ def select_rows(draw, cache, model):
     model.rows = [[list(entries) for entries in model.rows[row]] for row in rows]
 
 
+@settings(max_examples=150)
 @given(data=st.data())
 def test_cache_remembers_what_plain_lists_remember(data):
     cache, model = LayerCache(), Model(data.draw(st.integers(1, 3)))
@@ -171,6 +172,15 @@ def test_crop_frees_what_it_forgets():
     assert cache.columns.untyped_storage().nbytes() <= 2 * 2 * 8
     cache.crop(99)
     assert (cache.seen, cache.nbytes) == (0, 0)
+
+
+def test_an_empty_cache_can_be_cropped_and_filled_again():
+    cache = filled(count=6)
+    cache.crop(6)
+    cache.crop(1)
+    assert (cache.seen, cache.nbytes) == (0, 0)
+    cache.append(*states_of([[5], [6]]), torch.tensor([[0], [0]]), None, 1)
+    assert [held_entries(cache, row, 0) for row in range(2)] == [[(0, 5)], [(0, 6)]]
 
 
 def test_crop_leaves_pruned_entries_pruned():

@@ -1,0 +1,368 @@
+"""What must always hold, whatever the model family, prompts and settings.
+
+The models run in float64 and only scores are float32, so that a row computes the same scores alone and in a batch, and
+no decision hangs on rounding.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, GREEDY, GROUPS, LAYERS, VOCAB, left_padded, prompts, recompute, tiny
+from test_ops import mass_oracle, top_p_oracle
+from test_selector import decide
+
+import flexasl
+from flexasl import ASLConfig
+
+HEAD_DIM, SLIDING = 16, 48
+CLOSE = {"rtol": 0, "atol": 1e-4}
+lengths = st.integers(1, 90) | st.integers(40, 90)
+
+
+@st.composite
+def rules(draw, most=40, layers=LAYERS):
+    """Any settings that a stack of so many layers can run."""
+    window = draw(st.integers(1, 8))
+    amount = st.integers(window + 1, most) | st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0])
+    cache = draw(st.sampled_from(["full", "budget", "budget", "top_p"]))
+    observe = draw(st.sampled_from([1, 2, 2, 3, 3]))
+    first = draw(st.none() | st.integers(observe - 1, layers - 2))
+    return ASLConfig(
+        select_tokens=draw(amount),
+        kv_budget=draw(amount) if cache == "budget" else None,
+        kv_top_p=draw(st.sampled_from([0.3, 0.6, 0.9, 0.99])) if cache == "top_p" else None,
+        tau=draw(st.sampled_from([None, 0.2, 0.5, 0.9, 1.0])),
+        min_layer=first,
+        max_layer=draw(st.none() | st.integers(max(first or 0, observe - 1), layers - 1)),
+        observe_layers=observe,
+        window=window,
+        kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
+        pooling=draw(st.sampled_from(["avgpool", "maxpool"])),
+        variance_reference=draw(st.sampled_from(["initial", "peak"])),
+        select_on=draw(st.sampled_from(["last", "max"])),
+        if_never=draw(st.sampled_from([None, "select", "keep"])),
+    )
+
+
+@st.composite
+def batches(draw, rows=3):
+    """Prompts of any lengths, and columns of padding in front of all of them."""
+    counts = draw(st.lists(lengths, min_size=1, max_size=rows))
+    return prompts(*counts, seed=draw(st.integers(0, 99))), draw(st.sampled_from([0, 0, 0, 5, 40]))
+
+
+models = st.sampled_from(sorted(FAMILIES)).map(lambda family: tiny(family, torch.float64))
+policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
+
+
+def columns_in_front(rows, padding):
+    """Model inputs of left-padded rows, with so many more columns of padding."""
+    batch = left_padded(rows)
+    mask = torch.cat([torch.zeros(len(rows), padding, dtype=torch.long), batch["attention_mask"]], 1)
+    ids = torch.cat([torch.full((len(rows), padding), 7), batch["input_ids"]], 1)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def decode(model, rows, padding, more):
+    """Logits [B, 1 + T, V] of the last prompt token and of the tokens `more` [B, T], one by one; and the cache."""
+    batch = columns_in_front(rows, padding)
+    out = model(**batch, use_cache=True)
+    logits, mask = [out.logits[:, -1]], batch["attention_mask"]
+    for step in range(more.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        out = model(
+            input_ids=more[:, step : step + 1],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=out.past_key_values,
+        )
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1), out.past_key_values
+
+
+def cached_positions(layer, row, start):
+    """[head][entry] positions that a row of a layer's cache stands for; 0 is the row's first token, at column `start`."""
+    columns = layer.columns[row].expand(GROUPS, -1)
+    real = torch.ones_like(columns, dtype=torch.bool) if layer.valid is None else layer.valid[row].expand(GROUPS, -1)
+    return [(columns[group][real[group]] - start).tolist() for group in range(GROUPS)]
+
+
+# ---------------------------------------------------------------- keep-all is identity
+
+
+def keep_everything(config, amount):
+    budget = None if config.kv_budget is None else amount
+    return config.replace(select_tokens=amount, kv_budget=budget)
+
+
+@settings(max_examples=60)
+@given(model=models, batch=batches(rows=2), config=rules(), amount=st.sampled_from([1.0, 90, 5000]), policy=policies)
+def test_keep_all_is_identity(model, batch, config, amount, policy):
+    rows, padding = batch
+    config = keep_everything(config, amount)
+    inputs = columns_in_front(rows, padding)
+    real = inputs["attention_mask"].bool()
+    plain = model(**inputs, use_cache=True)
+    with flexasl.patch(model, config, policy) as patch:
+        pruned = model(**inputs, use_cache=True)
+    torch.testing.assert_close(pruned.logits[real], plain.logits[real], **CLOSE)
+    assert [row.kept_positions for row in patch.report.rows] == [tuple(range(len(row))) for row in rows]
+    for mine, theirs in zip(pruned.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        for row, ids in enumerate(rows):
+            start = real.shape[1] - len(ids)
+            held = min(len(ids), SLIDING - 1) if theirs.is_sliding else len(ids)
+            want = list(range(len(ids) - held, len(ids)))
+            assert cached_positions(mine, row, start) == [want] * GROUPS
+            # The row's entries are the last ones: nothing of it was dropped.
+            for name in ("keys", "values"):
+                stored, whole = getattr(mine, name)[row], getattr(theirs, name)[row]
+                torch.testing.assert_close(stored[:, -held:], whole[:, -held:], **CLOSE)
+
+
+@settings(max_examples=20)
+@given(model=models, batch=batches(rows=2), config=rules())
+def test_keep_all_generates_the_same_tokens(model, batch, config):
+    rows, padding = batch
+    inputs = columns_in_front(rows, padding)
+    del inputs["position_ids"]
+    want = model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences
+    with flexasl.patch(model, keep_everything(config, 1.0)):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences, want)
+
+
+# ---------------------------------------------------------------- a row is alone, pruned decode equals recompute
+
+
+@settings(max_examples=100)
+@given(model=models, batch=batches(), config=rules(), policy=policies)
+def test_a_row_is_alone(model, batch, config, policy):
+    rows, padding = batch
+    more = torch.stack(prompts(*[3] * len(rows), seed=7))
+    width = padding + max(map(len, rows))
+    with flexasl.patch(model, config, policy) as patch:
+        logits, cache = decode(model, rows, padding, more)
+        together = patch.report.rows
+        for index, ids in enumerate(rows):
+            alone, own = decode(model, [ids], 0, more[index : index + 1])
+            solo = patch.report.rows[0]
+            mine = together[index]
+            assert (mine.selected_layer, mine.kept_positions) == (solo.selected_layer, solo.kept_positions)
+            assert (mine.kept_tokens, mine.eval_layers) == (solo.kept_tokens, solo.eval_layers)
+            for layer, single in zip(cache.layers, own.layers, strict=True):
+                held = cached_positions(layer, index, width - len(ids))
+                assert held == cached_positions(single, 0, 0)
+            torch.testing.assert_close(logits[index], alone[0], **CLOSE)
+
+
+@settings(max_examples=100)
+@given(model=models, batch=batches(rows=2), config=rules(), policy=policies)
+def test_pruned_decode_equals_recompute(model, batch, config, policy):
+    rows, padding = batch
+    more = torch.stack(prompts(*[4] * len(rows), seed=8))
+    width = padding + max(map(len, rows))
+    with flexasl.patch(model, config, policy) as patch:
+        logits, cache = decode(model, rows, padding, more)
+    for index, ids in enumerate(rows):
+        made = patch.report.rows[index]
+        last = len(ids) + more.shape[1] - 1
+        held = []
+        for layer in cache.layers:
+            heads = cached_positions(layer, index, width - len(ids))
+            longest = max(map(len, heads))
+            held.append(torch.tensor([head + [last] * (longest - len(head)) for head in heads])[None])
+        whole = torch.cat([ids, more[index]])[None]
+        kept = torch.tensor(made.kept_positions)
+        full = recompute(model, whole, len(ids), held, made.selected_layer, kept)
+        torch.testing.assert_close(logits[index], full[0, len(ids) - 1 :], **CLOSE)
+
+
+# ---------------------------------------------------------------- kept is well-formed, what is dropped is freed
+
+
+def share_of(amount, tokens, window):
+    return amount if isinstance(amount, int) else max(math.floor(amount * tokens), window + 1)
+
+
+def check_kept(config, policy, made, tokens):
+    """Kept positions of one row: the budget to the token where the row was pruned, else the whole prompt."""
+    kept = list(made.kept_positions)
+    budget = share_of(config.select_tokens, tokens, config.window)
+    assert kept == sorted(set(kept)) and made.kept_tokens == len(kept) > 0
+    assert 0 <= kept[0] and kept[-1] == tokens - 1
+    assert set(range(max(0, tokens - config.window), tokens)) <= set(kept)
+    if made.selected_layer is None:
+        assert kept == list(range(tokens))
+    else:
+        assert policy != "snapkv" and len(kept) == budget < tokens
+    if config.if_never == "select" and policy == "asl":
+        assert len(kept) == min(budget, tokens)
+
+
+def check_entries(config, policy, made, tokens, index, heads, sliding):
+    """Cache entries of one row at one layer."""
+    below = made.selected_layer is not None and index > made.selected_layer
+    present = list(made.kept_positions) if below else list(range(tokens))
+    limit = len(present)
+    amount = config.kv_budget
+    if policy == "snapkv" and amount is None and config.kv_top_p is None:
+        amount = config.select_tokens
+    if amount is not None:
+        limit = min(limit, share_of(amount, tokens, config.window))
+    seen_later = [at for at in present if not sliding or at > tokens - SLIDING]
+    by_mass = config.kv_top_p is not None and limit > share_of(config.select_tokens, tokens, config.window)
+    for held in heads:
+        assert held == sorted(set(held)) and set(held) <= set(seen_later)
+        assert set(present[-config.window :]) <= set(held)
+        if by_mass:
+            assert present[0] in held or sliding
+        elif limit == len(present):
+            assert held == seen_later
+        else:
+            assert len(held) == limit or (sliding and len(held) < limit)
+
+
+@settings(max_examples=200)
+@given(model=models, batch=batches(), config=rules(), policy=policies)
+def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy):
+    rows, padding = batch
+    with flexasl.patch(model, config, policy) as patch:
+        cache = model(**columns_in_front(rows, padding), use_cache=True).past_key_values
+        resolved = patch.config
+    report, width = patch.report, padding + max(map(len, rows))
+    sliding = getattr(model.config, "sliding_window", None) == SLIDING
+    for row, ids in enumerate(rows):
+        check_kept(resolved, policy, report.rows[row], len(ids))
+        for index, layer in enumerate(cache.layers):
+            heads = cached_positions(layer, row, width - len(ids))
+            check_entries(resolved, policy, report.rows[row], len(ids), index, heads, sliding)
+    check_bytes(cache, report, len(rows), width, sliding)
+
+
+def check_bytes(cache, report, batch, width, sliding):
+    entry = 2 * GROUPS * HEAD_DIM * 8
+    storages = {}
+    for layer, slots in zip(cache.layers, report.kv_tokens, strict=True):
+        assert layer.keys.shape == layer.values.shape == (batch, GROUPS, slots, HEAD_DIM)
+        assert layer.keys.dtype == torch.float64
+        for states in (layer.keys, layer.values):
+            storages[states.untyped_storage().data_ptr()] = states.untyped_storage().nbytes()
+        for marks in (layer.columns, layer.valid):
+            assert marks is None or marks.untyped_storage().nbytes() <= marks.numel() * marks.element_size()
+    assert len(storages) == 2 * LAYERS
+    assert report.kv_bytes == sum(storages.values()) == batch * sum(report.kv_tokens) * entry
+    whole = min(width, SLIDING - 1) if sliding else width
+    assert report.kv_bytes_full == batch * LAYERS * whole * entry
+
+
+# ---------------------------------------------------------------- every decision, from its definition
+
+
+def scores_oracle(mass, config):
+    """mass [H][P], prefix columns only → pooled per head, float64."""
+    heads, prefix = mass.shape
+    reach, pooled = config.kernel_size // 2, np.zeros(mass.shape)
+    for h, j in np.ndindex(heads, prefix):
+        near = mass[h, max(0, j - reach) : j + reach + 1]
+        pooled[h, j] = near.sum() / config.kernel_size if config.pooling == "avgpool" else near.max()
+    return pooled
+
+
+def layer_oracle(query, key, config):
+    """Mass [H, m] and pooled scores [H, P] of one row's layer."""
+    every = np.ones((1, key.shape[1]), dtype=bool)
+    mass = mass_oracle(query[None, :, -config.window :], key[None], query.shape[-1] ** -0.5, every, None, None)[0]
+    return mass, scores_oracle(mass[:, : -config.window], config)
+
+
+def distinct(scores):
+    """Whether no two scores are closer than float32 can tell, but for exact ties."""
+    gaps = np.diff(np.sort(scores, axis=-1), axis=-1)
+    return bool(((gaps == 0) | (gaps > 1e-5 * scores.max())).all())
+
+
+def entries_oracle(mass, pooled, config, tokens, groups):
+    """Entries that each KV head keeps of the layer's m tokens, in the order that `replay` gives."""
+    count, window = mass.shape[1], config.window
+    everything = [list(range(count))] * groups
+    if config.kv_top_p is not None:
+        if count <= config.token_budget(tokens):
+            return everything
+        per_head = mass.reshape(groups, -1, count).mean(1) / window
+        reached = np.sort(per_head, axis=-1)[:, ::-1].cumsum(-1)
+        assume(distinct(per_head) and abs(reached - config.kv_top_p).min() > 1e-5)
+        return top_p_oracle(mass.tolist(), config.kv_top_p, window, groups)
+    if config.kv_budget is None:
+        return everything
+    budget = min(config.cache_budget(tokens), count) - window
+    per_head = pooled.reshape(groups, -1, count - window).sum(1)
+    assume(distinct(per_head))
+    best = [sorted(range(count - window), key=lambda j: (-scores[j], j))[:budget] for scores in per_head]
+    return [head + list(range(count - window, count)) for head in best]
+
+
+def replay_oracle(query, key, config):
+    """Every decision on one row: query [L, H, n, D], key [L, G, n, D] → Decision and kept entries [layer][KV head]."""
+    layers, groups, tokens, _ = key.shape
+    if tokens <= config.window:
+        return None, [[list(range(tokens))] * groups] * layers
+    seen = [layer_oracle(query[layer], key[layer], config) for layer in range(layers)]
+    scores = [pooled.sum(0) for _, pooled in seen]
+    assume(distinct(np.stack(scores)))
+    decision = decide(config, [row.tolist() for row in scores])
+    kept = []
+    for layer, (mass, pooled) in enumerate(seen):
+        if decision.layer is not None and layer > decision.layer:
+            mass, pooled = layer_oracle(query[layer][:, decision.kept], key[layer][:, decision.kept], config)
+        kept.append(entries_oracle(mass, pooled, config, tokens, groups))
+    return decision, kept
+
+
+@settings(max_examples=150)
+@given(
+    config=rules(most=20, layers=5),
+    counts=st.lists(st.integers(1, 26), min_size=1, max_size=2),
+    repeats=st.sampled_from([1, 2]),
+    noise=st.sampled_from([0.1, 0.4, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_replay_decides_what_the_definition_says(config, counts, repeats, noise, seed):
+    rng, width, layers, groups, dim = np.random.default_rng(seed), max(counts), 5, 2, 4
+
+    def states(heads):
+        base = rng.standard_normal((1, len(counts), heads, width, dim))
+        return (base + noise * rng.standard_normal((layers, *base.shape[1:]))).astype(np.float32)
+
+    query, key = states(groups * repeats), states(groups)
+    mask = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+    rows = flexasl.replay(torch.tensor(query), torch.tensor(key), config, attention_mask=mask)
+    for row, count in enumerate(counts):
+        own = (query[:, row, :, width - count :], key[:, row, :, width - count :])
+        decision, kept = replay_oracle(*own, config.resolve(layers))
+        assert [[head.tolist() for head in layer] for layer in rows[row].kept_indices] == kept
+        if decision is None:
+            assert (rows[row].selected_layer, rows[row].selected) == (None, None)
+            continue
+        assert rows[row].selected_layer == decision.layer
+        assert (rows[row].eval_layers, rows[row].union_size) == (decision.eval_layers, decision.union_size)
+        assert (rows[row].variance, rows[row].variance_ratio) == (decision.variance, decision.ratio)
+        if decision.layer is not None:
+            assert rows[row].selected.tolist() == decision.kept
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
+def test_prompts_shorter_than_the_window_pass_untouched(family):
+    model = tiny(family)
+    config = ASLConfig(kv_budget=40, min_layer=1, observe_layers=2)
+    for rows in (prompts(1), prompts(5), prompts(3, 1, 5)):
+        inputs = columns_in_front(rows, 0)
+        real = inputs["attention_mask"].bool()
+        want = model(**inputs).logits
+        with flexasl.patch(model, config) as patch:
+            got = model(**inputs).logits
+        torch.testing.assert_close(got[real], want[real], **CLOSE)
+        assert [row.kept_tokens for row in patch.report.rows] == [len(row) for row in rows]
+    assert VOCAB == got.shape[-1]

@@ -1,0 +1,334 @@
+"""Every op against its definition, written once more as plain loops in float64 or in whole numbers."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexasl import ops
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def arrays(seed):
+    return np.random.default_rng(seed)
+
+
+def tensor(array):
+    return torch.tensor(np.ascontiguousarray(array))
+
+
+# ---------------------------------------------------------------- window_mass
+
+
+def mass_oracle(query, key, scale, valid, positions, sliding_window):
+    """Softmax of each real window query over the keys that it sees, summed over the window; float64 loops."""
+    batch, heads, window, _ = query.shape
+    groups, tokens = key.shape[1:3]
+    mass = np.zeros((batch, heads, tokens))
+    for b, h, w in np.ndindex(batch, heads, window):
+        at = tokens - window + w
+        if not valid[b, at]:
+            continue
+        weights = np.zeros(tokens)
+        for j in range(at + 1):
+            if not valid[b, j] or (sliding_window is not None and positions[b, at] - positions[b, j] >= sliding_window):
+                continue
+            logit = sum(
+                float(x) * float(y) for x, y in zip(query[b, h, w], key[b, h // (heads // groups), j], strict=True)
+            )
+            weights[j] = math.exp(logit * scale)
+        mass[b, h] += weights / weights.sum()
+    return mass
+
+
+@st.composite
+def window_cases(draw):
+    rng = arrays(draw(SEEDS))
+    window, prefix = draw(st.integers(1, 4)), draw(st.integers(0, 7))
+    groups, repeats, dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 6]))
+    tokens, lengths = prefix + window, [draw(st.integers(1, prefix + window)) for _ in range(draw(st.integers(1, 2)))]
+    batch = len(lengths)
+    query = rng.standard_normal((batch, groups * repeats, window, dim)).astype(np.float32)
+    key = rng.standard_normal((batch, groups, tokens, dim)).astype(np.float32)
+    valid = np.arange(tokens) >= tokens - np.array(lengths)[:, None]
+    gaps = rng.integers(1, 5, (batch, tokens)) if draw(st.booleans()) else np.ones((batch, tokens), dtype=np.int64)
+    positions = gaps.cumsum(1) - gaps[:, :1]
+    sliding_window = draw(st.none() | st.integers(1, 14))
+    scale = draw(st.sampled_from([None, 0.2, 1.0]))
+    return query, key, scale, valid, positions, sliding_window
+
+
+@given(case=window_cases())
+def test_window_mass_is_the_summed_softmax(case):
+    query, key, scale, valid, positions, sliding_window = case
+    default_positions = bool((positions == np.arange(key.shape[2])).all())
+    mass = ops.window_mass(
+        tensor(query),
+        tensor(key),
+        scale=scale,
+        valid=None if valid.all() else tensor(valid),
+        positions=None if default_positions else tensor(positions),
+        sliding_window=sliding_window,
+    )
+    want = mass_oracle(query, key, query.shape[-1] ** -0.5 if scale is None else scale, valid, positions, sliding_window)
+    assert mass.dtype == torch.float32
+    np.testing.assert_allclose(mass.double().numpy(), want, rtol=1e-5, atol=1e-12)
+
+
+@given(case=window_cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype):
+    query, key, scale, valid, positions, sliding_window = case
+    tokens, window = key.shape[2], query.shape[2]
+    query, key, at = tensor(query).to(dtype), tensor(key).to(dtype), tensor(positions)
+    # What padding holds must not matter: it may be anything finite.
+    padding = ~tensor(valid)[:, None, :, None]
+    noisy_key = key.masked_fill(padding, 9.0)
+    noisy_query = query.masked_fill(padding[:, :, tokens - window :], -9.0)
+    settings = {"scale": scale, "sliding_window": sliding_window}
+    mass = ops.window_mass(noisy_query, noisy_key, valid=tensor(valid), positions=at, **settings)
+    for b, length in enumerate(valid.sum(1).tolist()):
+        alone = ops.window_mass(
+            query[b : b + 1, :, -min(length, window) :],
+            key[b : b + 1, :, tokens - length :],
+            positions=at[b : b + 1, tokens - length :],
+            **settings,
+        )
+        torch.testing.assert_close(mass[b : b + 1, :, tokens - length :], alone, rtol=1e-5, atol=1e-12)
+        assert not mass[b, :, : tokens - length].any()
+
+
+def test_window_mass_counts_each_window_query_once():
+    mass = ops.window_mass(torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8))
+    torch.testing.assert_close(mass.sum(-1), torch.full((2, 4), 5.0))
+    alike = ops.window_mass(torch.zeros(1, 1, 2, 4), torch.randn(1, 1, 4, 4))
+    torch.testing.assert_close(alike[0, 0], torch.tensor([1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]))
+
+
+def test_window_mass_of_one_token_is_one():
+    assert ops.window_mass(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4)).tolist() == [[[1.0], [1.0]]]
+
+
+def test_window_mass_sees_sliding_window_minus_one_tokens_back():
+    query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 6, 4)
+    assert (ops.window_mass(query, key, sliding_window=4) > 0).tolist() == [[[False, False, True, True, True, True]]]
+    sparse = torch.tensor([[0, 3, 6, 7, 8, 10]])
+    seen = ops.window_mass(query, key, sliding_window=4, positions=sparse) > 0
+    assert seen.tolist() == [[[False, False, False, True, True, True]]]
+
+
+# ---------------------------------------------------------------- pool_scores
+
+
+@given(
+    seed=SEEDS,
+    prefix=st.integers(0, 12),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    pooling=st.sampled_from(["avgpool", "maxpool"]),
+)
+def test_pool_scores(seed, prefix, kernel_size, pooling):
+    mass = arrays(seed).random((2, 3, prefix)).astype(np.float32)
+    want = np.zeros(mass.shape)
+    for b, h, j in np.ndindex(mass.shape):
+        near = [float(mass[b, h, i]) for i in range(j - kernel_size // 2, j + kernel_size // 2 + 1) if 0 <= i < prefix]
+        want[b, h, j] = sum(near) / kernel_size if pooling == "avgpool" else max(near)
+    pooled = ops.pool_scores(tensor(mass), kernel_size=kernel_size, pooling=pooling)
+    assert pooled.shape == mass.shape
+    np.testing.assert_allclose(pooled.double().numpy(), want, rtol=1e-6 if pooling == "avgpool" else 0)
+
+
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
+def test_pool_scores_of_a_row_behind_empty_padding_are_the_rows_alone(pooling):
+    mass = torch.rand(2, 3, 9)
+    padded = torch.cat([torch.zeros(2, 3, 4), mass], -1)
+    settings = {"kernel_size": 5, "pooling": pooling}
+    assert torch.equal(ops.pool_scores(padded, **settings)[..., 4:], ops.pool_scores(mass, **settings))
+
+
+# ---------------------------------------------------------------- token_ranks
+
+
+def ranks_oracle(scores, valid):
+    order = sorted(range(len(scores)), key=lambda j: (not valid[j], -scores[j], j))
+    return [order.index(j) + 1 for j in range(len(scores))]
+
+
+@st.composite
+def scored_rows(draw):
+    """Scores with many ties, and padding that would score best, anywhere or nowhere."""
+    rows, tokens = draw(st.integers(1, 3)), draw(st.integers(0, 40))
+    rng = arrays(draw(SEEDS))
+    scores = rng.integers(-3, draw(st.sampled_from([0, 4, 10**6])), (rows, tokens)).astype(np.float32)
+    valid = rng.random((rows, tokens)) < draw(st.sampled_from([0.5, 2.0]))
+    return np.where(valid, scores, np.float32(1e9)), valid
+
+
+@given(rows=scored_rows())
+def test_token_ranks_are_stable_and_put_padding_last(rows):
+    scores, valid = rows
+    ranks = ops.token_ranks(tensor(scores), None if valid.all() else tensor(valid))
+    assert ranks.dtype == torch.int32
+    assert ranks.tolist() == [ranks_oracle(s.tolist(), v.tolist()) for s, v in zip(scores, valid, strict=True)]
+
+
+def test_token_ranks_of_many_equal_scores_go_to_the_earlier_token():
+    assert ops.token_ranks(torch.zeros(2, 5000)).tolist() == [list(range(1, 5001))] * 2
+
+
+# ---------------------------------------------------------------- rank_variance
+
+
+def variance_oracle(ranks, budget):
+    """ranks [O][P] of one row → exact variance, size of the union."""
+    layers = len(ranks)
+    union = [j for j in range(len(ranks[0])) if any(ranks[layer][j] <= budget for layer in range(layers))]
+    total = Fraction(0)
+    for j in union:
+        mean = Fraction(sum(ranks[layer][j] for layer in range(layers)), layers)
+        total += sum((ranks[layer][j] - mean) ** 2 for layer in range(layers))
+    return total / (layers * max(1, len(union))), len(union)
+
+
+@given(seed=SEEDS, layers=st.integers(1, 8), rows=st.integers(1, 3), tokens=st.integers(1, 40), data=st.data())
+def test_rank_variance_is_exact(seed, layers, rows, tokens, data):
+    rng = arrays(seed)
+    ranks = np.stack([[rng.permutation(tokens) + 1 for _ in range(rows)] for _ in range(layers)]).astype(np.int32)
+    budget = data.draw(st.lists(st.integers(0, tokens + 2), min_size=rows, max_size=rows))
+    variance, size = ops.rank_variance(tensor(ranks), torch.tensor(budget))
+    want = [variance_oracle(ranks[:, b].tolist(), budget[b]) for b in range(rows)]
+    assert variance.dtype == torch.float64
+    assert variance.tolist() == [float(value) for value, _ in want]
+    assert size.tolist() == [count for _, count in want]
+
+
+def test_rank_variance_by_hand():
+    ranks = torch.tensor([[[1, 2, 3, 4]], [[2, 1, 4, 3]], [[1, 3, 2, 4]]], dtype=torch.int32)
+    # Budget 2: tokens 0, 1, 2 are ranked within it in some layer; their ranks are (1, 2, 1), (2, 1, 3), (3, 4, 2).
+    variance, size = ops.rank_variance(ranks, torch.tensor([2]))
+    assert size.tolist() == [3]
+    assert variance.item() == pytest.approx((2 / 3 + 2 + 2) / 9)
+
+
+def test_rank_variance_of_long_prompts_does_not_overflow():
+    tokens = 200_000
+    up = torch.arange(1, tokens + 1, dtype=torch.int32)
+    variance, size = ops.rank_variance(torch.stack([up, up.flip(0)])[:, None], torch.tensor([tokens]))
+    assert size.item() == tokens
+    assert variance.item() == pytest.approx((tokens**2 - 1) / 12, rel=1e-12)
+
+
+# ---------------------------------------------------------------- selection
+
+
+@given(seed=SEEDS, rows=st.integers(1, 3), tokens=st.integers(0, 20), window=st.integers(1, 4), data=st.data())
+def test_select_tokens_takes_ranks_within_the_budget_and_the_window(seed, rows, tokens, window, data):
+    ranks = np.stack([arrays(seed + row).permutation(tokens) + 1 for row in range(rows)]).astype(np.int32)
+    budget = data.draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
+    keep = ops.select_tokens(tensor(ranks), torch.tensor(budget), window)
+    want = [[rank <= budget[row] for rank in ranks[row]] + [True] * window for row in range(rows)]
+    assert keep.tolist() == want
+    assert keep.sum(1).tolist() == [most + window for most in budget]
+
+
+@given(seed=SEEDS, shape=st.sampled_from([(1,), (3,), (2, 3)]), tokens=st.integers(1, 20), extra=st.integers(0, 3))
+def test_kept_slots_are_ascending_and_right_aligned(seed, shape, tokens, extra):
+    keep = arrays(seed).random((*shape, tokens)) < 0.5
+    count = min(tokens, int(keep.sum(-1).max()) + extra)
+    slots, valid = ops.kept_slots(tensor(keep), count)
+    assert slots.shape == valid.shape == (*shape, count)
+    for row in np.ndindex(*shape):
+        kept = np.flatnonzero(keep[row]).tolist()
+        assert slots[row].tolist()[count - len(kept) :] == kept
+        assert valid[row].tolist() == [False] * (count - len(kept)) + [True] * len(kept)
+        assert len(set(slots[row].tolist())) == count
+
+
+@given(seed=SEEDS, rows=st.integers(1, 3), tokens=st.integers(1, 9), rest=st.sampled_from([(), (2,), (3, 2)]))
+def test_gather_slots(seed, rows, tokens, rest):
+    rng = arrays(seed)
+    shared = bool(rng.integers(2))
+    states = rng.standard_normal((1 if shared else rows, tokens, *rest))
+    slots = rng.integers(0, tokens, (rows, int(rng.integers(0, tokens + 1))))
+    gathered = ops.gather_slots(tensor(states), tensor(slots))
+    assert gathered.shape == (*slots.shape, *rest)
+    for row, place in np.ndindex(*slots.shape):
+        assert np.array_equal(gathered[row, place].numpy(), states[0 if shared else row, slots[row, place]])
+    assert gathered.untyped_storage().nbytes() == gathered.numel() * gathered.element_size()
+
+
+# ---------------------------------------------------------------- top_k_entries, top_p_entries
+
+
+@given(rows=scored_rows(), groups=st.integers(1, 3), window=st.integers(1, 3), data=st.data())
+def test_top_k_entries_keep_the_best_of_each_head(rows, groups, window, data):
+    scores, valid = rows
+    batch, tokens = scores.shape
+    heads = np.stack([scores, *(np.roll(scores, shift, 1) for shift in range(1, groups))], 1)
+    heads = np.where(valid[:, None], heads, np.float32(1e9))
+    budget = [data.draw(st.integers(0, count)) for count in valid.sum(1).tolist()]
+    keep = ops.top_k_entries(tensor(heads), torch.tensor(budget), window, None if valid.all() else tensor(valid))
+    for b, g in np.ndindex(batch, groups):
+        ranks = ranks_oracle(heads[b, g].tolist(), valid[b].tolist())
+        assert keep[b, g].tolist() == [rank <= budget[b] for rank in ranks] + [True] * window
+
+
+def top_p_oracle(mass, top_p, window, groups):
+    """mass [H][N] of one row without padding, as whole numbers → entries kept per KV head. Exact."""
+    repeats, tokens = len(mass) // groups, len(mass[0])
+    kept = []
+    for group in range(groups):
+        heads = mass[group * repeats : (group + 1) * repeats]
+        share = [sum(Fraction(head[j]) for head in heads) / (repeats * window) for j in range(tokens)]
+        order = sorted(range(tokens), key=lambda j: (-share[j], j))
+        count = next((c for c in range(1, tokens + 1) if sum(share[j] for j in order[:c]) >= top_p), tokens)
+        kept.append(sorted({*order[: count // 8 * 8], 0, *range(tokens - window, tokens)}))
+    return kept
+
+
+@st.composite
+def masses(draw):
+    """Attention mass in 256ths, so that float32 sums are exact and `top_p` can be met to the bit; rows sum to the window."""
+    rng = arrays(draw(SEEDS))
+    window, repeats, groups = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 2))
+    lengths = draw(st.lists(st.integers(window + 1, 50), min_size=1, max_size=2))
+    flat = draw(st.booleans())
+    rows = []
+    for length in lengths:
+        odds = np.ones(length) if flat else rng.dirichlet(np.full(length, 0.4)) + 1e-9
+        rows.append(rng.multinomial(256 * window, odds / odds.sum(), (groups * repeats,)) / 256)
+    top_p = draw(st.integers(1, 256)) / 256
+    return rows, lengths, top_p, window, groups
+
+
+@given(case=masses())
+def test_top_p_entries_reach_the_mass_in_eights(case):
+    rows, lengths, top_p, window, groups = case
+    tokens = max(lengths)
+    mass = np.zeros((len(rows), len(rows[0]), tokens), dtype=np.float32)
+    for b, row in enumerate(rows):
+        mass[b, :, tokens - lengths[b] :] = row
+    valid = np.arange(tokens) >= tokens - np.array(lengths)[:, None]
+    keep = ops.top_p_entries(tensor(mass), top_p, window, groups, None if valid.all() else tensor(valid))
+    for b, row in enumerate(rows):
+        kept = [np.flatnonzero(head).tolist() for head in keep[b].numpy()]
+        start = tokens - lengths[b]
+        assert [[j - start for j in head] for head in kept] == top_p_oracle(row.tolist(), top_p, window, groups)
+
+
+def test_top_p_entries_by_hand():
+    mass = torch.tensor([2.0**-j for j in range(1, 20)] + [2.0**-19])[None, None]
+    kept = [ops.top_p_entries(mass, top_p, 1, 1)[0, 0].nonzero().flatten().tolist() for top_p in (0.9, 0.998, 1.0)]
+    assert kept == [[0, 19], [*range(8), 19], [*range(16), 19]]
+
+
+def test_top_p_entries_of_a_padded_row_are_the_rows_alone_where_rounding_leaves_the_mass_short_of_top_p():
+    alone = torch.full((1, 1, 12), 1 / 12)
+    alone[..., -1] = 0.0833  # in total 0.99997
+    padded = torch.cat([torch.zeros(1, 1, 20), alone], -1)
+    valid = torch.arange(32)[None] >= 20
+    want = ops.top_p_entries(alone, 1.0, 1, 1)
+    assert torch.equal(ops.top_p_entries(padded, 1.0, 1, 1, valid)[..., 20:], want)
