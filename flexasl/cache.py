@@ -64,7 +64,7 @@ class LayerCache:
         left = self.columns < self.seen
         if self.valid is not None:
             left = left & self.valid
-        used = left.reshape(-1, left.shape[-1]).any(0).nonzero()
+        used = left.flatten(0, -2).any(0).nonzero()
         length = 0 if len(used) == 0 else int(used[-1]) + 1
         self.keys, self.values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()
         self.columns, left = self.columns[..., :length].clone(), left[..., :length]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
-from flexasl.ops import gather_slots, kept_slots, pool_scores, top_k_entries, top_p_entries, window_mass
+from flexasl.ops import gather_slots, kept_slots, top_k_entries, top_p_entries, window_mass, window_scores
 from flexasl.policies.base import Policy
 from flexasl.selector import LayerSelector, Selection
 
@@ -48,7 +48,7 @@ class Prefill:
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` columns.
 
-        observer(layer, scores [B, H, P]), where given, sees the pooled scores of every layer, and the rule then also
+        observer(layer, scores [B, G, P]), where given, sees the pooled scores of every layer, and the rule then also
         runs in rows that are too short to lose a token.
         """
         self.policy = policy
@@ -96,17 +96,14 @@ class Prefill:
         rows = self.selector.rows
         alone = not (compresses or self._observer) and len(rows) < len(self.lengths)
         subset = torch.tensor(rows, device=self.device) if alone else slice(None)
-        mass = window_mass(
-            query[subset, :, -self.config.window :],
-            key[subset],
-            scale=scale,
-            valid=None if self.valid is None else self.valid[subset],
-            positions=self.columns[subset] if sliding_window is not None else None,
-            sliding_window=sliding_window,
-        )
-        scores = pool_scores(
-            mass[..., : -self.config.window], kernel_size=self.config.kernel_size, pooling=self.config.pooling
-        )
+        states = (query[subset, :, -self.config.window :], key[subset])
+        view = {
+            "scale": scale,
+            "valid": None if self.valid is None else self.valid[subset],
+            "positions": self.columns[subset] if sliding_window is not None else None,
+            "sliding_window": sliding_window,
+        }
+        scores = window_scores(*states, self.config.kernel_size, self.config.pooling, **view)
         self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
@@ -114,7 +111,9 @@ class Prefill:
             token_scores = scores.sum(1) if alone or len(rows) == len(self.lengths) else scores[rows].sum(1)
             self._fresh = self.selector.observe(layer, token_scores)
             self.selections.update((made.row, made) for made in self._fresh)
-        return self._entries(mass, scores, key.shape[1]) if compresses else None
+        if not compresses:
+            return None
+        return self._entries(scores, window_mass(*states, **view) if self.config.kv_top_p is not None else None)
 
     def advance(self) -> Tensor | None:
         """After a layer: the slots [B, K] int64 that go on to the next one, or None where nothing changed."""
@@ -174,22 +173,23 @@ class Prefill:
             return [min(self.config.cache_budget(n) or n, m) for n, m in zip(self.lengths, self.counts, strict=True)]
         return self.counts
 
-    def _entries(self, mass: Tensor, scores: Tensor, groups: int) -> Entries:
+    def _entries(self, scores: Tensor, share: Tensor | None) -> Entries:
+        """What the cache keeps by scores [B, G, P], or by share [B, G, M] of attention where that is given."""
         limits, window = self._limits(), self.config.window
         over = torch.tensor([m > most for m, most in zip(self.counts, limits, strict=True)], device=self.device)
-        batch, heads, prefix = scores.shape
-        if self.config.kv_top_p is not None:
-            keep = top_p_entries(mass, self.config.kv_top_p, window, groups, self.valid)
+        batch, _, prefix = scores.shape
+        if share is not None:
+            assert self.config.kv_top_p is not None
+            keep = top_p_entries(share, self.config.kv_top_p, window, self.valid)
         else:
             budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
-            per_head = scores.view(batch, groups, heads // groups, prefix).sum(2)
             valid = None if self.valid is None else self.valid[:, :prefix]
-            keep = top_k_entries(per_head, budget, window, valid)
+            keep = top_k_entries(scores, budget, window, valid)
         if self.valid is not None:
             keep = keep & self.valid[:, None]
         everything = keep.new_ones(batch, 1, self.width) if self.valid is None else self.valid[:, None]
         keep = torch.where(over[:, None, None], keep, everything)
-        if self.config.kv_top_p is not None:
+        if share is not None:
             count = keep.sum(-1)
             most, least = torch.stack([count.max(), count.min()]).tolist()
         else:

@@ -121,8 +121,7 @@ def _kept_indices(
             kept = entries.slots[row, group]
             kept = kept if entries.valid is None else kept[entries.valid[row, group]]
         if prefill.config.kv_budget is not None and scores is not None:
-            repeats = scores.shape[1] // groups
-            best = scores[row, group * repeats : (group + 1) * repeats].sum(0)
+            best = scores[row, group]
             prefix = kept[kept < best.shape[0]]
             prefix = prefix[best[prefix].argsort(dim=-1, descending=True, stable=True)]
             kept = torch.cat([prefix, kept[len(prefix) :]])

@@ -86,7 +86,7 @@ class LayerSelector:
         Scores may come without their first columns where these are padding in every row.
         """
         scores = F.pad(scores, (self._prefix - scores.shape[1], 0))
-        self._ranks.append(token_ranks(scores, self._valid))
+        self._ranks.append(token_ranks(scores, self._valid_prefix))
         self._scores.append(scores)
         if layer < self._first:
             return []
@@ -123,14 +123,10 @@ class LayerSelector:
 
     def _keep(self) -> Tensor:
         if self.config.select_on == "max":
-            ranks = token_ranks(torch.stack(tuple(self._scores)).amax(0), self._valid)
+            ranks = token_ranks(torch.stack(tuple(self._scores)).amax(0), self._valid_prefix)
         else:
             ranks = self._ranks[-1]
-        keep = select_tokens(ranks, self._budget, self.config.window)
-        if self._valid is not None:
-            keep[:, : self._prefix] &= self._valid
-            keep[:, self._prefix :] &= self._window_valid()
-        return keep
+        return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]
@@ -146,16 +142,16 @@ class LayerSelector:
         self._budget, self._reference = self._budget[index], self._reference[index]
         self._valid = None if self._valid is None else self._valid[index]
 
+    @property
+    def _valid_prefix(self) -> Tensor | None:
+        return None if self._valid is None else self._valid[:, : self._prefix]
+
     def _rows_tensors(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Validity [R, N] of the rows' slots, None where there is no padding, and how many prefix tokens each keeps."""
         lengths = [self.lengths[row] for row in self.rows]
         window = self.config.window
-        budget = [max(0, min(self.config.token_budget(n) - window, n - window)) for n in lengths]
-        padding = torch.tensor([self.tokens - n for n in lengths], device=device)
-        slots = torch.arange(self._prefix, device=device)
+        budget = [max(0, min(self.config.token_budget(n), n) - window) for n in lengths]
+        starts = torch.tensor([self.tokens - n for n in lengths], device=device)
         padded = any(n < self.tokens for n in lengths)
-        return (slots >= padding[:, None]) if padded else None, torch.tensor(budget, device=device)
-
-    def _window_valid(self) -> Tensor:
-        lengths = torch.tensor([self.lengths[row] for row in self.rows], device=self._budget.device)
-        slots = torch.arange(self._prefix, self.tokens, device=self._budget.device)
-        return slots >= self.tokens - lengths[:, None]
+        valid = torch.arange(self.tokens, device=device) >= starts[:, None] if padded else None
+        return valid, torch.tensor(budget, device=device)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, GROUPS, LAYERS, VOCAB, left_padded, prompts, recompute, tiny
+from models import FAMILIES, GREEDY, GROUPS, LAYERS, left_padded, prompts, recompute, tiny
 from test_ops import mass_oracle, top_p_oracle
-from test_selector import decide
+from test_selector import Decision, decide
 
 import flexasl
-from flexasl import ASLConfig
+from flexasl import ASLConfig, ops
+from flexasl.prefill import Prefill
 
 HEAD_DIM, SLIDING = 16, 48
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -85,7 +86,7 @@ def decode(model, rows, padding, more):
 
 
 def cached_positions(layer, row, start):
-    """[head][entry] positions that a row of a layer's cache stands for; 0 is the row's first token, at column `start`."""
+    """[head][entry] positions that a row of a layer's cache holds; position 0 is at column `start`."""
     columns = layer.columns[row].expand(GROUPS, -1)
     real = torch.ones_like(columns, dtype=torch.bool) if layer.valid is None else layer.valid[row].expand(GROUPS, -1)
     return [(columns[group][real[group]] - start).tolist() for group in range(GROUPS)]
@@ -192,7 +193,7 @@ def check_kept(config, policy, made, tokens):
     kept = list(made.kept_positions)
     budget = share_of(config.select_tokens, tokens, config.window)
     assert kept == sorted(set(kept)) and made.kept_tokens == len(kept) > 0
-    assert 0 <= kept[0] and kept[-1] == tokens - 1
+    assert kept[0] >= 0 and kept[-1] == tokens - 1
     assert set(range(max(0, tokens - config.window), tokens)) <= set(kept)
     if made.selected_layer is None:
         assert kept == list(range(tokens))
@@ -271,10 +272,11 @@ def scores_oracle(mass, config):
     return pooled
 
 
-def layer_oracle(query, key, config):
-    """Mass [H, m] and pooled scores [H, P] of one row's layer."""
-    every = np.ones((1, key.shape[1]), dtype=bool)
-    mass = mass_oracle(query[None, :, -config.window :], key[None], query.shape[-1] ** -0.5, every, None, None)[0]
+def layer_oracle(query, key, positions, config, sliding_window):
+    """Mass [H, m] and pooled scores [H, P] of one row's layer that sees the tokens at these positions."""
+    query, key = query[None, :, positions[-config.window :]], key[None, :, positions]
+    every, scale = np.ones((1, len(positions)), dtype=bool), query.shape[-1] ** -0.5
+    mass = mass_oracle(query, key, scale, every, np.array([positions]), sliding_window)[0]
     return mass, scores_oracle(mass[:, : -config.window], config)
 
 
@@ -304,53 +306,93 @@ def entries_oracle(mass, pooled, config, tokens, groups):
     return [head + list(range(count - window, count)) for head in best]
 
 
-def replay_oracle(query, key, config):
+def replay_oracle(query, key, config, sliding_window=None):
     """Every decision on one row: query [L, H, n, D], key [L, G, n, D] → Decision and kept entries [layer][KV head]."""
     layers, groups, tokens, _ = key.shape
+    everything = list(range(tokens))
     if tokens <= config.window:
-        return None, [[list(range(tokens))] * groups] * layers
-    seen = [layer_oracle(query[layer], key[layer], config) for layer in range(layers)]
+        return Decision(), [[everything] * groups] * layers
+    seen = [layer_oracle(query[layer], key[layer], everything, config, sliding_window) for layer in range(layers)]
     scores = [pooled.sum(0) for _, pooled in seen]
     assume(distinct(np.stack(scores)))
     decision = decide(config, [row.tolist() for row in scores])
     kept = []
     for layer, (mass, pooled) in enumerate(seen):
         if decision.layer is not None and layer > decision.layer:
-            mass, pooled = layer_oracle(query[layer][:, decision.kept], key[layer][:, decision.kept], config)
+            mass, pooled = layer_oracle(query[layer], key[layer], decision.kept, config, sliding_window)
         kept.append(entries_oracle(mass, pooled, config, tokens, groups))
     return decision, kept
 
 
-@settings(max_examples=150)
-@given(
-    config=rules(most=20, layers=5),
-    counts=st.lists(st.integers(1, 26), min_size=1, max_size=2),
-    repeats=st.sampled_from([1, 2]),
-    noise=st.sampled_from([0.1, 0.4, 1.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_replay_decides_what_the_definition_says(config, counts, repeats, noise, seed):
-    rng, width, layers, groups, dim = np.random.default_rng(seed), max(counts), 5, 2, 4
+@st.composite
+def recordings(draw, least=1):
+    """Query [L, B, H, N, D] and key [L, B, G, N, D] of left-padded rows, and the lengths of these."""
+    rng, counts = (
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        draw(st.lists(st.integers(least, 26), min_size=1, max_size=2)),
+    )
+    layers, groups, dim, noise = 5, 2, 4, draw(st.sampled_from([0.1, 0.4, 1.0]))
 
     def states(heads):
-        base = rng.standard_normal((1, len(counts), heads, width, dim))
+        base = rng.standard_normal((1, len(counts), heads, max(counts), dim))
         return (base + noise * rng.standard_normal((layers, *base.shape[1:]))).astype(np.float32)
 
-    query, key = states(groups * repeats), states(groups)
-    mask = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+    return states(groups * draw(st.sampled_from([1, 2]))), states(groups), counts
+
+
+def own_states(states, row, count):
+    return states[:, row, :, states.shape[3] - count :]
+
+
+@settings(max_examples=150)
+@given(config=rules(most=20, layers=5), recording=recordings())
+def test_replay_decides_what_the_definition_says(config, recording):
+    query, key, counts = recording
+    mask = torch.arange(max(counts)) >= max(counts) - torch.tensor(counts)[:, None]
     rows = flexasl.replay(torch.tensor(query), torch.tensor(key), config, attention_mask=mask)
-    for row, count in enumerate(counts):
-        own = (query[:, row, :, width - count :], key[:, row, :, width - count :])
-        decision, kept = replay_oracle(*own, config.resolve(layers))
-        assert [[head.tolist() for head in layer] for layer in rows[row].kept_indices] == kept
-        if decision is None:
-            assert (rows[row].selected_layer, rows[row].selected) == (None, None)
-            continue
-        assert rows[row].selected_layer == decision.layer
-        assert (rows[row].eval_layers, rows[row].union_size) == (decision.eval_layers, decision.union_size)
-        assert (rows[row].variance, rows[row].variance_ratio) == (decision.variance, decision.ratio)
-        if decision.layer is not None:
-            assert rows[row].selected.tolist() == decision.kept
+    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        own = [own_states(states, index, count) for states in (query, key)]
+        want, kept = replay_oracle(*own, config.resolve(len(key)))
+        assert [[head.tolist() for head in layer] for layer in row.kept_indices] == kept
+        assert (row.selected_layer, row.eval_layers, row.union_size) == (want.layer, want.eval_layers, want.union_size)
+        assert (row.variance, row.variance_ratio) == (want.variance, want.ratio)
+        assert (None if row.selected is None else row.selected.tolist()) == (want.kept or None)
+
+
+@settings(max_examples=60)
+@given(
+    config=rules(most=14, layers=5),
+    recording=recordings(least=15),
+    select_tokens=st.integers(10, 14),
+    sliding_window=st.integers(2, 20),
+)
+def test_prefill_scores_within_the_sliding_window_by_position(config, recording, select_tokens, sliding_window):
+    config = config.replace(select_tokens=select_tokens, if_never="select")
+    query, key, counts = recording
+    layers, width, rule = len(key), max(counts), config.resolve(len(key))
+    prefill = Prefill(flexasl.policies.ASL(), rule, layers, counts, tokens=width)
+    want = [
+        replay_oracle(own_states(query, row, count), own_states(key, row, count), rule, sliding_window)
+        for row, count in enumerate(counts)
+    ]
+    for layer in range(layers):
+        slots, real = prefill.columns, prefill.valid
+        states = [
+            ops.gather_slots(torch.tensor(recorded[layer]).transpose(1, 2), slots).transpose(1, 2)
+            for recorded in (query, key)
+        ]
+        entries = prefill.observe(layer, *states, sliding_window=sliding_window)
+        for row, (decision, kept) in enumerate(want):
+            below = decision.layer is not None and layer > decision.layer
+            present = decision.kept if below else list(range(counts[row]))
+            for group, head in enumerate(kept[layer]):
+                if entries is None:
+                    mine = slots[row] if real is None else slots[row][real[row]]
+                else:
+                    mine = slots[row][entries.slots[row, group]]
+                    mine = mine if entries.valid is None else mine[entries.valid[row, group]]
+                assert (mine - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
+        prefill.advance()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
@@ -365,4 +407,3 @@ def test_prompts_shorter_than_the_window_pass_untouched(family):
             got = model(**inputs).logits
         torch.testing.assert_close(got[real], want[real], **CLOSE)
         assert [row.kept_tokens for row in patch.report.rows] == [len(row) for row in rows]
-    assert VOCAB == got.shape[-1]

@@ -22,7 +22,7 @@ def tensor(array):
     return torch.tensor(np.ascontiguousarray(array))
 
 
-# ---------------------------------------------------------------- window_mass
+# ---------------------------------------------------------------- window_mass, window_scores
 
 
 def mass_oracle(query, key, scale, valid, positions, sliding_window):
@@ -50,7 +50,11 @@ def mass_oracle(query, key, scale, valid, positions, sliding_window):
 def window_cases(draw):
     rng = arrays(draw(SEEDS))
     window, prefix = draw(st.integers(1, 4)), draw(st.integers(0, 7))
-    groups, repeats, dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 6]))
+    groups, repeats, dim = (
+        draw(st.sampled_from([1, 2, 3])),
+        draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from([4, 6])),
+    )
     tokens, lengths = prefix + window, [draw(st.integers(1, prefix + window)) for _ in range(draw(st.integers(1, 2)))]
     batch = len(lengths)
     query = rng.standard_normal((batch, groups * repeats, window, dim)).astype(np.float32)
@@ -75,9 +79,45 @@ def test_window_mass_is_the_summed_softmax(case):
         positions=None if default_positions else tensor(positions),
         sliding_window=sliding_window,
     )
-    want = mass_oracle(query, key, query.shape[-1] ** -0.5 if scale is None else scale, valid, positions, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    want = by_group(mass_oracle(query, key, scale, valid, positions, sliding_window), key).mean(2) / query.shape[2]
     assert mass.dtype == torch.float32
     np.testing.assert_allclose(mass.double().numpy(), want, rtol=1e-5, atol=1e-12)
+
+
+def by_group(mass, key):
+    return mass.reshape(len(mass), key.shape[1], -1, key.shape[2])
+
+
+def pool_oracle(mass, kernel_size, pooling):
+    half, pooled = kernel_size // 2, np.zeros(mass.shape)
+    for *head, j in np.ndindex(mass.shape):
+        near = [mass[(*head, i)] for i in range(j - half, j + half + 1) if 0 <= i < mass.shape[-1]]
+        pooled[(*head, j)] = sum(near) / kernel_size if pooling == "avgpool" else max(near)
+    return pooled
+
+
+@given(case=window_cases(), kernel_size=st.sampled_from([1, 3, 5, 7]), pooling=st.sampled_from(["avgpool", "maxpool"]))
+def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(case, kernel_size, pooling):
+    query, key, scale, valid, positions, sliding_window = case
+    prefix = key.shape[2] - query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = ops.window_scores(
+        tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions), sliding_window
+    )
+    mass = by_group(mass_oracle(query, key, scale, valid, positions, sliding_window), key)[..., :prefix]
+    assert scores.dtype == torch.float32 and scores.shape == (*key.shape[:2], prefix)
+    want = pool_oracle(mass, kernel_size, pooling).sum(2)
+    np.testing.assert_allclose(scores.double().numpy(), want, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
+def test_window_scores_of_a_padded_row_are_the_rows_alone(pooling):
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 14, 8)
+    valid = torch.arange(14) >= torch.tensor([[0], [5]])
+    scores = ops.window_scores(query, key, 5, pooling, valid=valid)
+    alone = ops.window_scores(query[1:], key[1:, :, 5:], 5, pooling)
+    torch.testing.assert_close(scores[1:, :, 5:], alone, rtol=1e-5, atol=1e-12)
 
 
 @given(case=window_cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
@@ -98,55 +138,30 @@ def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype):
             positions=at[b : b + 1, tokens - length :],
             **settings,
         )
+        alone = alone * min(length, window) / window
         torch.testing.assert_close(mass[b : b + 1, :, tokens - length :], alone, rtol=1e-5, atol=1e-12)
         assert not mass[b, :, : tokens - length].any()
 
 
 def test_window_mass_counts_each_window_query_once():
     mass = ops.window_mass(torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8))
-    torch.testing.assert_close(mass.sum(-1), torch.full((2, 4), 5.0))
+    torch.testing.assert_close(mass.sum(-1), torch.ones(2, 2))
     alike = ops.window_mass(torch.zeros(1, 1, 2, 4), torch.randn(1, 1, 4, 4))
-    torch.testing.assert_close(alike[0, 0], torch.tensor([1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]))
+    torch.testing.assert_close(alike[0, 0] * 2, torch.tensor([1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]))
 
 
 def test_window_mass_of_one_token_is_one():
-    assert ops.window_mass(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4)).tolist() == [[[1.0], [1.0]]]
+    assert ops.window_mass(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4)).tolist() == [[[1.0]]]
 
 
 def test_window_mass_sees_sliding_window_minus_one_tokens_back():
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 6, 4)
-    assert (ops.window_mass(query, key, sliding_window=4) > 0).tolist() == [[[False, False, True, True, True, True]]]
+    for width in range(1, 9):
+        seen = ops.window_mass(query, key, sliding_window=width) > 0
+        assert seen.tolist() == [[[back < width for back in range(5, -1, -1)]]]
     sparse = torch.tensor([[0, 3, 6, 7, 8, 10]])
     seen = ops.window_mass(query, key, sliding_window=4, positions=sparse) > 0
     assert seen.tolist() == [[[False, False, False, True, True, True]]]
-
-
-# ---------------------------------------------------------------- pool_scores
-
-
-@given(
-    seed=SEEDS,
-    prefix=st.integers(0, 12),
-    kernel_size=st.sampled_from([1, 3, 5, 7]),
-    pooling=st.sampled_from(["avgpool", "maxpool"]),
-)
-def test_pool_scores(seed, prefix, kernel_size, pooling):
-    mass = arrays(seed).random((2, 3, prefix)).astype(np.float32)
-    want = np.zeros(mass.shape)
-    for b, h, j in np.ndindex(mass.shape):
-        near = [float(mass[b, h, i]) for i in range(j - kernel_size // 2, j + kernel_size // 2 + 1) if 0 <= i < prefix]
-        want[b, h, j] = sum(near) / kernel_size if pooling == "avgpool" else max(near)
-    pooled = ops.pool_scores(tensor(mass), kernel_size=kernel_size, pooling=pooling)
-    assert pooled.shape == mass.shape
-    np.testing.assert_allclose(pooled.double().numpy(), want, rtol=1e-6 if pooling == "avgpool" else 0)
-
-
-@pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
-def test_pool_scores_of_a_row_behind_empty_padding_are_the_rows_alone(pooling):
-    mass = torch.rand(2, 3, 9)
-    padded = torch.cat([torch.zeros(2, 3, 4), mass], -1)
-    settings = {"kernel_size": 5, "pooling": pooling}
-    assert torch.equal(ops.pool_scores(padded, **settings)[..., 4:], ops.pool_scores(mass, **settings))
 
 
 # ---------------------------------------------------------------- token_ranks
@@ -266,7 +281,7 @@ def test_gather_slots(seed, rows, tokens, rest):
 @given(rows=scored_rows(), groups=st.integers(1, 3), window=st.integers(1, 3), data=st.data())
 def test_top_k_entries_keep_the_best_of_each_head(rows, groups, window, data):
     scores, valid = rows
-    batch, tokens = scores.shape
+    batch = len(scores)
     heads = np.stack([scores, *(np.roll(scores, shift, 1) for shift in range(1, groups))], 1)
     heads = np.where(valid[:, None], heads, np.float32(1e9))
     budget = [data.draw(st.integers(0, count)) for count in valid.sum(1).tolist()]
@@ -276,13 +291,12 @@ def test_top_k_entries_keep_the_best_of_each_head(rows, groups, window, data):
         assert keep[b, g].tolist() == [rank <= budget[b] for rank in ranks] + [True] * window
 
 
-def top_p_oracle(mass, top_p, window, groups):
-    """mass [H][N] of one row without padding, as whole numbers → entries kept per KV head. Exact."""
-    repeats, tokens = len(mass) // groups, len(mass[0])
+def top_p_oracle(shares, top_p, window):
+    """shares [G][N] of one row without padding → entries kept per KV head. Exact."""
+    tokens = len(shares[0])
     kept = []
-    for group in range(groups):
-        heads = mass[group * repeats : (group + 1) * repeats]
-        share = [sum(Fraction(head[j]) for head in heads) / (repeats * window) for j in range(tokens)]
+    for head in shares:
+        share = [Fraction(value) for value in head]
         order = sorted(range(tokens), key=lambda j: (-share[j], j))
         count = next((c for c in range(1, tokens + 1) if sum(share[j] for j in order[:c]) >= top_p), tokens)
         kept.append(sorted({*order[: count // 8 * 8], 0, *range(tokens - window, tokens)}))
@@ -291,38 +305,48 @@ def top_p_oracle(mass, top_p, window, groups):
 
 @st.composite
 def masses(draw):
-    """Attention mass in 256ths, so that float32 sums are exact and `top_p` can be met to the bit; rows sum to the window."""
+    """Attention mass in 256ths, so that float32 sums are exact and `top_p` can be met to the bit."""
     rng = arrays(draw(SEEDS))
-    window, repeats, groups = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 2))
+    window, groups = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
     lengths = draw(st.lists(st.integers(window + 1, 50), min_size=1, max_size=2))
     flat = draw(st.booleans())
     rows = []
     for length in lengths:
         odds = np.ones(length) if flat else rng.dirichlet(np.full(length, 0.4)) + 1e-9
-        rows.append(rng.multinomial(256 * window, odds / odds.sum(), (groups * repeats,)) / 256)
+        rows.append(rng.multinomial(256, odds / odds.sum(), (groups,)) / 256)
     top_p = draw(st.integers(1, 256)) / 256
-    return rows, lengths, top_p, window, groups
+    return rows, lengths, top_p, window
 
 
 @given(case=masses())
 def test_top_p_entries_reach_the_mass_in_eights(case):
-    rows, lengths, top_p, window, groups = case
+    rows, lengths, top_p, window = case
     tokens = max(lengths)
     mass = np.zeros((len(rows), len(rows[0]), tokens), dtype=np.float32)
     for b, row in enumerate(rows):
         mass[b, :, tokens - lengths[b] :] = row
     valid = np.arange(tokens) >= tokens - np.array(lengths)[:, None]
-    keep = ops.top_p_entries(tensor(mass), top_p, window, groups, None if valid.all() else tensor(valid))
+    keep = ops.top_p_entries(tensor(mass), top_p, window, None if valid.all() else tensor(valid))
     for b, row in enumerate(rows):
         kept = [np.flatnonzero(head).tolist() for head in keep[b].numpy()]
         start = tokens - lengths[b]
-        assert [[j - start for j in head] for head in kept] == top_p_oracle(row.tolist(), top_p, window, groups)
+        assert [[j - start for j in head] for head in kept] == top_p_oracle(row.tolist(), top_p, window)
 
 
 def test_top_p_entries_by_hand():
     mass = torch.tensor([2.0**-j for j in range(1, 20)] + [2.0**-19])[None, None]
-    kept = [ops.top_p_entries(mass, top_p, 1, 1)[0, 0].nonzero().flatten().tolist() for top_p in (0.9, 0.998, 1.0)]
+    kept = [ops.top_p_entries(mass, top_p, 1)[0, 0].nonzero().flatten().tolist() for top_p in (0.9, 0.998, 1.0)]
     assert kept == [[0, 19], [*range(8), 19], [*range(16), 19]]
+    even = torch.full((1, 1, 16), 1 / 16)
+    kept = [ops.top_p_entries(even, count / 16, 1).sum().item() for count in (7, 8, 15, 16)]
+    assert kept == [2, 9, 9, 16], "mass that meets top_p exactly is enough"
+
+
+def test_top_p_entries_never_keep_padding():
+    valid = torch.tensor([[False, False, False, True, True], [True] * 5])
+    mass = torch.where(valid, 0.5, 0.0)[:, None]
+    keep = ops.top_p_entries(mass, 0.9, 3, valid)
+    assert keep[:, 0].tolist() == [[False, False, False, True, True], [True, False, True, True, True]]
 
 
 def test_top_p_entries_of_a_padded_row_are_the_rows_alone_where_rounding_leaves_the_mass_short_of_top_p():
@@ -330,5 +354,69 @@ def test_top_p_entries_of_a_padded_row_are_the_rows_alone_where_rounding_leaves_
     alone[..., -1] = 0.0833  # in total 0.99997
     padded = torch.cat([torch.zeros(1, 1, 20), alone], -1)
     valid = torch.arange(32)[None] >= 20
-    want = ops.top_p_entries(alone, 1.0, 1, 1)
-    assert torch.equal(ops.top_p_entries(padded, 1.0, 1, 1, valid)[..., 20:], want)
+    want = ops.top_p_entries(alone, 1.0, 1)
+    assert torch.equal(ops.top_p_entries(padded, 1.0, 1, valid)[..., 20:], want)
+
+
+# ---------------------------------------------------------------- torch.library
+
+
+def states(dtype=torch.float32, tokens=20, window=4):
+    return torch.randn(2, 4, window, 8, dtype=dtype), torch.randn(2, 2, tokens, 8, dtype=dtype)
+
+
+def examples():
+    valid = torch.arange(20) >= torch.tensor([[0], [5]])
+    at = torch.arange(20).expand(2, -1)
+    ranks = torch.stack([torch.randperm(16) + 1 for _ in range(6)]).view(3, 2, 16).int()
+    budget = torch.tensor([4, 7])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield ops.window_scores, (*states(dtype), 5, "avgpool")
+        yield ops.window_mass, states(dtype)
+    yield ops.window_scores, (*states(), 3, "maxpool", 0.3, valid, at, 6)
+    yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
+    yield ops.window_mass, (*states(), 0.3, valid, at, 6)
+    yield ops.token_ranks, (torch.randn(2, 16),)
+    yield ops.token_ranks, (torch.randn(2, 0), torch.ones(2, 0, dtype=torch.bool))
+    yield ops.rank_variance, (ranks, budget)
+    yield ops.select_tokens, (ranks[0], budget, 4)
+    yield ops.select_tokens, (ranks[0], budget, 4, valid)
+
+
+@pytest.mark.parametrize("number", range(len(list(examples()))))
+def test_opcheck(number):
+    op, arguments = list(examples())[number]
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("lowest", [float("nan"), float("-inf")])
+def test_nan_and_minus_infinity_rank_behind_every_number_and_before_padding(lowest):
+    scores = torch.tensor([[9.0, 1.0, lowest, -3.0, float("inf"), lowest]])
+    valid = torch.tensor([[False, True, True, True, True, True]])
+    assert ops.token_ranks(scores, valid).tolist() == [[6, 2, 4, 3, 1, 5]]
+
+
+def test_the_decision_is_one_graph_for_many_lengths():
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def decide(query, key, held, budget):
+        scores = ops.window_scores(query, key, 5, "avgpool").sum(1)
+        ranks = torch.stack([held, ops.token_ranks(scores)])
+        variance, _ = ops.rank_variance(ranks, budget)
+        keep = ops.select_tokens(ranks[-1], budget, query.shape[2])
+        return variance, keep, ops.kept_slots(keep, 8)[0]
+
+    for tokens in (20, 33, 57, 80):
+        query, key = states(tokens=tokens)
+        held = torch.stack([torch.randperm(tokens - 4) + 1 for _ in range(2)]).int()
+        budget = torch.tensor([4, 4])
+        variance, keep, slots = decide(query, key, held, budget)
+        ranks = torch.stack([held, ops.token_ranks(ops.window_scores(query, key, 5, "avgpool").sum(1))])
+        assert torch.equal(variance, ops.rank_variance(ranks, budget)[0])
+        assert keep.sum(1).tolist() == [8, 8] and slots.shape == (2, 8)
+    assert len(graphs) == 1

@@ -8,7 +8,9 @@ import flexasl
 
 def imported(code):
     listing = "; import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    return subprocess.run([sys.executable, "-c", code + listing], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", code + listing], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_import_brings_nothing_heavier_than_torch():

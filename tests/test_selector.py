@@ -84,7 +84,7 @@ def wanted_layers(config):
 
 
 def run(config, scores, tokens, rows=None, trim=lambda layer: False):
-    """Feeds a selector as a prefill does: scores[row][layer] at the right end of `tokens` columns, nonsense in padding."""
+    """Feeds a selector as a prefill does: scores[row][layer] at the right end of `tokens` columns, junk in padding."""
     lengths = [len(row[0]) + config.window for row in scores]
     selector = LayerSelector(config, lengths, tokens=tokens, rows=rows)
     made, asked, prefix = {}, [], tokens - config.window

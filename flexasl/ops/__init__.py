@@ -1,18 +1,19 @@
-"""Tensor operations of the decision: plain PyTorch, and the specification of what they compute."""
+"""Tensor operations of the decision. Each is plain PyTorch, which specifies it; those that make up the decision are
+also `torch.ops.flexasl.*`, opaque to a compiler."""
 
 from flexasl.ops.ranking import rank_variance, token_ranks
-from flexasl.ops.scoring import pool_scores, window_mass
+from flexasl.ops.scoring import window_mass, window_scores
 from flexasl.ops.selection import gather_slots, kept_slots, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
 __all__ = [
     "gather_slots",
     "kept_slots",
-    "pool_scores",
     "rank_variance",
     "select_tokens",
     "token_ranks",
     "top_k_entries",
     "top_p_entries",
     "window_mass",
+    "window_scores",
 ]

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("flexasl::token_ranks", mutates_args=())
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """Rank of each prefix token, 1 = highest score; ties go to the earlier token.
 
-    scores [B, P] float32; valid [B, P] bool is False at padding, which ranks behind every token. → int32 [B, P].
+    scores [B, P] of a float dtype, where NaN and -inf rank alike; valid [B, P] bool is False at padding, which ranks
+    behind every token. → int32 [B, P].
     """
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=lowest, posinf=float("inf"), neginf=lowest)
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     order = scores.argsort(dim=-1, descending=True, stable=True)
@@ -21,12 +25,19 @@ def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, places.expand_as(order))
 
 
+@token_ranks.register_fake
+def _(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.int32)
+
+
+@torch.library.custom_op("flexasl::rank_variance", mutates_args=())
 def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over layers and tokens of the squared distance of a token's rank from its mean rank over the layers.
 
     ranks [O, B, P] int32; budget [B] int: the union is taken of the tokens ranked within it in any layer, and padding
     must rank beyond it. → variance [B] float64, size of the union [B] int64. Sums are whole numbers, so the result
-    depends neither on their order nor on the rest of the batch. Equation of section 3.2 of arXiv 2601.07667.
+    depends neither on their order nor on the rest of the batch; they fit in int64 for 16 layers of
+    half a million tokens. Equation of section 3.2 of arXiv 2601.07667.
     """
     layers = ranks.shape[0]
     union = (ranks <= budget[None, :, None]).any(0)
@@ -35,3 +46,9 @@ def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     total = spread.masked_fill(~union, 0).sum(-1)
     size = union.sum(-1)
     return total.double() / (size.clamp(min=1) * layers * layers), size
+
+
+@rank_variance.register_fake
+def _(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    rows = ranks.shape[1]
+    return ranks.new_empty(rows, dtype=torch.float64), ranks.new_empty(rows, dtype=torch.int64)

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 
-def select_tokens(ranks: Tensor, budget: Tensor, window: int) -> Tensor:
+@torch.library.custom_op("flexasl::select_tokens", mutates_args=())
+def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
     """Tokens that stay: those ranked within the budget, and the window.
 
-    ranks [B, P] int32; budget [B] int counts prefix tokens. → keep [B, P + window] bool.
+    ranks [B, P] int32; budget [B] int counts prefix tokens; valid [B, P + window] bool is False at padding, which never
+    stays. → keep [B, P + window] bool.
     """
     best = ranks <= budget[:, None]
-    return torch.cat([best, best.new_ones(best.shape[0], window)], 1)
+    keep = torch.cat([best, best.new_ones(best.shape[0], window)], 1)
+    return keep if valid is None else keep & valid
+
+
+@select_tokens.register_fake
+def _(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
+    return ranks.new_empty(ranks.shape[0], ranks.shape[1] + window, dtype=torch.bool)
 
 
 def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Which cache entries each KV head keeps, by count or by attention mass.
 
-Shapes: B batch, G KV heads, H query heads, N slots, P = N - W prefix slots, W window.
+Shapes: B batch, G KV heads, N slots, P = N - W prefix slots, W window.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | N
     return torch.cat([best, best.new_ones(batch, groups, window)], -1)
 
 
-def top_p_entries(mass: Tensor, top_p: float, window: int, groups: int, valid: Tensor | None = None) -> Tensor:
+def top_p_entries(share: Tensor, top_p: float, window: int, valid: Tensor | None = None) -> Tensor:
     """Entries that each KV head keeps by attention mass: the fewest that reach `top_p`, rounded down to a multiple of
     eight, with the first token and the window.
 
-    mass [B, H, N] float32 is summed over the window's queries and not pooled; valid [B, N] bool is False at padding.
-    → keep [B, groups, N] bool.
+    share [B, G, N] float32 is each entry's share of the head's attention, not pooled; valid [B, N] bool is False at
+    padding. → keep [B, G, N] bool.
     """
-    batch, heads, tokens = mass.shape
-    share = mass.view(batch, groups, heads // groups, tokens).sum(2) / (heads // groups * window)
+    batch, groups, tokens = share.shape
     ordered, order = share.sort(dim=-1, descending=True, stable=True)
-    reached = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True) + 1
-    within = torch.arange(tokens, device=mass.device) < reached // 8 * 8
+    real = torch.full_like(order[..., :1], tokens) if valid is None else valid.sum(-1)[:, None, None]
+    reached = torch.minimum((ordered.cumsum(-1) < top_p).sum(-1, keepdim=True) + 1, real)
+    within = torch.arange(tokens, device=share.device) < reached // 8 * 8
     keep = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within)
     keep[..., tokens - window :] = True
     if valid is None:
