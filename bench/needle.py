@@ -1,7 +1,7 @@
 """How often a pruned model still finds one sentence in a long text, and at which prefill cost, for several settings.
 
 Cost is counted: the tokens that every layer runs on, over those of a full prefill. It leaves out attention's own
-saving.
+saving; `bench/prefill.py` measures time.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ def main() -> None:
                 said = answer(model, tokenizer, ids, max_new_tokens=ANSWER_TOKENS, config=config, policy=policy)
                 results[tokens][name].append(_result(said, fact.answer))
     rows = [[tokens, name, *_summary(found)] for tokens, by_name in results.items() for name, found in by_name.items()]
-    heads = ["tokens", "setting", "found", "layers chosen", "cost", "time to first token, share"]
-    for row in rows:
-        full = sum(one["seconds"] for one in results[row[0]]["unpatched"])
-        row.append(f"{sum(one['seconds'] for one in results[row[0]][row[1]]) / full:.2f}")
+    heads = ["tokens", "setting", "found", "layers chosen", "cost"]
     write(args.out, f"Needles at a budget of {args.select_tokens} tokens", table(heads, rows), {"results": results})
 
 
@@ -69,7 +66,7 @@ def _result(said: Any, fact: str) -> dict[str, Any]:
         layer = row.selected_layer
         if layer is not None:
             cost = (layer + 1 + (layers - 1 - layer) * row.kept_tokens / row.prompt_tokens) / layers
-    return {"found": fact in said.text, "layer": layer, "cost": cost, "seconds": said.first_token_seconds}
+    return {"found": fact in said.text, "layer": layer, "cost": cost}
 
 
 def _summary(found: list[dict[str, Any]]) -> list[str]:

@@ -296,7 +296,7 @@ def entries_oracle(mass, pooled, config, tokens, groups):
         per_head = mass.reshape(groups, -1, count).mean(1) / window
         reached = np.sort(per_head, axis=-1)[:, ::-1].cumsum(-1)
         assume(distinct(per_head) and abs(reached - config.kv_top_p).min() > 1e-5)
-        return top_p_oracle(mass.tolist(), config.kv_top_p, window, groups)
+        return top_p_oracle(per_head.tolist(), config.kv_top_p, window)
     if config.kv_budget is None:
         return everything
     budget = min(config.cache_budget(tokens), count) - window
@@ -327,10 +327,8 @@ def replay_oracle(query, key, config, sliding_window=None):
 @st.composite
 def recordings(draw, least=1):
     """Query [L, B, H, N, D] and key [L, B, G, N, D] of left-padded rows, and the lengths of these."""
-    rng, counts = (
-        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
-        draw(st.lists(st.integers(least, 26), min_size=1, max_size=2)),
-    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    counts = draw(st.lists(st.integers(least, 26), min_size=1, max_size=2))
     layers, groups, dim, noise = 5, 2, 4, draw(st.sampled_from([0.1, 0.4, 1.0]))
 
     def states(heads):
