@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexasl.errors import FlexASLError
+
 
 class LayerCache:
     """What one layer remembers. All tensors are None until the first `append`."""
@@ -26,6 +28,8 @@ class LayerCache:
         """Bool like `columns`, False at padding; None where there is none."""
         self.seen = 0
         """Columns of the sequence so far, dropped ones included."""
+        self.uncroppable = 0
+        """Columns that cannot be cropped, because entries that their queries would need again have been dropped."""
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
@@ -60,6 +64,11 @@ class LayerCache:
         """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned."""
         if self.keys is None or self.values is None or self.columns is None or count == 0:
             return
+        if self.seen - count < self.uncroppable:
+            raise FlexASLError(
+                f"crop by {count} tokens would need entries that the sliding window has dropped; "
+                f"crop at most {self.seen - self.uncroppable}"
+            )
         self.seen = max(0, self.seen - count)
         left = self.columns < self.seen
         if self.valid is not None:

@@ -166,6 +166,7 @@ def _forget_old(cache: LayerCache, sliding_window: int) -> None:
     assert cache.keys is not None and cache.columns is not None
     if cache.seen < sliding_window:
         return
+    cache.uncroppable = cache.seen
     keep = cache.columns > cache.seen - sliding_window
     if cache.valid is not None:
         keep = keep & cache.valid

@@ -218,6 +218,17 @@ def test_cropped_cache_forgets_the_last_tokens():
             cache.crop(3)
 
 
+def test_refuses_to_crop_what_a_sliding_window_has_dropped():
+    model, ids = tiny("mistral_sliding"), prompts(60)[0][None]
+    with flexasl.patch(model, SMALL, "full"):
+        cache = model(ids).past_key_values
+        with pytest.raises(flexasl.FlexASLError, match="crop by 10 tokens .* crop at most 0"):
+            cache.crop(-10)
+        want = model(ids[:, :1], past_key_values=cache).logits
+        cache.crop(-1)
+        torch.testing.assert_close(model(ids[:, :1], past_key_values=cache).logits, want)
+
+
 def test_what_is_dropped_is_freed():
     model, ids = tiny("phi3"), prompts(90)[0][None]
     for config in (SMALL, SMALL.replace(kv_budget=16)):
