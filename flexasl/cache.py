@@ -64,7 +64,7 @@ class LayerCache:
         """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned."""
         if self.keys is None or self.values is None or self.columns is None or count == 0:
             return
-        if self.seen - count < self.uncroppable:
+        if max(0, self.seen - count) < self.uncroppable:
             raise FlexASLError(
                 f"crop by {count} tokens would need entries that the sliding window has dropped; "
                 f"crop at most {self.seen - self.uncroppable}"
