@@ -7,12 +7,11 @@ saving; `bench/prefill.py` measures time.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from setting import setting, table, write
+from setting import arguments, setting, table, write
 
 from flexasl import ASLConfig, embedded
 from flexasl.policies import FixedLayer, Policy
@@ -77,13 +76,8 @@ def _summary(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 4000])
-    parser.add_argument("--select-tokens", type=int, default=512)
+    parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="where to write the table, without ending")
     return parser.parse_args()
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from setting import setting, table, write
+from setting import arguments, setting, table, write
 
 import flexasl
 from flexasl import embedded
@@ -154,14 +153,9 @@ def _share(pairs: list[tuple[float, float]]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 4000])
-    parser.add_argument("--select-tokens", type=int, default=512)
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, nargs="*", default=[15, 18], help="fixed layers to compare with")
     parser.add_argument("--pairs", type=int, default=5, help="paired runs of each kind")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="where to write the table, without ending")
     return parser.parse_args()
 
 

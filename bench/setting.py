@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import platform
@@ -27,6 +28,17 @@ def setting() -> dict[str, str]:
         "versions": f"{torch_and_python}, transformers {transformers.__version__}",
         "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
     }
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark of pruned prompts has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 4000], help="prompt lengths")
+    parser.add_argument("--select-tokens", type=int, default=512)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="where to write the table, without ending")
+    return parser
 
 
 def table(heads: list[str], rows: list[list[Any]]) -> str:

@@ -185,8 +185,6 @@ class Prefill:
             budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
             valid = None if self.valid is None else self.valid[:, :prefix]
             keep = top_k_entries(scores, budget, window, valid)
-        if self.valid is not None:
-            keep = keep & self.valid[:, None]
         everything = keep.new_ones(batch, 1, self.width) if self.valid is None else self.valid[:, None]
         keep = torch.where(over[:, None, None], keep, everything)
         if share is not None:

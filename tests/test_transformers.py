@@ -87,9 +87,6 @@ def test_cached_entries_are_those_that_replay_keeps():
     ids, seen = prompts(80)[0][None], {}
     config = SMALL.replace(kv_budget=20)
 
-    class Recording(flexasl.policies.Full):
-        pass
-
     from flexasl import call as call_module
 
     original = call_module.Call.attend
