@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexasl import policies
+    from flexasl.attention import FlexASLAttention, Scoring
     from flexasl.config import ASLConfig
     from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
+    from flexasl.masks import Visibility
     from flexasl.patching import patch
     from flexasl.replaying import Replay, replay
     from flexasl.selector import LayerSelector, Selection
@@ -16,11 +18,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ASLConfig",
     "ConfigError",
+    "FlexASLAttention",
     "FlexASLError",
     "LayerSelector",
     "Replay",
+    "Scoring",
     "Selection",
     "UnsupportedError",
+    "Visibility",
     "patch",
     "policies",
     "replay",
@@ -29,11 +34,14 @@ __all__ = [
 _HOMES = {
     "ASLConfig": "config",
     "ConfigError": "errors",
+    "FlexASLAttention": "attention",
     "FlexASLError": "errors",
     "LayerSelector": "selector",
     "Replay": "replaying",
+    "Scoring": "attention",
     "Selection": "selector",
     "UnsupportedError": "errors",
+    "Visibility": "masks",
     "patch": "patching",
     "replay": "replaying",
 }

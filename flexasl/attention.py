@@ -1,20 +1,270 @@
 """Attention of query over key and value, without ever storing KV heads expanded.
 
-Shapes: B batch, H query heads, G KV heads, R = H / G, M queries, N keys, D head dim.
+Shapes: B batch, H query heads, G KV heads, R = H / G, M queries, N keys, W window, P = N - W prefix keys, D head dim.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexasl.errors import ConfigError, UnsupportedError
+from flexasl.masks import BLOCK, Visibility
+from flexasl.ops import window_scores
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """query [B, H, M, D], key and value [B, G, N, D] → [B, H, M, D].
+KERNELS = ("auto", "flex", "sdpa", "eager")
+QUERIES, TILE = 64, 2**25
+"""Queries that the eager kernel takes at once, which keeps its tiles in a CPU's cache, and the most logits it holds."""
+MASK = 2**27
+"""Pairs of query and key whose mask the sdpa kernel holds at once."""
 
-    mask is None or bool [B, 1 or G, M, N], True where a query sees a key; causal, without a mask and with M = N, lets
-    each query see the keys up to its own.
+
+@dataclass(frozen=True)
+class Scoring:
+    """Asks for window scores: of how many last queries, pooled how."""
+
+    window: int = 32
+    kernel_size: int = 7
+    pooling: str = "avgpool"
+
+
+class FlexASLAttention(nn.Module):
+    """Attention for any decoder: causal by position, grouped KV heads, padding, ragged rows, prompts and decode.
+
+    scale multiplies logits (default D ** -0.5); sliding_window hides keys that many positions back or more; softcap c
+    turns logits x into c tanh(x / c). kernel is what computes it: `"flex"` (`flex_attention`, always compiled),
+    `"sdpa"` (`scaled_dot_product_attention`), `"eager"` (plain tensor operations, the reference), or `"auto"`, which
+    takes what `choose` says is fastest among those that can. Raises `ConfigError` on a setting that cannot work, and
+    `UnsupportedError` where a kernel that was asked for cannot honour the others.
     """
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        kernel: Literal["auto", "flex", "sdpa", "eager"] = "auto",
+    ) -> None:
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ConfigError(f"kernel={kernel!r} is not known; give {', '.join(map(repr, KERNELS[:-1]))} or 'eager'")
+        for name, value in (("sliding_window", sliding_window), ("softcap", softcap)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value} is too small; give a positive number or None")
+        if kernel == "sdpa" and softcap is not None:
+            raise UnsupportedError(
+                f"kernel='sdpa' has no soft-cap (softcap={softcap}); give kernel='auto', 'flex' or 'eager'"
+            )
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.softcap = softcap
+        self.kernel = kernel
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visibility | None = None,
+        *,
+        sinks: Tensor | None = None,
+        scoring: Scoring | None = None,
+    ) -> Any:
+        """query [B, H, M, D], key [B, G, N, D], value [B, G, N, E], of one float dtype, rotary applied; the queries are
+        the last M keys. visible says who sees whom; without it there is neither padding nor gap. sinks [H] are logits
+        of a key that is no token. → [B, H, M, E]; with scoring also the scores [B, G, P] of `window_scores`.
+        """
+        kernel = self.choose(query, key, visible, sinks)
+        visible = self._needed(query.shape[2], key.shape[2], visible, query.device)
+        if kernel == "sdpa":
+            out = self._sdpa(query, key, value, visible)
+        elif kernel == "flex":
+            out = self._flex(query, key, value, visible, sinks)
+        else:
+            out = self._eager(query, key, value, visible, sinks)
+        if scoring is None:
+            return out
+        at, valid = (None, None) if visible is None else (visible.key_positions, visible.key_valid)
+        last = query[:, :, -scoring.window :]
+        return out, self.scores(last, key, scoring, valid=valid, positions=at, sinks=sinks)
+
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        *,
+        valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        sinks: Tensor | None = None,
+        whole: bool = False,
+    ) -> Tensor:
+        """`window_scores` of the last queries [B, H, W, D], under this module's scale, sliding window and soft-cap."""
+        return window_scores(
+            query,
+            key,
+            1 if whole else scoring.kernel_size,
+            scoring.pooling,
+            self.scale,
+            valid,
+            positions if self.sliding_window is not None else None,
+            self.sliding_window,
+            self.softcap,
+            sinks,
+            whole,
+        )
+
+    def choose(
+        self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
+    ) -> Literal["flex", "sdpa", "eager"]:
+        """The kernel that will run. `"auto"` goes by this table, measured by `bench/attention.py`:
+
+        ================================  ==================  =====
+        what is asked for                 CPU                 CUDA
+        ================================  ==================  =====
+        no mask beyond causal, decode     sdpa                sdpa
+        padding or gaps                   sdpa                flex
+        sliding window                    sdpa                flex
+        soft-cap                          eager               flex
+        sinks                             eager               flex
+        ================================  ==================  =====
+        """
+        if sinks is not None and (self.kernel == "sdpa" or (self.kernel == "flex" and not query.is_cuda)):
+            where = "" if self.kernel == "sdpa" else f" on {query.device.type}"
+            raise UnsupportedError(
+                f"kernel={self.kernel!r} has no sinks{where}; give kernel='auto' or 'eager', or sinks=None"
+            )
+        masked = visible is not None or self._slides(key.shape[2])
+        return self._kernel(query.is_cuda, masked, sinks is not None, query.shape[2])
+
+    def _kernel(self, cuda: bool, masked: bool, sinks: bool, queries: int) -> Literal["flex", "sdpa", "eager"]:
+        if self.kernel != "auto":
+            return self.kernel
+        featured = self.softcap is not None or sinks
+        if not cuda:
+            return "eager" if featured else "sdpa"
+        return "flex" if featured or (masked and queries > 1) else "sdpa"
+
+    def prepare(self, visible: Visibility, queries: Tensor) -> None:
+        """Builds the mask that attention of these queries [B, M, ...] under `visible` will need, so that it is made
+        once for many layers and outside their graphs."""
+        if self._kernel(queries.is_cuda, True, False, queries.shape[1]) == "flex":
+            visible.block_mask(self.sliding_window)
+        else:
+            visible.dense(self.sliding_window)
+
+    def extra_repr(self) -> str:
+        settings = {"scale": self.scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
+        given = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        return ", ".join([*given, f"kernel={self.kernel!r}"])
+
+    def _scale(self, query: Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def _slides(self, keys: int) -> bool:
+        return self.sliding_window is not None and self.sliding_window < keys
+
+    def _needed(self, queries: int, keys: int, visible: Visibility | None, device: torch.device) -> Visibility | None:
+        """None where causal order, or a single query, says it all."""
+        if visible is None and (queries not in (1, keys) or self._slides(keys)):
+            return Visibility.last(queries, keys, device)
+        return visible
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility | None) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        if visible is None:
+            return _dense_attention(query, key, value, None, queries > 1, self._scale(query))
+        most = max(1, MASK // (query.shape[0] * keys))
+        if torch.compiler.is_compiling() or (queries <= most and not (queries == keys and self._slides(keys))):
+            mask = visible.dense(self.sliding_window)
+            return _dense_attention(query, key, value, mask, False, self._scale(query))
+        out = [
+            _dense_attention(
+                query[:, :, some],
+                key[:, :, seen],
+                value[:, :, seen],
+                visible.tile(some, seen, self.sliding_window),
+                False,
+                self._scale(query),
+            )
+            for some, seen in self._tiles(queries, keys, most)
+        ]
+        return torch.cat(out, 2)
+
+    def _flex(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility | None, sinks: Tensor | None
+    ) -> Tensor:
+        heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+        if visible is None:
+            visible = Visibility.last(queries, keys, query.device)
+        blocks = visible.block_mask(self.sliding_window, heads)
+        capped = None if self.softcap is None else _capped(torch.tensor(self.softcap, device=query.device))
+        run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        settings = {"score_mod": capped, "block_mask": blocks, "scale": self._scale(query), "enable_gqa": True}
+        if sinks is None:
+            return run(query, key, value, **settings)
+        out, logsumexp = run(query, key, value, **settings, return_lse=True)
+        return out * (logsumexp - sinks[:, None]).sigmoid()[..., None].to(out.dtype)
+
+    def _eager(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility | None, sinks: Tensor | None
+    ) -> Tensor:
+        """The reference: logits and softmax in float32 (float64 for float64), in tiles of queries."""
+        batch, heads, queries, dim = query.shape
+        groups, keys = key.shape[1], key.shape[2]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        key, value = key.to(wide), value.to(wide)
+        visible = Visibility.last(queries, keys, query.device) if visible is None else visible
+        out = []
+        for some, seen in self._tiles(queries, keys, max(1, min(QUERIES, TILE // (batch * heads * keys)))):
+            scaled = (query[:, :, some].to(wide) * self._scale(query)).reshape(batch, groups, -1, dim)
+            logits = scaled @ key[:, :, seen].transpose(-1, -2)
+            logits = logits.view(batch, heads, -1, logits.shape[-1])
+            if self.softcap is not None and logits.requires_grad:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            elif self.softcap is not None:
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            allowed = visible.tile(some, seen, self.sliding_window)
+            if allowed.shape[1] > 1:
+                allowed = allowed.repeat_interleave(heads // groups, 1)
+            logits.masked_fill_(~allowed, float("-inf"))
+            weights = logits.softmax(-1)
+            if sinks is not None:
+                excess = logits.logsumexp(-1) - sinks.to(wide)[:, None]
+                weights = weights * excess.sigmoid()[..., None]
+            mixed = weights.view(batch, groups, -1, logits.shape[-1]) @ value[:, :, seen]
+            out.append(mixed.view(batch, heads, -1, value.shape[-1]).to(query.dtype))
+        return torch.cat(out, 2)
+
+    def _tiles(self, queries: int, keys: int, most: int) -> list[tuple[slice, slice]]:
+        """At most so many queries at a time, each with the keys that they can see by order and sliding window."""
+        if torch.compiler.is_compiling() or queries == 1:
+            return [(slice(0, queries), slice(0, keys))]
+        reach = keys
+        if self.sliding_window is not None and queries == keys:
+            # Slots are no further apart than their positions. Where cached keys come first they may be, after a crop.
+            reach = self.sliding_window - 1
+            most = min(most, max(BLOCK, self.sliding_window // 2))
+        tiles = []
+        for first in range(0, queries, most):
+            last = min(first + most, queries)
+            before = keys - queries
+            tiles.append((slice(first, last), slice(max(0, before + first - reach), before + last)))
+        return tiles
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """`scaled_dot_product_attention` in its fastest form; mask is None or bool [B, 1 or G, M, N], and causal, without a
+    mask and with M = N, lets each query see the keys up to its own."""
     batch, heads, count, dim = query.shape
     groups = key.shape[1]
     repeats = heads // groups
@@ -31,3 +281,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, ca
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != heads
     )
+
+
+def _capped(softcap: Tensor) -> Any:
+    """A soft-cap for `flex_attention`; as a tensor, because on CPU a captured float does not compile for all
+    lengths."""
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    """`flex_attention` compiled once for all lengths. fullgraph: past the recompile limit a compile without it runs the
+    uncompiled function in silence, which reads no block lists."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)

@@ -9,56 +9,107 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import FlexASLError
+from flexasl.ops import compact_kv, kept_slots
 
 
 class LayerCache:
-    """What one layer remembers. All tensors are None until the first `append`."""
+    """What one layer remembers. All tensors are None until the first `append`.
 
-    def __init__(self) -> None:
+    With `slack`, storage is made for so many entries more than needed whenever it must grow, so that decode copies
+    nothing but the new entry; without, it holds the entries and no more.
+    """
+
+    def __init__(self, slack: int = 0) -> None:
+        self.slack = slack
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.keys: Tensor | None = None
-        """[B, G, N, D]."""
-        self.values: Tensor | None = None
-        self.columns: Tensor | None = None
-        """[B, N], or [B, G, N] where heads differ, int64: the column of the sequence that each entry came from."""
-        self.valid: Tensor | None = None
-        """Bool like `columns`, False at padding; None where there is none."""
+        self._length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._columns: Tensor | None = None
+        self._valid: Tensor | None = None
         self.seen = 0
         """Columns of the sequence so far, dropped ones included."""
         self.uncroppable = 0
         """Columns that cannot be cropped, because entries that their queries would need again have been dropped."""
 
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, G, N, D]."""
+        return _front(self._keys, 2, self._length)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, G, N, D]."""
+        return _front(self._values, 2, self._length)
+
+    @property
+    def columns(self) -> Tensor | None:
+        """[B, N], or [B, G, N] where heads differ, int64: the column of the sequence that each entry came from."""
+        return _front(self._columns, -1, self._length)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Bool like `columns`, False at padding; None where there is none."""
+        return _front(self._valid, -1, self._length)
+
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
         columns."""
-        self.seen += seen
-        if self.keys is None or self.values is None or self.columns is None:
-            self.keys, self.values, self.columns, self.valid = _owned(keys), _owned(values), columns, valid
+        if self._keys is None:
+            self.seen += seen
+            self._hold(_owned(keys), _owned(values), columns, valid)
             return
-        if self.columns.dim() == 3:
-            columns = columns[:, None].expand(-1, self.columns.shape[1], -1)
+        count = keys.shape[2]
+        old_keys, old_values = self.extend(columns, valid, seen)
+        old_keys[:, :, -count:], old_values[:, :, -count:] = keys, values
+
+    def extend(self, columns: Tensor, valid: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
+        """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
+        tensors returned [B, G, N + M, D]."""
+        assert self._keys is not None and self._values is not None and self._columns is not None
+        count = columns.shape[1]
+        self.seen += seen
+        if self._columns.dim() == 3:
+            columns = columns[:, None].expand(-1, self._columns.shape[1], -1)
             valid = None if valid is None else valid[:, None].expand_as(columns)
-        if valid is not None or self.valid is not None:
-            old = torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
-            new = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
-            self.valid = torch.cat([old, new], -1)
-        self.keys = torch.cat([self.keys, keys], 2)
-        self.values = torch.cat([self.values, values], 2)
-        self.columns = torch.cat([self.columns, columns], -1)
+        if valid is not None and self._valid is None:
+            self._valid = torch.ones_like(self._columns, dtype=torch.bool)
+        length = self._length + count
+        if length > self._keys.shape[2]:
+            self._keys, self._values, self._columns = (
+                _grown(held, dim, self._length, length + self.slack)
+                for held, dim in ((self._keys, 2), (self._values, 2), (self._columns, -1))
+            )
+            self._valid = None if self._valid is None else _grown(self._valid, -1, self._length, length + self.slack)
+        self._columns[..., self._length : length] = columns
+        if self._valid is not None:
+            self._valid[..., self._length : length] = True if valid is None else valid
+        self._length = length
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
         rest."""
         assert self.keys is not None and self.values is not None and self.columns is not None
-        index = slots[..., None]
-        self.keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))
-        self.values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
+        keys, values = compact_kv(self.keys, self.values, slots)
         columns = self.columns if self.columns.dim() == 3 else self.columns[:, None].expand(-1, slots.shape[1], -1)
-        self.columns = columns.gather(2, slots)
-        self.valid = valid
+        self._hold(keys, values, columns.gather(2, slots), valid)
+
+    def retain(self, wanted: Tensor) -> None:
+        """Keeps the valid entries that are wanted, bool like `columns`; moves two numbers to the host."""
+        assert self.keys is not None
+        if self.valid is not None:
+            wanted = wanted & self.valid
+        if wanted.dim() == 2:
+            wanted = wanted[:, None].expand(-1, self.keys.shape[1], -1)
+        counts = wanted.sum(-1)
+        most, least = torch.stack([counts.max(), counts.min()]).tolist()
+        slots, valid = kept_slots(wanted, most)
+        self.keep(slots, None if most == least else valid)
 
     def crop(self, count: int) -> None:
         """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned."""
@@ -75,21 +126,39 @@ class LayerCache:
             left = left & self.valid
         used = left.flatten(0, -2).any(0).nonzero()
         length = 0 if len(used) == 0 else int(used[-1]) + 1
-        self.keys, self.values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()
-        self.columns, left = self.columns[..., :length].clone(), left[..., :length]
-        self.valid = None if bool(left.all()) else left.clone()
+        keys, values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()
+        columns, left = self.columns[..., :length].clone(), left[..., :length]
+        self._hold(keys, values, columns, None if bool(left.all()) else left.clone())
 
     def select_rows(self, rows: Tensor) -> None:
         """Keeps the batch rows named, in that order; a row may be named more than once."""
-        for name in ("keys", "values", "columns", "valid"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held[rows.to(held.device)])
+        if self.keys is None or self.values is None or self.columns is None:
+            return
+        rows = rows.to(self.keys.device)
+        valid = None if self.valid is None else self.valid[rows]
+        self._hold(self.keys[rows], self.values[rows], self.columns[rows], valid)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, without the slack."""
         return sum(held.numel() * held.element_size() for held in (self.keys, self.values) if held is not None)
+
+    def _hold(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None) -> None:
+        self._keys, self._values, self._columns, self._valid = keys, values, columns, valid
+        self._length = keys.shape[2]
+
+
+def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:
+    return held if held is None or held.shape[dim] == length else held.narrow(dim, 0, length)
+
+
+def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:
+    """The first `length` entries in storage for `capacity`."""
+    shape = list(held.shape)
+    shape[dim] = capacity
+    larger = held.new_empty(shape)
+    larger.narrow(dim, 0, length).copy_(held.narrow(dim, 0, length))
+    return larger
 
 
 def _owned(states: Tensor) -> Tensor:

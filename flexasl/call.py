@@ -1,6 +1,6 @@
 """One forward pass of a decoder: the glue between a framework's layers and the rooms below.
 
-Shapes: B batch, H query heads, G KV heads, M new tokens, N keys, D head dim, K kept slots.
+Shapes: B batch, H query heads, G KV heads, M new tokens, N keys, W window, D head dim, K kept slots.
 """
 
 from __future__ import annotations
@@ -11,35 +11,81 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexasl.attention import attend
+from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.masks import causal_mask
-from flexasl.ops import gather_slots, kept_slots
+from flexasl.masks import Visibility
+from flexasl.ops import gather_tokens
 from flexasl.policies import Policy
 from flexasl.prefill import Prefill
 from flexasl.report import Report, RowReport
 
 
-class Call:
-    """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.
+class LayerStep:
+    """What one layer's attention needs in this pass, and what it leaves behind: tensors only, so that a compiler can
+    take the layer as one graph.
 
-    For each layer in turn: `incoming`, `append` to its cache (unless there is none), `attend`, then `leave` with the
-    layer's output. With a `Prefill` the tokens are a prompt and may be pruned; without one they continue a sequence.
+    Give it the new keys and values with `update`, then attend with what that returns.
     """
 
     def __init__(
-        self, caches: Sequence[LayerCache] | None, prefill: Prefill | None, columns: Tensor, valid: Tensor | None
+        self,
+        attention: FlexASLAttention,
+        visible: Visibility | None,
+        keys: Tensor | None,
+        values: Tensor | None,
+    ) -> None:
+        self.attention = attention
+        self.visible = visible
+        self.keys = keys
+        """[B, G, N, D]: the cache, with room for the new keys at its end; None for a prompt."""
+        self.values = values
+        self.new: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+        """A prompt's queries, keys and values, and its sinks."""
+
+    def update(self, key: Tensor, value: Tensor, *ignored: object) -> tuple[Tensor, Tensor]:
+        """Takes the layer's new keys and values [B, G, M, D]; returns all that its queries may see [B, G, N, D]."""
+        if self.keys is None or self.values is None:
+            return key, value
+        count = key.shape[2]
+        self.keys[:, :, -count:] = key
+        self.values[:, :, -count:] = value
+        return self.keys, self.values
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
+        if self.keys is None:
+            self.new = (query, key, value, sinks)
+        return self.attention(query, key, value, self.visible, sinks=sinks)
+
+
+class Call:
+    """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.
+
+    For each layer in turn: `enter`, run the layer on `table` of its per-token inputs and on the step that `enter` gave,
+    then `leave` with its output; in the end `finish`. With a `Prefill` the tokens are a prompt and may be pruned;
+    without one they continue a sequence.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[LayerCache] | None,
+        prefill: Prefill | None,
+        columns: Tensor,
+        valid: Tensor | None,
+        *,
+        compiled: bool = False,
     ) -> None:
         """columns [B, M] int64 are the new tokens' columns in the sequence; valid [B, columns so far] bool is False at
-        padding, None where there is none."""
+        padding, None where there is none. Only a prompt can do without caches. compiled: layers are graphs, which share
+        what does not differ between them."""
         self.caches = caches
         self.prefill = prefill
         self._columns = columns
         self._valid = valid
         self._tokens = columns.shape[1]
+        self._compiled = compiled
         self._slots: Tensor | None = None
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._windows: dict[int, int] = {}
         self._started = _clock(columns.device)
 
@@ -61,54 +107,66 @@ class Call:
             return states
         held = self._tables.get(id(states))
         if held is None or held[0] is not states:
-            held = self._tables[id(states)] = (states, gather_slots(states, self.columns))
+            batch = self.columns.shape[0]
+            rows = states if states.shape[0] == batch else states.expand(batch, *states.shape[1:])
+            held = self._tables[id(states)] = (states, gather_tokens(rows, self.columns))
         return held[1]
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the layer's new keys and values [B, G, M, D]; returns all that it now has [B, G, N, D]."""
-        assert self.caches is not None
-        cache = self.caches[layer]
-        cache.append(key, value, self.columns, self.valid, self._tokens)
+    def enter(self, layer: int, attention: FlexASLAttention) -> LayerStep:
+        """What the layer's attention needs; in a pass over cached tokens, room is made for the new ones."""
+        slides = attention.sliding_window is not None
+        keys = values = None
         if self.prefill is not None:
-            return key, value
-        assert cache.keys is not None and cache.values is not None
-        return cache.keys, cache.values
+            slides = slides and attention.sliding_window < self._tokens
+            visible = self.prefill.visible if slides or self.prefill.valid is not None else None
+        else:
+            assert self.caches is not None
+            cache = self.caches[layer]
+            keys, values = cache.extend(self._columns, self.valid, self._tokens)
+            slides = slides and attention.sliding_window < cache.seen
+            visible = self._visible(cache, slides)
+        if self._compiled and visible is not None:
+            attention.prepare(visible, self.columns)
+        return LayerStep(attention, visible, keys, values)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None = None
-    ) -> Tensor:
-        """Attention of the layer's new tokens: query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
-        mask = self._mask(layer, query.shape[2], key.shape[2], sliding_window)
-        causal = mask is None and query.shape[2] > 1
-        out = attend(query, key, value, mask=mask, causal=causal, scale=scale)
+    def leave(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
+        """The layer's output [B, M, C] as the next layer takes it [B, K, C]; remembers and scores a prompt's tokens."""
+        slots = None
         if self.prefill is not None:
-            entries = self.prefill.observe(layer, query, key, scale=scale, sliding_window=sliding_window)
+            assert step.new is not None
+            query, key, value, sinks = step.new
+            step.new = None
+            if self.caches is not None:
+                self.caches[layer].append(key, value, self.columns, self.valid, self._tokens)
+            entries = self.prefill.observe(layer, query, key, step.attention, sinks)
             if self.caches is not None and entries is not None:
                 self.caches[layer].keep(entries.slots, entries.valid)
-        if self.caches is not None and sliding_window is not None and query.shape[2] > 1:
-            self._windows[layer] = sliding_window
-            _forget_old(self.caches[layer], sliding_window)
-        return out
-
-    def leave(self, hidden: Tensor) -> Tensor:
-        """The layer's output [B, M, C] as the next layer takes it [B, K, C]."""
-        slots = None if self.prefill is None else self.prefill.advance()
+            slots = self.prefill.advance()
+        if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
+            self._windows[layer] = step.attention.sliding_window
+            _forget_old(self.caches[layer], step.attention.sliding_window)
         if slots is None:
             return hidden
         self._slots = slots
         self._tables.clear()
-        self._masks.clear()
-        return gather_slots(hidden, slots)
+        return gather_tokens(hidden, slots)
 
-    def restore(self, hidden: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor) -> Tensor:
         """Final states in the prompt's own shape [B, tokens, C]: dropped tokens, which have none, are NaN."""
-        if self._slots is None:
+        prefill = self.prefill
+        if prefill is None:
             return hidden
+        kept = prefill.finish()
+        for layer, cache in enumerate(self.caches or ()):
+            if layer in kept and cache.columns is not None:
+                cache.retain(_look_up(kept[layer], cache.columns))
+        if not prefill.selections:
+            return hidden
+        states = hidden if self.valid is None else torch.where(self.valid[..., None], hidden, float("nan"))
+        if self._slots is None:
+            return states
         full = hidden.new_full((hidden.shape[0], self._tokens, hidden.shape[2]), float("nan"))
-        columns, states = self.columns, hidden
-        if self.valid is not None:
-            states = torch.where(self.valid[..., None], hidden, float("nan"))
-        return full.scatter_(1, columns[..., None].expand_as(states), states)
+        return full.scatter_(1, self.columns[..., None].expand_as(states), states)
 
     def report(self, policy: Policy) -> Report:
         """What was decided and saved; call it once, when the prompt's last layer has run."""
@@ -131,28 +189,15 @@ class Call:
             prefill_seconds=seconds,
         )
 
-    def _mask(self, layer: int, queries: int, keys: int, sliding_window: int | None) -> Tensor | None:
-        if self.prefill is not None:
-            slides = sliding_window is not None and sliding_window < self._tokens
-            if self.prefill.valid is None and not slides:
-                return None
-            made = self._masks.get((queries, sliding_window))
-            if made is None:
-                made = causal_mask(self.columns, self.columns, self.valid, sliding_window if slides else None)
-                self._masks[queries, sliding_window] = made
-            return made
-        if self.caches is None:
-            return None if queries == 1 else causal_mask(self.columns, self.columns, self.valid, sliding_window)
-        cache = self.caches[layer]
+    def _visible(self, cache: LayerCache, slides: bool) -> Visibility | None:
         assert cache.columns is not None
-        slides = sliding_window is not None and sliding_window < cache.seen
         valid = cache.valid
         if self._valid is not None:
             current = _look_up(self._valid, cache.columns)
             valid = current if valid is None else valid & current
-        if queries == 1 and valid is None and not slides:
+        if self._tokens == 1 and valid is None and not slides:
             return None
-        return causal_mask(self.columns, cache.columns, valid, sliding_window if slides else None)
+        return Visibility(self._columns, cache.columns, valid)
 
 
 def _look_up(valid: Tensor, columns: Tensor) -> Tensor:
@@ -163,19 +208,10 @@ def _look_up(valid: Tensor, columns: Tensor) -> Tensor:
 
 def _forget_old(cache: LayerCache, sliding_window: int) -> None:
     """Drops the entries that no later token can see through the sliding window."""
-    assert cache.keys is not None and cache.columns is not None
-    if cache.seen < sliding_window:
+    if cache.seen < sliding_window or cache.columns is None:
         return
     cache.uncroppable = cache.seen
-    keep = cache.columns > cache.seen - sliding_window
-    if cache.valid is not None:
-        keep = keep & cache.valid
-    if keep.dim() == 2:
-        keep = keep[:, None].expand(-1, cache.keys.shape[1], -1)
-    counts = keep.sum(-1)
-    most, least = int(counts.max()), int(counts.min())
-    slots, valid = kept_slots(keep, most)
-    cache.keep(slots, None if most == least else valid)
+    cache.retain(cache.columns > cache.seen - sliding_window)
 
 
 def _row_report(prefill: Prefill, row: int) -> RowReport:

@@ -13,6 +13,7 @@ POOLINGS = ("avgpool", "maxpool")
 VARIANCE_REFERENCES = ("initial", "peak")
 SELECT_ON = ("last", "max")
 IF_NEVER = ("select", "keep")
+PROPAGATE = ("gather", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,10 @@ class ASLConfig:
     if_never: Literal["select", "keep"] | None = None
     """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
     `"initial"` reference and no `max_layer`, as in the paper; else select."""
+
+    propagate: Literal["gather", "mask"] = "gather"
+    """How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with the others
+    masked out, which saves no time but has no shape that depends on what was decided."""
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -155,6 +160,7 @@ class ASLConfig:
             "variance_reference": VARIANCE_REFERENCES,
             "select_on": SELECT_ON,
             "if_never": (*IF_NEVER, None),
+            "propagate": PROPAGATE,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -185,6 +191,13 @@ class ASLConfig:
         if self.kv_budget is not None and self.kv_top_p is not None:
             raise ConfigError(
                 f"kv_budget={self.kv_budget} and kv_top_p={self.kv_top_p} exclude each other; give one of them"
+            )
+
+        if self.propagate == "mask" and self.compresses_cache:
+            name = "kv_budget" if self.kv_budget is not None else "kv_top_p"
+            raise ConfigError(
+                f"propagate='mask' keeps every token until the prompt is read, which {name}={getattr(self, name)} "
+                f"excludes; give propagate='gather', or {name}=None"
             )
 
     def _check_layers(self) -> None:

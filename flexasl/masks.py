@@ -1,32 +1,153 @@
 """Who may attend to whom, from positions and validity.
 
-Shapes: B batch, G KV heads, M queries, N keys.
+Shapes: B batch, G KV heads, H query heads, M queries, N keys, T tokens of a block.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128
+"""Tokens per side of a block of a `BlockMask`."""
 
 
-def causal_mask(
-    query_columns: Tensor, key_columns: Tensor, key_valid: Tensor | None, sliding_window: int | None
-) -> Tensor:
-    """Which keys each query sees: those at its own position or before, inside the sliding window, and valid.
+class Visibility:
+    """Which keys each query sees: those at its own position or before it, inside the sliding window, and valid.
 
-    query_columns [B, M] int; key_columns and key_valid [B, N], or [B, G, N] where heads differ. The M queries are the
-    last M keys, and each sees itself even if invalid, so that no row of the softmax is empty. → bool [B, 1 or G, M, N].
+    query_positions [B, M] int; key_positions [B, N] int, or [B, G, N] where KV heads differ; key_valid bool like
+    key_positions, False at padding, None where there is none. Only differences between positions count. The
+    M queries are the last M keys, in ascending order, and each sees itself even where it is not valid, so that no row
+    of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, however many
+    layers ask for it.
     """
-    query = query_columns[:, None, :, None]
-    key = key_columns[:, None] if key_columns.dim() == 2 else key_columns
-    allowed = key[:, :, None, :] <= query
-    if sliding_window is not None:
-        allowed = allowed & (key[:, :, None, :] > query - sliding_window)
-    if key_valid is None:
-        return allowed
-    valid = key_valid[:, None] if key_valid.dim() == 2 else key_valid
-    allowed = allowed & valid[:, :, None, :]
-    count = query_columns.shape[1]
-    itself = torch.eye(count, dtype=torch.bool, device=allowed.device)
-    allowed[..., allowed.shape[-1] - count :] |= itself
-    return allowed
+
+    def __init__(self, query_positions: Tensor, key_positions: Tensor, key_valid: Tensor | None = None) -> None:
+        self.query_positions = query_positions
+        self.key_positions = key_positions
+        self.key_valid = key_valid
+        self._dense: dict[int | None, Tensor] = {}
+        self._blocks: dict[tuple[int | None, int], BlockMask] = {}
+
+    @classmethod
+    def last(cls, queries: int, keys: int, device: torch.device | str = "cpu") -> Visibility:
+        """Without padding or gaps: the queries are the last of so many keys."""
+        at = torch.arange(keys, device=device)[None]
+        return cls(at[:, keys - queries :], at)
+
+    def dense(self, sliding_window: int | None = None) -> Tensor:
+        """bool [B, 1 or G, M, N], True where a query sees a key."""
+        made = self._dense.get(sliding_window)
+        if made is None:
+            made = self._dense[sliding_window] = self.tile(slice(None), slice(None), sliding_window)
+        return made
+
+    def tile(self, queries: slice, keys: slice, sliding_window: int | None = None) -> Tensor:
+        """`dense` for some queries and the keys that these need, not stored."""
+        at = torch.arange(self.key_positions.shape[-1], device=self.key_positions.device)
+        own = at[at.shape[0] - self.query_positions.shape[1] :]
+        query = self.query_positions[:, None, queries, None]
+        key = _by_head(self.key_positions)[:, :, None, keys]
+        allowed = key <= query
+        if sliding_window is not None:
+            allowed = allowed & (key > query - sliding_window)
+        if self.key_valid is None:
+            return allowed
+        allowed = allowed & _by_head(self.key_valid)[:, :, None, keys]
+        return allowed | (own[queries, None] == at[keys])
+
+    def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
+        """The same for `flex_attention`; heads is H, and matters where KV heads differ.
+
+        Block lists come from the first and last position of each block, without an M x N mask. All that they leave out
+        `mask_mod` leaves out too, because uncompiled flex_attention does not read them.
+        """
+        heads = 1 if self.key_positions.dim() == 2 else heads
+        made = self._blocks.get((sliding_window, heads))
+        if made is None:
+            made = self._blocks[sliding_window, heads] = self._make_blocks(sliding_window, heads)
+        return made
+
+    def _make_blocks(self, sliding_window: int | None, heads: int) -> BlockMask:
+        key = _by_head(self.key_positions)
+        valid = torch.ones_like(key, dtype=torch.bool) if self.key_valid is None else _by_head(self.key_valid)
+        queries, keys = self.query_positions.shape[1], key.shape[2]
+        at = torch.arange(max(queries, keys), device=key.device)
+        highest = torch.iinfo(key.dtype).max
+        lowest = torch.iinfo(key.dtype).min
+        # Heads share their block lists: a block is worth computing where any head sees a pair of it.
+        first = _blocks(key.masked_fill(~valid, highest), highest).amin(-1).amin(1)[:, None]
+        last = _blocks(key.masked_fill(~valid, lowest), lowest).amax(-1).amax(1)[:, None]
+        whole = _blocks(valid, False).all(-1).all(1)[:, None]
+        earliest = _blocks(self.query_positions, highest).amin(-1)[:, :, None]
+        latest = _blocks(self.query_positions, lowest).amax(-1)[:, :, None]
+        some = first <= latest
+        full = whole & (last <= earliest)
+        if sliding_window is not None:
+            # Guarded by `some`, whose blocks hold real positions, so that nothing overflows.
+            oldest = earliest - sliding_window
+            some = some & (last > oldest)
+            full = full & (first > latest - sliding_window)
+        # The diagonal, on which every query sees itself.
+        ends = (at[:queries] + keys - queries) // BLOCK
+        diagonal = torch.zeros(some.shape[1:], dtype=torch.bool, device=key.device)
+        diagonal[at[:queries] // BLOCK, ends] = True
+        full = full & _covered(queries, self.query_positions.device)[None, :, None]
+        return BlockMask.from_kv_blocks(
+            *_listed((some | diagonal) & ~full),
+            *_listed(full),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=self._mask_mod(sliding_window, heads, key, valid),
+            seq_lengths=(queries, keys),
+        )
+
+    def _mask_mod(self, sliding_window: int | None, heads: int, key: Tensor, valid: Tensor) -> Any:
+        """Captures tensors only: flex_attention on CPU does not compile with a captured int that dynamo made dynamic."""
+        query, batch, groups = self.query_positions, self.query_positions.shape[0], key.shape[1]
+        device = query.device
+        group = torch.arange(groups, device=device).repeat_interleave(heads // groups) if groups > 1 else None
+        oldest = None if sliding_window is None else query - sliding_window
+        own = torch.arange(key.shape[2] - query.shape[1], key.shape[2], device=device)
+        masked, batched = self.key_valid is not None, batch > 1
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row = b if batched else 0
+            head = 0 if group is None else group[h]
+            seen = key[row, head, k]
+            allowed = seen <= query[row, q]
+            if oldest is not None:
+                allowed = allowed & (seen > oldest[row, q])
+            if masked:
+                allowed = (allowed & valid[row, head, k]) | (own[q] == k)
+            return allowed
+
+        return sees
+
+
+def _by_head(states: Tensor) -> Tensor:
+    return states[:, None] if states.dim() == 2 else states
+
+
+def _blocks(states: Tensor, rest: int | bool) -> Tensor:
+    """[..., N] in blocks [..., N / T, T], the last one filled up with `rest`."""
+    missing = -states.shape[-1] % BLOCK
+    if missing:
+        filler = states.new_full((*states.shape[:-1], missing), rest)
+        states = torch.cat([states, filler], -1)
+    return states.unflatten(-1, (-1, BLOCK))
+
+
+def _covered(queries: int, device: torch.device) -> Tensor:
+    """Whether each block of queries has all its queries."""
+    blocks = -(-queries // BLOCK)
+    return (torch.arange(1, blocks + 1, device=device) * BLOCK) <= queries
+
+
+def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """A `BlockMask`'s counts [B, 1, M / T] and indices [B, 1, M / T, N / T] of the blocks wanted [B, M / T, N / T]."""
+    counts = wanted.sum(-1, dtype=torch.int32)[:, None]
+    indices = wanted.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
+    return counts.contiguous(), indices.contiguous()

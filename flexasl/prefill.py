@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
-from flexasl.ops import gather_slots, kept_slots, top_k_entries, top_p_entries, window_mass, window_scores
+from flexasl.masks import Visibility
+from flexasl.ops import gather_tokens, kept_slots, top_k_entries, top_p_entries
 from flexasl.policies.base import Policy
 from flexasl.selector import LayerSelector, Selection
 
@@ -32,7 +34,9 @@ class Entries:
 class Prefill:
     """The tokens that a batch of prompts still has at each layer, and what each layer's attention changes about that.
 
-    At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`.
+    At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`; after the
+    last one `finish`. With `propagate="mask"` nothing before `finish` waits for the device or depends on what was
+    decided, so that a compiler can take all layers as one graph.
     """
 
     def __init__(
@@ -68,6 +72,10 @@ class Prefill:
         self.scored: list[int] = []
         self._observer = observer
         self._fresh: list[Selection] = []
+        self._visible: Visibility | None = None
+        self._masks = config.propagate == "mask"
+        self._stays: Tensor | None = None
+        self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
         self.selector = LayerSelector(
             config, self.lengths, tokens=self.tokens, rows=self._open_rows(), device=self.device
         )
@@ -77,16 +85,18 @@ class Prefill:
         """Slots M of the current layer."""
         return self.columns.shape[1]
 
+    @property
+    def visible(self) -> Visibility:
+        """Who sees whom among the slots of the current layer."""
+        if self._visible is None:
+            self._visible = Visibility(self.columns, self.columns, self.valid)
+        return self._visible
+
     def observe(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        *,
-        scale: float | None = None,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, attention: FlexASLAttention, sinks: Tensor | None = None
     ) -> Entries | None:
-        """Scores the layer's tokens where a decision needs it: query [B, H, M, D], key [B, G, M, D], after rotary.
+        """Scores the layer's tokens where a decision needs it: query [B, H, at least W, D], of which the last W count,
+        key [B, G, M, D], both after rotary.
 
         Returns the cache entries to keep, or None for all.
         """
@@ -97,37 +107,83 @@ class Prefill:
         alone = not (compresses or self._observer) and len(rows) < len(self.lengths)
         subset = torch.tensor(rows, device=self.device) if alone else slice(None)
         states = (query[subset, :, -self.config.window :], key[subset])
+        scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
         view = {
-            "scale": scale,
             "valid": None if self.valid is None else self.valid[subset],
-            "positions": self.columns[subset] if sliding_window is not None else None,
-            "sliding_window": sliding_window,
+            "positions": self.columns[subset],
+            "sinks": sinks,
         }
-        scores = window_scores(*states, self.config.kernel_size, self.config.pooling, **view)
+        scores = attention.scores(*states, scoring, **view)
         self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
         if decides:
             token_scores = scores.sum(1) if alone or len(rows) == len(self.lengths) else scores[rows].sum(1)
-            self._fresh = self.selector.observe(layer, token_scores)
-            self.selections.update((made.row, made) for made in self._fresh)
+            settled = self.selector.observe(layer, token_scores)
+            if self._masks:
+                self._mask_out(layer, settled)
+            else:
+                self._fresh = self.selector.select(layer, settled)
+                self.selections.update((made.row, made) for made in self._fresh)
         if not compresses:
             return None
-        return self._entries(scores, window_mass(*states, **view) if self.config.kv_top_p is not None else None)
+        share = None
+        if self.config.kv_top_p is not None:
+            queries = query.shape[1] // key.shape[1] * self.config.window
+            share = attention.scores(*states, scoring, **view, whole=True) / queries
+        return self._entries(scores, share)
 
     def advance(self) -> Tensor | None:
-        """After a layer: the slots [B, K] int64 that go on to the next one, or None where nothing changed."""
+        """After a layer: the slots [B, K] int64 that go on to the next one, or None where all do."""
+        if self._stays is not None:
+            self.valid, self._stays, self._visible = self._stays, None, None
         if not self._fresh:
             return None
         keep = self.columns.new_ones(self.columns.shape, dtype=torch.bool) if self.valid is None else self.valid.clone()
         for made in self._fresh:
             keep[made.row] = made.keep[self.tokens - self.width :]
-            self.counts[made.row] = min(self.config.token_budget(self.lengths[made.row]), self.lengths[made.row])
+            self._count(made.row)
         self._fresh = []
         slots, valid = kept_slots(keep, max(self.counts))
-        self.columns = gather_slots(self.columns, slots)
+        self.columns = gather_tokens(self.columns, slots)
         self.valid = None if min(self.counts) == self.width else valid
+        self._visible = None
         return slots
+
+    def finish(self) -> dict[int, Tensor]:
+        """After the last layer: where tokens were masked out, the columns [B, N] bool that each layer's cache keeps."""
+        if not self._masks:
+            return {}
+        starts = torch.tensor([self.tokens - n for n in self.lengths], device=self.device)
+        whole = self.columns >= starts[:, None]
+        for row, layer in enumerate(self._chosen.tolist()):
+            if layer >= 0:
+                assert self.valid is not None
+                self.selections[row] = Selection(row, layer, self.valid[row])
+                self.selector.traces[row].cut(layer)
+                self._count(row)
+        kept = {}
+        for layer in range(min((made.layer + 1 for made in self.selections.values()), default=0), self.num_layers):
+            kept[layer] = whole.clone()
+            for row, made in self.selections.items():
+                if layer > made.layer:
+                    kept[layer][row] = made.keep
+        return kept if self.selections else {}
+
+    def _mask_out(self, layer: int, settled: Tensor | None) -> None:
+        """Marks what the rows that settled at this layer drop, without looking at which they are."""
+        if settled is None:
+            return
+        rows = torch.tensor(self.selector.rows, device=self.device)
+        now = settled & (self._chosen[rows] < 0)
+        if self.valid is None:
+            self.valid = self.columns.new_ones(self.columns.shape, dtype=torch.bool)
+        keep = torch.where(now[:, None], self.selector.choose(), self.valid[rows])
+        self._stays = self.valid.index_copy(0, rows, keep)
+        self._chosen = self._chosen.index_copy(0, rows, torch.where(now, layer, self._chosen[rows]))
+
+    def _count(self, row: int) -> None:
+        self.counts[row] = min(self.config.token_budget(self.lengths[row]), self.lengths[row])
 
     def kept_positions(self, row: int) -> Tensor:
         """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
@@ -144,7 +200,8 @@ class Prefill:
             return f"the prompt's {length} tokens are within the budget of {config.token_budget(length)}"
         if config.min_layer == config.max_layer:
             return f"the policy selects at layer {config.max_layer}"
-        if made is not None and made.settled:
+        assert config.tau is not None
+        if made is not None and trace.variance_ratio[-1] < config.tau:
             return f"the variance ratio fell to {trace.variance_ratio[-1]:.3f}, below tau={config.tau}"
         lowest = min(trace.variance_ratio, default=float("nan"))
         waited = f"the variance ratio never fell below tau={config.tau} (lowest {lowest:.3f})"

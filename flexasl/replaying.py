@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexasl.attention import FlexASLAttention
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
-from flexasl.ops import gather_slots, token_ranks
+from flexasl.ops import gather_tokens, token_ranks
 from flexasl.policies import Policy, find_policy
 from flexasl.prefill import Entries, Prefill, left_padded_lengths
 
@@ -67,7 +68,7 @@ def replay(
         )
     layers, batch, _, tokens, _ = query.shape
     chosen = find_policy(policy)
-    rule = chosen.resolve(config or ASLConfig(), layers)
+    rule = chosen.resolve(config or ASLConfig(), layers).replace(propagate="gather")
     lengths = [tokens] * batch if attention_mask is None else left_padded_lengths(attention_mask)
     scores: dict[int, Tensor] = {}
     prefill = Prefill(
@@ -79,11 +80,12 @@ def replay(
         device=query.device,
         observer=lambda layer, seen: scores.update({layer: seen}),
     )
+    attention = FlexASLAttention(scale=scale)
     rows = [Replay() for _ in range(batch)]
     slots = prefill.columns
     for layer in range(layers):
         states = [_gather_tokens(recorded[layer], slots) for recorded in (query, key)]
-        entries = prefill.observe(layer, *states, scale=scale)
+        entries = prefill.observe(layer, *states, attention)
         for row, result in enumerate(rows):
             if _is_scored(prefill, row, layer):
                 result.scored_layers.append(layer)
@@ -96,7 +98,7 @@ def replay(
 
 
 def _gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
-    return gather_slots(states.transpose(1, 2), slots).transpose(1, 2)
+    return gather_tokens(states.transpose(1, 2), slots).transpose(1, 2)
 
 
 def _is_scored(prefill: Prefill, row: int, layer: int) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn import functional as F
 
 from flexasl.config import ASLConfig
+from flexasl.masks import Visibility
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 
 
@@ -25,8 +28,17 @@ class Selection:
     layer: int
     keep: Tensor
     """[N] bool over the prompt's slots; padding is False, the window True."""
-    settled: bool
-    """True where the ranks had settled, False where `max_layer` ended the wait."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[K] int64, ascending: what to gather, for a run in which the other tokens are dropped."""
+        return self.keep.nonzero()[:, 0]
+
+    def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
+        """[1, 1, N, N] for `flex_attention`, for a run in which all tokens stay and the others are masked out. A token
+        that does not stay sees itself only."""
+        at = torch.arange(self.keep.shape[0], device=self.keep.device)[None]
+        return Visibility(at, at, self.keep[None]).block_mask(sliding_window, heads)
 
 
 @dataclass
@@ -38,13 +50,44 @@ class Trace:
     variance_ratio: list[float] = field(default_factory=list)
     union_size: list[int] = field(default_factory=list)
 
+    def cut(self, layer: int) -> None:
+        """Forgets what came after this layer."""
+        count = sum(seen <= layer for seen in self.eval_layers)
+        for values in (self.eval_layers, self.variance, self.variance_ratio, self.union_size):
+            del values[count:]
+
+
+class Settling(NamedTuple):
+    """How much ranks still move, one entry per row."""
+
+    variance: Tensor
+    """[R] float64."""
+    union: Tensor
+    """[R] int64: tokens that the variance is taken over."""
+    reference: Tensor
+    """[R] float64: what the variance is compared with."""
+    ratio: Tensor
+    """[R] float64; 0 where the reference is."""
+
+
+def settle(ranks: Tensor, budget: Tensor, reference: Tensor | None, peak: bool) -> Settling:
+    """Compares the rank variance of ranks [O, R, P] under budget [R] with the reference [R]; with None this is the first
+    variance, and with `peak` a higher one replaces it. Section 3.2 of arXiv 2601.07667."""
+    variance, union = rank_variance(ranks, budget)
+    if reference is None:
+        reference = variance
+    elif peak:
+        reference = torch.maximum(reference, variance)
+    ratio = torch.where(reference > 0, variance / reference, 0.0)
+    return Settling(variance, union, reference, ratio)
+
 
 class LayerSelector:
     """Finds, for every row of a left-padded batch, the layer at which its token ranking has settled (arXiv 2601.07667).
 
-    Give it the token scores of the layers for which `needs` is true, in order; `observe` answers with the selections of
-    the rows that have settled there. Rows decide independently, and a decided row leaves `rows`. Only the ranks (and,
-    for `select_on="max"`, the scores) of the last `observe_layers` layers are held.
+    Give it the token scores of the layers for which `needs` is true, in order: `observe` says which rows have settled
+    there, and `select` takes them out of `rows`. Rows decide independently. Only the ranks (and, for
+    `select_on="max"`, the scores) of the last `observe_layers` layers are held.
     """
 
     def __init__(
@@ -62,10 +105,12 @@ class LayerSelector:
         self.lengths = list(lengths)
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
-        self.traces = {row: Trace() for row in self.rows}
+        self._traces = {row: Trace() for row in self.rows}
+        self._seen: deque[tuple[int, list[int], Tensor]] = deque()
         self._prefix = self.tokens - config.window
         assert config.observe_layers and config.tau and config.min_layer is not None and config.max_layer is not None
         self._first, self._last, self._tau = config.min_layer, config.max_layer, config.tau
+        self._peak = config.variance_reference == "peak"
         self._compares = self._last > self._first
         held = config.observe_layers if self._compares or config.select_on == "max" else 1
         self._ranks: deque[Tensor] = deque(maxlen=held if self._compares else 1)
@@ -80,8 +125,9 @@ class LayerSelector:
             return False
         return not (self.config.if_never == "keep" and not self._compares)
 
-    def observe(self, layer: int, scores: Tensor) -> list[Selection]:
-        """Takes the scores [R, P] float32 of the rows in `rows`, and returns the selections made at this layer.
+    def observe(self, layer: int, scores: Tensor) -> Tensor | None:
+        """Takes the scores [R, P] float32 of the rows in `rows`; returns which of them have settled [R] bool, or None
+        where it is too early to tell. Nothing is moved to the host.
 
         Scores may come without their first columns where these are padding in every row.
         """
@@ -89,44 +135,53 @@ class LayerSelector:
         self._ranks.append(token_ranks(scores, self._valid_prefix))
         self._scores.append(scores)
         if layer < self._first:
-            return []
-        fired = [False] * len(self.rows)
+            return None
+        settled = torch.zeros_like(self._budget, dtype=torch.bool)
         if self._compares:
-            fired = self._settled(layer)
-        settled = list(fired)
-        if layer == self._last and self.config.if_never == "select":
-            fired = [True] * len(fired)
-        if not any(fired):
-            return []
-        keep = self._keep()
-        made = [
-            Selection(row, layer, keep[place], settled[place]) for place, row in enumerate(self.rows) if fired[place]
-        ]
-        self._drop(fired)
-        return made
+            ranks = torch.stack(tuple(self._ranks))
+            seen = settle(ranks, self._budget, None if layer == self._first else self._reference, self._peak)
+            self._reference = seen.reference
+            self._seen.append((layer, list(self.rows), torch.stack([seen.variance, seen.union.double(), seen.ratio])))
+            settled = seen.ratio < self._tau
+        return settled | self.must_select(layer)
 
-    def _settled(self, layer: int) -> list[bool]:
-        variance, union = rank_variance(torch.stack(tuple(self._ranks)), self._budget)
-        if layer == self._first:
-            self._reference = variance
-        elif self.config.variance_reference == "peak":
-            self._reference = torch.maximum(self._reference, variance)
-        ratio = torch.where(self._reference > 0, variance / self._reference, 0.0)
-        seen = torch.stack([variance, union.double(), ratio]).tolist()
-        for row, *values in zip(self.rows, *seen, strict=True):
-            trace = self.traces[row]
-            trace.eval_layers.append(layer)
-            trace.variance.append(values[0])
-            trace.union_size.append(int(values[1]))
-            trace.variance_ratio.append(values[2])
-        return [value < self._tau for value in seen[2]]
+    def must_select(self, layer: int) -> bool:
+        """Whether the wait ends at this layer, settled or not."""
+        return layer == self._last and self.config.if_never == "select"
 
-    def _keep(self) -> Tensor:
+    def choose(self) -> Tensor:
+        """Tokens of each row in `rows` that would stay if it selected now: [R, N] bool."""
         if self.config.select_on == "max":
             ranks = token_ranks(torch.stack(tuple(self._scores)).amax(0), self._valid_prefix)
         else:
             ranks = self._ranks[-1]
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
+
+    def select(self, layer: int, settled: Tensor | None) -> list[Selection]:
+        """The selections of the rows that `observe` found settled, which leave `rows`. Moves one bool a row to the
+        host, or none where the wait ends."""
+        if settled is None:
+            return []
+        fired = [True] * len(self.rows) if self.must_select(layer) else settled.tolist()
+        if not any(fired):
+            return []
+        keep = self.choose()
+        made = [Selection(row, layer, keep[place]) for place, row in enumerate(self.rows) if fired[place]]
+        self._drop(fired)
+        return made
+
+    @property
+    def traces(self) -> dict[int, Trace]:
+        """What the rule has seen, for each row that it was to decide."""
+        while self._seen:
+            layer, rows, values = self._seen.popleft()
+            for row, variance, union, ratio in zip(rows, *values.tolist(), strict=True):
+                trace = self._traces[row]
+                trace.eval_layers.append(layer)
+                trace.variance.append(variance)
+                trace.union_size.append(int(union))
+                trace.variance_ratio.append(ratio)
+        return self._traces
 
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]

@@ -1,6 +1,5 @@
-"""The cache of one layer against plain lists, and masks and attention against loops."""
+"""The cache of one layer against plain lists."""
 
-import math
 
 import numpy as np
 import pytest
@@ -8,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexasl.attention import attend
 from flexasl.cache import LayerCache
-from flexasl.masks import causal_mask
 
 GROUPS, DIM = 2, 3
 
@@ -191,101 +188,3 @@ def test_crop_leaves_pruned_entries_pruned():
     assert [[column for column, _ in held_entries(cache, 0, group)] for group in range(GROUPS)] == [[0, 3], [1, 2]]
     cache.append(*states_of([[77]]), torch.tensor([[4]]), None, 1)
     assert [held_entries(cache, 0, group)[-1] for group in range(GROUPS)] == [(4, 77), (4, 77)]
-
-
-# ---------------------------------------------------------------- causal_mask
-
-
-@st.composite
-def key_layouts(draw):
-    """Columns as a pruned cache has them: ascending with gaps, the queries' own last."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    batch, heads = draw(st.integers(1, 2)), draw(st.sampled_from([None, 1, 2]))
-    queries, older = draw(st.integers(1, 4)), draw(st.integers(0, 6))
-    shape = (batch, older) if heads is None else (batch, heads, older)
-    columns = np.sort(rng.permuted(np.broadcast_to(np.arange(12), (*shape[:-1], 12)), axis=-1)[..., :older], -1)
-    own = np.broadcast_to(np.arange(12, 12 + queries), (batch, queries))
-    tail = own if heads is None else np.broadcast_to(own[:, None], (batch, heads, queries))
-    keys = np.concatenate([columns, tail], -1)
-    valid = rng.random(keys.shape) < 0.7 if draw(st.booleans()) else None
-    return own, keys, valid, draw(st.none() | st.integers(1, 16))
-
-
-@given(layout=key_layouts())
-def test_causal_mask_looks_at_columns_not_slots(layout):
-    queries, keys, valid, sliding_window = layout
-    batch, count = queries.shape
-    mask = causal_mask(
-        torch.tensor(queries), torch.tensor(keys), None if valid is None else torch.tensor(valid), sliding_window
-    )
-    heads = keys.reshape(batch, -1, keys.shape[-1])
-    real = np.ones_like(heads, dtype=bool) if valid is None else valid.reshape(heads.shape)
-    assert mask.shape == (batch, heads.shape[1], count, heads.shape[2])
-    for b, g, i, j in np.ndindex(*mask.shape):
-        back = int(queries[b, i]) - int(heads[b, g, j])
-        sees = real[b, g, j] and back >= 0 and (sliding_window is None or back < sliding_window)
-        itself = j == heads.shape[2] - count + i
-        assert bool(mask[b, g, i, j]) == bool(sees or itself), (b, g, i, j)
-
-
-# ---------------------------------------------------------------- attend
-
-
-def attention_oracle(query, key, value, mask, scale):
-    """float64 loops over mask [B, G, M, N]."""
-    batch, heads, count, _ = query.shape
-    repeats = heads // key.shape[1]
-    out = np.zeros((batch, heads, count, value.shape[-1]))
-    for b, h, i in np.ndindex(batch, heads, count):
-        g = h // repeats
-        weights = [
-            math.exp(scale * float(query[b, h, i].double() @ key[b, g, j].double())) if mask[b, g, i, j] else 0.0
-            for j in range(key.shape[2])
-        ]
-        for j, weight in enumerate(weights):
-            out[b, h, i] += weight / sum(weights) * value[b, g, j].double().numpy()
-    return out
-
-
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    batch=st.integers(1, 2),
-    groups=st.sampled_from([1, 2, 3]),
-    repeats=st.sampled_from([1, 2, 3]),
-    count=st.sampled_from([1, 1, 2, 5]),
-    older=st.integers(0, 4),
-    mask_heads=st.sampled_from(["none", "one", "all"]),
-    scale=st.sampled_from([0.3, 1.0]),
-)
-def test_attend(seed, batch, groups, repeats, count, older, mask_heads, scale):
-    generator = torch.Generator().manual_seed(seed)
-    causal = mask_heads == "none" and count > 1
-    keys = count if causal else count + older
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    query = normal(batch, groups * repeats, count, 4)
-    key, value = normal(batch, groups, keys, 4), normal(batch, groups, keys, 4)
-    mask = None
-    want = torch.ones(batch, groups, count, keys, dtype=torch.bool)
-    if causal:
-        want = want.tril()
-    elif mask_heads != "none":
-        heads = 1 if mask_heads == "one" else groups
-        mask = torch.rand(batch, heads, count, keys, generator=generator) < 0.5
-        mask[..., keys - count :] |= torch.eye(count, dtype=torch.bool)
-        want = mask.expand_as(want)
-    out = attend(query, key, value, mask=mask, causal=causal, scale=scale)
-    assert out.shape == query.shape
-    oracle = attention_oracle(query, key, value, want.numpy(), scale)
-    np.testing.assert_allclose(out.double().numpy(), oracle, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_attend_takes_values_of_another_width(count):
-    query, key, value = torch.randn(1, 4, count, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 6)
-    mask = torch.ones(1, 1, count, 4, dtype=torch.bool)
-    out = attend(query, key, value, mask=mask, causal=False, scale=1.0)
-    want = attention_oracle(query, key, value, mask.expand(1, 2, count, 4).numpy(), 1.0)
-    np.testing.assert_allclose(out.double().numpy(), want, rtol=1e-5, atol=1e-6)

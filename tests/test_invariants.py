@@ -369,6 +369,7 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
     query, key, counts = recording
     layers, width, rule = len(key), max(counts), config.resolve(len(key))
     prefill = Prefill(flexasl.policies.ASL(), rule, layers, counts, tokens=width)
+    attention = flexasl.FlexASLAttention(sliding_window=sliding_window)
     want = [
         replay_oracle(own_states(query, row, count), own_states(key, row, count), rule, sliding_window)
         for row, count in enumerate(counts)
@@ -376,10 +377,10 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
     for layer in range(layers):
         slots, real = prefill.columns, prefill.valid
         states = [
-            ops.gather_slots(torch.tensor(recorded[layer]).transpose(1, 2), slots).transpose(1, 2)
+            ops.gather_tokens(torch.tensor(recorded[layer]).transpose(1, 2), slots).transpose(1, 2)
             for recorded in (query, key)
         ]
-        entries = prefill.observe(layer, *states, sliding_window=sliding_window)
+        entries = prefill.observe(layer, *states, attention)
         for row, (decision, kept) in enumerate(want):
             below = decision.layer is not None and layer > decision.layer
             present = decision.kept if below else list(range(counts[row]))

@@ -22,7 +22,13 @@ def tensor(array):
     return torch.tensor(np.ascontiguousarray(array))
 
 
-# ---------------------------------------------------------------- window_mass, window_scores
+# ---------------------------------------------------------------- window_scores
+
+
+def window_mass(query, key, **settings):
+    """Each key's share of a KV head's attention, the window's own keys included: [B, G, N]."""
+    queries = query.shape[1] // key.shape[1] * query.shape[2]
+    return ops.window_scores(query, key, 1, "avgpool", whole=True, **settings) / queries
 
 
 def mass_oracle(query, key, scale, valid, positions, sliding_window):
@@ -71,7 +77,7 @@ def window_cases(draw):
 def test_window_mass_is_the_summed_softmax(case):
     query, key, scale, valid, positions, sliding_window = case
     default_positions = bool((positions == np.arange(key.shape[2])).all())
-    mass = ops.window_mass(
+    mass = window_mass(
         tensor(query),
         tensor(key),
         scale=scale,
@@ -130,9 +136,9 @@ def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype):
     noisy_key = key.masked_fill(padding, 9.0)
     noisy_query = query.masked_fill(padding[:, :, tokens - window :], -9.0)
     settings = {"scale": scale, "sliding_window": sliding_window}
-    mass = ops.window_mass(noisy_query, noisy_key, valid=tensor(valid), positions=at, **settings)
+    mass = window_mass(noisy_query, noisy_key, valid=tensor(valid), positions=at, **settings)
     for b, length in enumerate(valid.sum(1).tolist()):
-        alone = ops.window_mass(
+        alone = window_mass(
             query[b : b + 1, :, -min(length, window) :],
             key[b : b + 1, :, tokens - length :],
             positions=at[b : b + 1, tokens - length :],
@@ -144,23 +150,23 @@ def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype):
 
 
 def test_window_mass_counts_each_window_query_once():
-    mass = ops.window_mass(torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8))
+    mass = window_mass(torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8))
     torch.testing.assert_close(mass.sum(-1), torch.ones(2, 2))
-    alike = ops.window_mass(torch.zeros(1, 1, 2, 4), torch.randn(1, 1, 4, 4))
+    alike = window_mass(torch.zeros(1, 1, 2, 4), torch.randn(1, 1, 4, 4))
     torch.testing.assert_close(alike[0, 0] * 2, torch.tensor([1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]))
 
 
 def test_window_mass_of_one_token_is_one():
-    assert ops.window_mass(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4)).tolist() == [[[1.0]]]
+    assert window_mass(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4)).tolist() == [[[1.0]]]
 
 
 def test_window_mass_sees_sliding_window_minus_one_tokens_back():
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 6, 4)
     for width in range(1, 9):
-        seen = ops.window_mass(query, key, sliding_window=width) > 0
+        seen = window_mass(query, key, sliding_window=width) > 0
         assert seen.tolist() == [[[back < width for back in range(5, -1, -1)]]]
     sparse = torch.tensor([[0, 3, 6, 7, 8, 10]])
-    seen = ops.window_mass(query, key, sliding_window=4, positions=sparse) > 0
+    seen = window_mass(query, key, sliding_window=4, positions=sparse) > 0
     assert seen.tolist() == [[[False, False, False, True, True, True]]]
 
 
@@ -263,12 +269,12 @@ def test_kept_slots_are_ascending_and_right_aligned(seed, shape, tokens, extra):
 
 
 @given(seed=SEEDS, rows=st.integers(1, 3), tokens=st.integers(1, 9), rest=st.sampled_from([(), (2,), (3, 2)]))
-def test_gather_slots(seed, rows, tokens, rest):
+def test_gather_tokens(seed, rows, tokens, rest):
     rng = arrays(seed)
     shared = bool(rng.integers(2))
     states = rng.standard_normal((1 if shared else rows, tokens, *rest))
     slots = rng.integers(0, tokens, (rows, int(rng.integers(0, tokens + 1))))
-    gathered = ops.gather_slots(tensor(states), tensor(slots))
+    gathered = ops.gather_tokens(tensor(states), tensor(slots))
     assert gathered.shape == (*slots.shape, *rest)
     for row, place in np.ndindex(*slots.shape):
         assert np.array_equal(gathered[row, place].numpy(), states[0 if shared else row, slots[row, place]])
@@ -372,10 +378,12 @@ def examples():
     budget = torch.tensor([4, 7])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield ops.window_scores, (*states(dtype), 5, "avgpool")
-        yield ops.window_mass, states(dtype)
+        yield ops.gather_tokens, (torch.randn(2, 9, 3, dtype=dtype), torch.tensor([[1, 3], [0, 8]]))
+        yield ops.compact_kv, (*[torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(2)], torch.randint(9, (2, 2, 5)))
     yield ops.window_scores, (*states(), 3, "maxpool", 0.3, valid, at, 6)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
-    yield ops.window_mass, (*states(), 0.3, valid, at, 6)
+    yield ops.window_scores, (*states(), 1, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4), True)
+    yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield ops.token_ranks, (torch.randn(2, 16),)
     yield ops.token_ranks, (torch.randn(2, 0), torch.ones(2, 0, dtype=torch.bool))
     yield ops.rank_variance, (ranks, budget)

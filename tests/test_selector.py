@@ -98,7 +98,7 @@ def run(config, scores, tokens, rows=None, trim=lambda layer: False):
         if trim(layer):
             fed = fed[:, prefix - max(len(scores[row][0]) for row in selector.rows) :]
         before = list(selector.rows)
-        selections = selector.observe(layer, fed)
+        selections = selector.select(layer, selector.observe(layer, fed))
         assert selector.rows == [row for row in before if row not in {made_.row for made_ in selections}]
         for selection in selections:
             assert selection.row not in made and selection.layer == layer
@@ -114,7 +114,9 @@ def check_row(config, selector, made, row, scores, tokens):
     if want.layer is None:
         assert row not in made and row in selector.rows
         return
-    assert (made[row].layer, made[row].settled) == (want.layer, want.settled)
+    assert made[row].layer == want.layer
+    assert bool(trace.variance_ratio and trace.variance_ratio[-1] < config.tau) == want.settled
+    assert torch.equal(made[row].slots, made[row].keep.nonzero().flatten())
     start = tokens - len(scores[row][0]) - config.window
     assert (made[row].keep.nonzero().flatten() - start).tolist() == want.kept
     assert len(made[row].keep) == tokens
@@ -177,7 +179,7 @@ def test_a_batch_decides_what_its_rows_decide_alone(config, data):
         assert batch.traces[row] == solo.traces[0]
         assert (row in made) == (0 in alone)
         if row in made:
-            assert (made[row].layer, made[row].settled) == (alone[0].layer, alone[0].settled)
+            assert made[row].layer == alone[0].layer
             assert made[row].keep[tokens - length :].tolist() == alone[0].keep.tolist()
             assert not made[row].keep[: tokens - length].any()
 
@@ -223,13 +225,13 @@ def test_a_peak_reference_waits_for_the_variance_to_fall():
 def test_no_variance_at_min_layer_is_settled(reference):
     config = rule(tau=0.01, variance_reference=reference)
     selector, made, _ = run(config, [[UP, UP, DOWN, UP, DOWN, UP, UP]], 5)
-    assert (made[0].layer, made[0].settled, selector.traces[0].variance_ratio) == (1, True, [0.0])
+    assert (made[0].layer, selector.traces[0].variance_ratio) == (1, [0.0])
 
 
 def test_ranks_that_never_settle_end_as_if_never_says():
     stack = [[UP, DOWN] * 4]
     made = run(rule(select_on="last", if_never="select"), stack, 5)[1]
-    assert (made[0].layer, made[0].settled, made[0].keep.tolist()) == (5, False, [True, True, False, False, True])
+    assert (made[0].layer, made[0].keep.tolist()) == (5, [True, True, False, False, True])
     assert not run(rule(if_never="keep"), stack, 5)[1]
 
 
@@ -280,11 +282,11 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
     most = {"ranks": observe, "scores": observe if select_on == "max" else 1}
     assert (selector._ranks.maxlen, selector._scores.maxlen) == (most["ranks"], most["scores"])
     for layer in range(9):
-        assert selector.observe(layer, torch.rand(rows, prefix)) == []
+        assert selector.select(layer, selector.observe(layer, torch.rand(rows, prefix))) == []
         for name, held in (("ranks", selector._ranks), ("scores", selector._scores)):
             assert sum(ref() is not None for ref in seen[name]) == len(held) == min(layer + 1, most[name])
             assert all(tensor.untyped_storage().nbytes() == rows * prefix * 4 for tensor in held)
-    assert len(selector.observe(9, torch.rand(rows, prefix))) == rows
+    assert len(selector.select(9, selector.observe(9, torch.rand(rows, prefix)))) == rows
     assert not any(ref() is not None for refs in seen.values() for ref in refs)
 
 
@@ -296,7 +298,8 @@ def test_a_decided_row_leaves_nothing_behind():
     assert selector.rows == [] and not selector._ranks and not selector._scores
     selector = LayerSelector(config, [5, 5])
     for layer in range(4):
-        selector.observe(layer, torch.tensor([settles[layer], [UP, DOWN][layer % 2]]))
+        scores = torch.tensor([settles[layer], [UP, DOWN][layer % 2]])
+        selector.select(layer, selector.observe(layer, scores))
     assert selector.rows == [1]
     assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._ranks)
     assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._scores)

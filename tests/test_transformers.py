@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LM
 
 import flexasl
 from flexasl import ASLConfig, UnsupportedError
+from flexasl.call import LayerStep
 
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {
@@ -82,25 +83,20 @@ def test_rows_of_one_batch_select_at_different_layers():
     assert len({row.selected_layer for row in patch.report.rows}) > 1
 
 
-def test_cached_entries_are_those_that_replay_keeps():
+def test_cached_entries_are_those_that_replay_keeps(monkeypatch):
     model = tiny()
-    ids, seen = prompts(80)[0][None], {}
+    ids, seen = prompts(80)[0][None], []
     config = SMALL.replace(kv_budget=20)
 
-    from flexasl import call as call_module
+    original = LayerStep.attend
 
-    original = call_module.Call.attend
+    def attend(self, query, key, value, sinks):
+        seen.append((query, key))
+        return original(self, query, key, value, sinks)
 
-    def attend(self, layer, query, key, value, **settings):
-        seen[layer] = (query, key)
-        return original(self, layer, query, key, value, **settings)
-
-    call_module.Call.attend = attend
-    try:
-        with flexasl.patch(model, config) as patch:
-            out = model(ids)
-    finally:
-        call_module.Call.attend = original
+    monkeypatch.setattr(LayerStep, "attend", attend)
+    with flexasl.patch(model, config) as patch:
+        out = model(ids)
     row = patch.report.rows[0]
     states = []
     for part in (0, 1):

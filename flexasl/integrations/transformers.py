@@ -15,8 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.call import Call
+from flexasl.call import Call, LayerStep
+from flexasl.compiling import compile_region, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.policies import Policy
@@ -24,7 +26,8 @@ from flexasl.prefill import Prefill, left_padded_lengths
 from flexasl.report import Report
 
 NAME = "flexasl"
-CALL = "flexasl_call"
+CALL, OUTER = "flexasl_call", "flexasl_outer_call"
+"""Keywords: what goes down to attention, the `Call` first and inside a layer its `LayerStep`; and there the `Call`."""
 ARCHITECTURES = ("granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -37,23 +40,33 @@ REFUSED = {
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
     "labels": "dropped tokens have no logits",
 }
+SLACK = 128
+"""Cache entries that compiled decode makes room for at a time."""
 
 
 class Patch:
     """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself."""
 
-    def __init__(self, model: Any, config: ASLConfig, policy: Policy) -> None:
-        decoder = _check_model(model)
+    def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
+        decoder = _check_model(model, compile)
         layers = list(decoder.layers)[: decoder.config.num_hidden_layers]
         self.policy = policy
         self.config = policy.resolve(config, len(layers))
         """The settings that run on this model, with no default left open."""
+        self.compiled = compile
+        """Whether decoder layers run as compiled graphs."""
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
         self._model = model
-        self._num_layers = len(layers)
+        self._attention = [_attention(layer, index, decoder.config, kernel) for index, layer in enumerate(layers)]
         self._argument_names = list(inspect.signature(decoder.forward).parameters)
         self._attention_before = model.config._attn_implementation
+        self._regions = [*layers, model.get_output_embeddings()] if compile else []
+        if compile:
+            region = compile_region(run_layer)
+            head = compile_region(run_layer)
+            for module in self._regions:
+                module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
         model.set_attn_implementation(NAME)
         self._model._supported_generation_modes = list(GENERATION_MODES)
         self._handles: list[RemovableHandle] = [
@@ -62,9 +75,10 @@ class Patch:
             decoder.register_forward_hook(self._leave, with_kwargs=True),
         ]
         for index, layer in enumerate(layers):
-            before = functools.partial(_enter_layer, index)
+            before = functools.partial(_enter_layer, index, self._attention[index])
+            after = functools.partial(_leave_layer, index)
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(_leave_layer, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
     def remove(self) -> None:
         """Makes the model exactly what it was; a second call does nothing."""
@@ -73,6 +87,8 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._regions:
+            del module.forward
         self._model.set_attn_implementation(self._attention_before)
         del self._model._supported_generation_modes
 
@@ -103,11 +119,12 @@ class Patch:
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call = kwargs[CALL]
+        if isinstance(output, tuple):
+            output = (call.finish(output[0]), *output[1:])
+        else:
+            output.last_hidden_state = call.finish(output.last_hidden_state)
         if call.prefill is not None:
             self.report = call.report(self.policy)
-        if isinstance(output, tuple):
-            return (call.restore(output[0]), *output[1:])
-        output.last_hidden_state = call.restore(output.last_hidden_state)
         return output
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
@@ -130,7 +147,8 @@ class Patch:
                 f"past_key_values holds {cache.get_seq_length()} tokens that were read by an unpatched model; "
                 "give a cache that this model returned while patched, or none"
             )
-        cache.layers = [PrunedCacheLayer() for _ in range(self._num_layers)]
+        slack = SLACK if self.compiled else 0
+        cache.layers = [PrunedCacheLayer(slack) for _ in self._attention]
         return cache
 
     def _call(
@@ -146,12 +164,12 @@ class Patch:
         columns = torch.arange(past, past + count, device=device).expand(batch, -1)
         caches = None if cache is None else cache.layers
         if past > 0:
-            return Call(caches, None, columns, valid)
+            return Call(caches, None, columns, valid, compiled=self.compiled)
         if valid is None and _is_packed(kwargs.get("position_ids")):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
         lengths = [count] * batch if valid is None else left_padded_lengths(valid)
-        prefill = Prefill(self.policy, self.config, self._num_layers, lengths, tokens=count, device=device)
-        return Call(caches, prefill, columns, None)
+        prefill = Prefill(self.policy, self.config, len(self._attention), lengths, tokens=count, device=device)
+        return Call(caches, prefill, columns, None, compiled=self.compiled)
 
 
 class PrunedCacheLayer(LayerCache, CacheLayerMixin):
@@ -160,24 +178,19 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self) -> None:
-        CacheLayerMixin.__init__(self)
-        LayerCache.__init__(self)
-        self.call: Call | None = None
-        self.index = 0
+    def __init__(self, slack: int = 0) -> None:
+        LayerCache.__init__(self, slack)
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
+        """Nothing to do: storage is made as entries come."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        call, self.call = self.call, None
-        if call is None:
-            raise FlexASLError(
-                "past_key_values was made by a patched model and is used by an unpatched one; "
-                "patch the model again, or start with a new cache"
-            )
-        self.is_initialized = True
-        return call.append(self.index, key_states, value_states)
+        # A patched layer is given its `LayerStep` in place of the cache.
+        raise FlexASLError(
+            "past_key_values was made by a patched model and is used by an unpatched one; "
+            "patch the model again, or start with a new cache"
+        )
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -191,7 +204,6 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):
 
     def reset(self) -> None:
         self.clear()
-        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -220,16 +232,23 @@ def attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, M, D], key and value [B, G, N, D] → [B, M, H, D]."""
-    call: Call | None = kwargs.get(CALL)
-    if call is None:
+    step: LayerStep | None = kwargs.get(CALL)
+    if step is None:
         raise UnsupportedError(
             f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = call.attend(module.layer_idx, query, key, value, scale=scale, sliding_window=sliding_window)
+    mine = step.attention
+    if (mine.scale, mine.sliding_window, mine.softcap) != (scaling, sliding_window, softcap):
+        raise UnsupportedError(
+            f"{type(module).__name__} asks for scaling={scaling}, sliding_window={sliding_window}, softcap={softcap}, "
+            f"where its attributes promise {mine.scale}, {mine.sliding_window}, {mine.softcap}; it cannot be patched"
+        )
+    out = step.attend(query, key, value, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -242,13 +261,12 @@ AttentionMaskInterface.register(NAME, no_mask)
 
 
 def _enter_layer(
-    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    index: int, attention: FlexASLAttention, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     call: Call = kwargs[CALL]
-    if call.caches is not None:
-        cache = call.caches[index]
-        assert isinstance(cache, PrunedCacheLayer)
-        cache.call, cache.index = call, index
+    step = kwargs[CALL] = call.enter(index, attention)
+    kwargs["past_key_values"] = None if call.caches is None else step
+    kwargs[OUTER] = call
     rotary = kwargs.get("position_embeddings")
     if rotary is not None:
         kwargs["position_embeddings"] = tuple(call.table(table) for table in rotary)
@@ -257,11 +275,33 @@ def _enter_layer(
     return args, kwargs
 
 
-def _leave_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    return kwargs[CALL].leave(output)
+def _leave_layer(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    return kwargs[OUTER].leave(index, kwargs[CALL], output)
 
 
-def _check_model(model: PreTrainedModel) -> Any:
+def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's forward as the compiled region; the call itself stays outside, as it differs from pass to pass."""
+    kwargs.pop(OUTER, None)
+    return region(module, args, kwargs)
+
+
+def _attention(layer: Any, index: int, config: Any, kernel: Any) -> FlexASLAttention:
+    """The attention that a decoder layer asks for, by its attributes; `attention_forward` checks that it does."""
+    module = layer.self_attn
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return FlexASLAttention(
+        scale=module.scaling,
+        sliding_window=window if slides else None,
+        softcap=getattr(module, "attn_logit_softcapping", None),
+        kernel=kernel,
+    )
+
+
+def _check_model(model: PreTrainedModel, compile: bool) -> Any:
     """The decoder of a model that can be patched; raises `UnsupportedError` for any other."""
     kind = type(model).__name__
     if model.config._attn_implementation == NAME:
@@ -275,7 +315,15 @@ def _check_model(model: PreTrainedModel) -> Any:
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     if model.training:
         raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedError(f"{kind} is compiled already (its compile() was called); patch it with compile=True instead")
+    if compile and any("forward" in vars(module) for module in (*decoder.layers, model.get_output_embeddings())):
+        raise UnsupportedError(
+            f"compile=True cannot take {kind}, because another library has replaced the forward of its layers; "
+            "give compile=False"
+        )
+    return decoder
 
 
 def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,18 +2,18 @@
 also `torch.ops.flexasl.*`, opaque to a compiler."""
 
 from flexasl.ops.ranking import rank_variance, token_ranks
-from flexasl.ops.scoring import window_mass, window_scores
-from flexasl.ops.selection import gather_slots, kept_slots, select_tokens
+from flexasl.ops.scoring import window_scores
+from flexasl.ops.selection import compact_kv, gather_tokens, kept_slots, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
 __all__ = [
-    "gather_slots",
+    "compact_kv",
+    "gather_tokens",
     "kept_slots",
     "rank_variance",
     "select_tokens",
     "token_ranks",
     "top_k_entries",
     "top_p_entries",
-    "window_mass",
     "window_scores",
 ]

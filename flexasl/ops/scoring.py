@@ -5,11 +5,12 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, N keys, W window, P = N -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+TILE = 2**22
+"""Logits held at once, in elements per row of the batch, unless one query head alone has more."""
 
 
 @torch.library.custom_op("flexasl::window_scores", mutates_args=())
@@ -22,90 +23,77 @@ def window_scores(
     valid: Tensor | None = None,
     positions: Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """Score of each prefix token at each KV head: the attention that it gets from the window's queries, pooled over
     neighbouring tokens per query head, and summed over the head's queries.
 
     query [B, H, W, D] are the queries of the last W keys; key [B, G, N, D]; any float dtype. valid [B, N] bool is False
-    at padding, which neither gives nor gets. positions [B, N] int (default 0..N-1) matter to `sliding_window` only,
-    which hides keys that many positions back or more. pooling is `"avgpool"`, which pads with zeros and divides by
-    `kernel_size` everywhere, or `"maxpool"`. → [B, G, P] float32.
+    at padding, which neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter to
+    `sliding_window` only, which hides keys that many positions back or more. softcap c turns logits x into
+    c tanh(x / c); sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling
+    is `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, or `"maxpool"`. whole scores all N
+    keys, the window's own included. → [B, G, P or N] float32. A real token that is not finite makes the scores of its
+    KV head NaN, in its row.
 
-    One KV head at a time: beside inputs and output, it holds two float32 tensors [B, R * W, N] and, for inputs in half
-    precision, one [B, N, D]. Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
+    KV heads are never expanded, and query heads go in tiles: beside inputs and output it holds [B, H, N] and two tiles
+    of `TILE` logits (or of one head's W x N) in float32, and for inputs in half precision one [B, N, D]. With H 32,
+    N 131,072, W 32: 48 MiB, in half precision 112 MiB; all logits at once would be 512 MiB. Section 3 of
+    arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
-    prefix = key.shape[2] - query.shape[2]
-    masses = _masses(query, key, scale, valid, positions, sliding_window)
-    return torch.stack([_pool(mass[..., :prefix], kernel_size, pooling).sum(1) for mass in masses], 1)
+    batch, heads, window, _ = query.shape
+    groups, tokens = key.shape[1], key.shape[2]
+    mass = _mass(query, key, scale, valid, positions, sliding_window, softcap, sinks)
+    mass = _pool(mass if whole else mass[..., : tokens - window], kernel_size, pooling)
+    return mass.view(batch, groups, heads // groups, -1).sum(2)
 
 
 @window_scores.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: int,
-    pooling: str,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sliding_window: int | None = None,
-) -> Tensor:
-    return query.new_empty(key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32)
+def _(query: Tensor, key: Tensor, *settings: object, whole: bool = False, **more: object) -> Tensor:
+    whole = whole or (len(settings) > 8 and bool(settings[8]))
+    tokens = key.shape[2] if whole else key.shape[2] - query.shape[2]
+    return query.new_empty(key.shape[0], key.shape[1], tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("flexasl::window_mass", mutates_args=())
-def window_mass(
-    query: Tensor,
-    key: Tensor,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Attention that each key gets at each KV head, the window's own keys included: the mean over the head's queries,
-    which sums to 1 over the keys. Arguments as in `window_scores`. → [B, G, N] float32.
-    """
-    return torch.stack(
-        [mass.mean(1) / query.shape[2] for mass in _masses(query, key, scale, valid, positions, sliding_window)], 1
-    )
-
-
-@window_mass.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sliding_window: int | None = None,
-) -> Tensor:
-    return query.new_empty(key.shape[:3], dtype=torch.float32)
-
-
-def _masses(
+def _mass(
     query: Tensor,
     key: Tensor,
     scale: float | None,
     valid: Tensor | None,
     positions: Tensor | None,
     sliding_window: int | None,
-) -> Iterator[Tensor]:
-    """Per KV head, each key's attention summed over the window: [B, R, N] float32."""
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Each key's attention from each query head, summed over the window: [B, H, N] float32."""
     batch, heads, window, dim = query.shape
     groups, tokens = key.shape[1], key.shape[2]
-    grouped = query.float().mul(dim**-0.5 if scale is None else scale).reshape(batch, groups, -1, dim)
+    repeats = heads // groups
+    query = query.float() * (dim**-0.5 if scale is None else scale)
     hidden = _hidden(window, valid, positions, sliding_window, key)
     future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+    mass = torch.empty(batch, heads, tokens, device=key.device)
+    tile = min(repeats, max(1, TILE // (window * tokens)))
     for group in range(groups):
-        logits = grouped[:, group] @ key[:, group].float().transpose(-1, -2)
-        logits = logits.view(batch, heads // groups, window, tokens)
-        logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-        if hidden is not None:
-            logits.masked_fill_(hidden, float("-inf"))
-        weights = logits.softmax(-1)
-        if valid is not None:
-            weights.masked_fill_(~valid[:, None, tokens - window :, None], 0.0)
-        yield weights.sum(2)
+        keys = key[:, group].float().transpose(-1, -2)
+        for first in range(group * repeats, (group + 1) * repeats, tile):
+            some = slice(first, min(first + tile, (group + 1) * repeats))
+            logits = (query[:, some].flatten(1, 2) @ keys).view(batch, -1, window, tokens)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+            if hidden is not None:
+                logits.masked_fill_(hidden, float("-inf"))
+            weights = logits.softmax(-1)
+            if sinks is not None:
+                excess = logits.logsumexp(-1) - sinks[some].float()[:, None]
+                weights.mul_(excess.sigmoid()[..., None])
+            if valid is not None:
+                weights.masked_fill_(~valid[:, None, tokens - window :, None], 0.0)
+            torch.sum(weights, 2, out=mass[:, some])
+    return mass
 
 
 def _hidden(
@@ -122,7 +110,7 @@ def _hidden(
 
 
 def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
-    if mass.shape[-1] == 0:
+    if kernel_size == 1 or mass.shape[-1] == 0:
         return mass
     pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
     return pool(mass, kernel_size, stride=1, padding=kernel_size // 2)

@@ -1,0 +1,290 @@
+"""Masks and attention of every kernel against float64 loops, and the traps of compiled kernels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+from flexasl import ConfigError, FlexASLAttention, Scoring, Selection, UnsupportedError, Visibility, attention, masks, ops
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def layouts(draw, most=6):
+    """Who sees whom, as prompts and pruned caches have it: query positions, key positions and validity, arrays."""
+    rng = np.random.default_rng(draw(SEEDS))
+    batch, queries = draw(st.integers(1, 2)), draw(st.integers(1, most))
+    own = (rng.integers(1, 4, (batch, queries)).cumsum(1) + 40).astype(np.int64)
+    if draw(st.booleans()):
+        keys = own
+    else:
+        heads, older = draw(st.sampled_from([None, 2])), draw(st.integers(0, 8))
+        shape = (batch, 40) if heads is None else (batch, heads, 40)
+        before = np.sort(rng.permuted(np.broadcast_to(np.arange(40), shape), axis=-1)[..., :older], -1)
+        tail = own if heads is None else np.broadcast_to(own[:, None], (batch, heads, queries))
+        keys = np.concatenate([before, tail], -1)
+    valid = rng.random(keys.shape) < 0.7 if draw(st.booleans()) else None
+    return own, keys, valid
+
+
+def visibility(layout):
+    queries, keys, valid = layout
+    return Visibility(torch.tensor(queries), torch.tensor(keys), None if valid is None else torch.tensor(valid))
+
+
+def seen(layout, sliding_window):
+    """[B][1 or G][M][N] bool, in loops."""
+    queries, keys, valid = layout
+    heads = keys.reshape(len(keys), -1, keys.shape[-1])
+    real = np.ones_like(heads, dtype=bool) if valid is None else valid.reshape(heads.shape)
+    out = np.zeros((*heads.shape[:2], queries.shape[1], heads.shape[2]), dtype=bool)
+    for b, g, i, j in np.ndindex(*out.shape):
+        back = int(queries[b, i]) - int(heads[b, g, j])
+        sees = real[b, g, j] and back >= 0 and (sliding_window is None or back < sliding_window)
+        out[b, g, i, j] = sees or (valid is not None and j == heads.shape[2] - queries.shape[1] + i)
+    return out
+
+
+windows = st.none() | st.integers(1, 30)
+
+
+# ---------------------------------------------------------------- masks
+
+
+@given(layout=layouts(), sliding_window=windows, data=st.data())
+def test_visibility_looks_at_positions_not_slots(layout, sliding_window, data):
+    visible, want = visibility(layout), seen(layout, sliding_window)
+    assert np.array_equal(visible.dense(sliding_window).numpy(), want)
+    assert visible.dense(sliding_window) is visible.dense(sliding_window)
+    first, start = data.draw(st.integers(0, want.shape[2] - 1)), data.draw(st.integers(0, want.shape[3] - 1))
+    part = visible.tile(slice(first, None), slice(start, None), sliding_window)
+    assert np.array_equal(part.numpy(), want[:, :, first:, start:])
+
+
+@given(layout=layouts(most=40), sliding_window=windows, block=st.sampled_from([2, 4, 16]))
+def test_block_masks_say_the_same_twice(layout, sliding_window, block):
+    """Uncompiled flex_attention reads `mask_mod` alone, compiled code skips blocks: each must be the whole truth."""
+    queries, keys, _ = layout
+    groups = keys.reshape(len(keys), -1, keys.shape[-1]).shape[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "BLOCK", block)
+        made = visibility(layout).block_mask(sliding_window, heads=2)
+    want = torch.tensor(seen(layout, sliding_window)).repeat_interleave(2 // groups, 1)
+    batch, count, total = len(queries), queries.shape[1], keys.shape[-1]
+    assert torch.equal(create_mask(made.mask_mod, batch, 2, count, total, device="cpu"), want)
+    filled = torch.zeros(batch, -(-count // block) * block, -(-total // block) * block, dtype=torch.bool)
+    listed = ((made.kv_num_blocks, made.kv_indices, False), (made.full_kv_num_blocks, made.full_kv_indices, True))
+    for counts, indices, full in listed:
+        for b, row in np.ndindex(batch, counts.shape[2]):
+            for column in indices[b, 0, row, : counts[b, 0, row]].tolist():
+                square = np.s_[b, row * block : (row + 1) * block, column * block : (column + 1) * block]
+                assert not filled[square].any(), "a block is listed once"
+                filled[square] = True
+                if full:
+                    part = want[b, :, square[1], square[2]]
+                    assert part.shape[1] == block and part.all(), "a full block is seen whole"
+    assert not (want & ~filled[:, None, :count, :total]).any(), "no pair that is seen is left out"
+
+
+def test_block_masks_leave_out_what_nobody_sees():
+    far = Visibility.last(1024, 1024).block_mask(sliding_window=128)
+    assert far.kv_num_blocks.sum() + far.full_kv_num_blocks.sum() == 15
+    causal = Visibility.last(1024, 1024).block_mask()
+    assert (causal.kv_num_blocks.sum(), causal.full_kv_num_blocks.sum()) == (8, 28)
+    pruned = torch.zeros(1024, dtype=torch.bool)
+    pruned[900:] = True
+    sparse = Selection(0, 3, pruned).block_mask()
+    assert sparse.kv_num_blocks.sum() + sparse.full_kv_num_blocks.sum() == 8 + 1
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_oracle(query, key, value, mask, scale, softcap=None, sinks=None):
+    """float64 loops over mask [B, 1 or G, M, N]."""
+    batch, heads, count, _ = query.shape
+    repeats = heads // key.shape[1]
+    out = np.zeros((batch, heads, count, value.shape[-1]))
+    for b, h, i in np.ndindex(batch, heads, count):
+        g, total = h // repeats, 0.0 if sinks is None else math.exp(float(sinks[h]))
+        weights = {}
+        for j in range(key.shape[2]):
+            if mask[b, g if mask.shape[1] > 1 else 0, i, j]:
+                logit = scale * float(query[b, h, i].double() @ key[b, g, j].double())
+                weights[j] = math.exp(logit if softcap is None else softcap * math.tanh(logit / softcap))
+        total += sum(weights.values())
+        for j, weight in weights.items():
+            out[b, h, i] += weight / total * value[b, g, j].double().numpy()
+    return out
+
+
+@st.composite
+def cases(draw):
+    layout = draw(layouts())
+    queries, keys, _ = layout
+    groups = keys.shape[1] if keys.ndim == 3 else draw(st.sampled_from([1, 2]))
+    heads, generator = groups * draw(st.sampled_from([1, 2])), torch.Generator().manual_seed(draw(SEEDS))
+    batch, total = len(queries), keys.shape[-1]
+    width = draw(st.sampled_from([4, 6]))
+    states = [
+        torch.randn(batch, count, length, dim, generator=generator)
+        for count, length, dim in ((heads, queries.shape[1], 4), (groups, total, 4), (groups, total, width))
+    ]
+    return layout, states, torch.randn(heads, generator=generator)
+
+
+@settings(max_examples=100)
+@given(
+    case=cases(),
+    kernel=st.sampled_from(["auto", "sdpa", "eager"]),
+    scale=st.sampled_from([None, 0.3]),
+    sliding_window=windows,
+    featured=st.booleans(),
+    tiles=st.sampled_from([(64, 128, 2**27), (2, 2, 2), (1, 1, 7)]),
+)
+def test_attention_is_the_softmax_over_what_is_seen(case, kernel, scale, sliding_window, featured, tiles):
+    layout, states, sinks = case
+    softcap, sinks = (1.5, sinks) if featured and kernel != "sdpa" else (None, None)
+    module = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("QUERIES", "BLOCK", "MASK"), tiles, strict=True):
+            patch.setattr(attention, name, value)
+        out = module(*states, visibility(layout), sinks=sinks)
+    mask = seen(layout, sliding_window)
+    want = attention_oracle(*states, mask, 0.5 if scale is None else scale, softcap, sinks)
+    assert out.shape == (*states[0].shape[:3], states[2].shape[-1]) and out.dtype == torch.float32
+    np.testing.assert_allclose(out.double().numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (9, 9), (4, 9)])
+@pytest.mark.parametrize("sliding_window", [None, 3, 20])
+def test_without_visibility_queries_are_the_last_keys(kernel, queries, keys, sliding_window):
+    query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    out = FlexASLAttention(kernel=kernel, sliding_window=sliding_window)(query, key, value)
+    at = np.arange(keys)[None].repeat(2, 0)
+    want = attention_oracle(query, key, value, seen((at[:, keys - queries :], at, None), sliding_window), 8**-0.5)
+    np.testing.assert_allclose(out.double().numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 40])
+def test_kernels_agree_in_every_dtype(dtype, count):
+    states = [torch.randn(2, heads, count if heads == 4 else 60, 16, dtype=dtype) for heads in (4, 2, 2)]
+    eager, sdpa = (FlexASLAttention(kernel=kernel, sliding_window=30)(*states) for kernel in ("eager", "sdpa"))
+    assert eager.dtype == sdpa.dtype == dtype
+    exact = FlexASLAttention(kernel="eager", sliding_window=30)(*(part.double() for part in states))
+    close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 0.02}
+    for out in (eager, sdpa):
+        torch.testing.assert_close(out.double(), exact, **close)
+
+
+def test_scores_come_with_the_output_when_asked():
+    query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    at, valid = torch.arange(20).expand(2, -1) * 2, torch.arange(20) >= torch.tensor([[0], [5]])
+    module, sinks = FlexASLAttention(scale=0.3, sliding_window=25, softcap=2.0), torch.randn(4)
+    visible = Visibility(at, at, valid)
+    out, scores = module(query, key, value, visible, sinks=sinks, scoring=Scoring(4, 3, "maxpool"))
+    assert torch.equal(out, module(query, key, value, visible, sinks=sinks))
+    want = ops.window_scores(query[:, :, -4:], key, 3, "maxpool", 0.3, valid, at, 25, 2.0, sinks)
+    assert scores.shape == (2, 2, 16) and torch.equal(scores, want)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_gradients_flow(kernel):
+    states = [torch.randn(1, heads, 5, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)]
+    module = FlexASLAttention(kernel=kernel, softcap=2.0 if kernel == "eager" else None, sliding_window=3)
+    assert torch.autograd.gradcheck(lambda *parts: module(*parts), states)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sinks", "message"),
+    [
+        ({"kernel": "flash"}, None, "kernel='flash' is not known; give 'auto', 'flex', 'sdpa' or 'eager'"),
+        ({"sliding_window": 0}, None, "sliding_window=0 is too small; give a positive number or None"),
+        ({"softcap": -1.0}, None, "softcap=-1.0 is too small; give a positive number or None"),
+        (
+            {"kernel": "sdpa", "softcap": 30.0},
+            None,
+            "kernel='sdpa' has no soft-cap (softcap=30.0); give kernel='auto', 'flex' or 'eager'",
+        ),
+        ({"kernel": "sdpa"}, 4, "kernel='sdpa' has no sinks; give kernel='auto' or 'eager', or sinks=None"),
+        ({"kernel": "flex"}, 4, "kernel='flex' has no sinks on cpu; give kernel='auto' or 'eager', or sinks=None"),
+    ],
+)
+def test_what_a_kernel_cannot_honour_is_refused(settings, sinks, message):
+    with pytest.raises((ConfigError, UnsupportedError)) as caught:
+        module = FlexASLAttention(**settings)
+        module(*[torch.randn(1, heads, 3, 8) for heads in (4, 2, 2)], sinks=torch.randn(sinks))
+    assert str(caught.value) == message
+
+
+def test_auto_takes_the_kernel_of_its_table():
+    plain, capped, slides = FlexASLAttention(), FlexASLAttention(softcap=3.0), FlexASLAttention(sliding_window=4)
+    for count in (1, 9):
+        states = torch.randn(1, 4, count, 8), torch.randn(1, 2, 9, 8)
+        assert plain.choose(*states) == slides.choose(*states) == "sdpa"
+        assert capped.choose(*states) == plain.choose(*states, sinks=torch.randn(4)) == "eager"
+
+
+# ---------------------------------------------------------------- compiled flex_attention and its traps
+
+
+@pytest.fixture
+def compiles():
+    """Counts the graphs that are compiled from here on."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    attention._compiled_flex.cache_clear()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+FLEX = [
+    ({}, False),
+    ({"sliding_window": 150}, False),
+    ({"softcap": 2.0}, False),
+    ({"sliding_window": 150}, True),
+]
+
+
+@pytest.mark.parametrize(("given", "padded"), FLEX)
+def test_flex_is_one_graph_for_many_lengths_and_skips_no_mask(given, padded, compiles):
+    """A compile limit of 8 and a silent fall back to code that reads no block list would show in both."""
+    module, exact = FlexASLAttention(kernel="flex", **given), FlexASLAttention(kernel="eager", **given)
+    for count in (260, 300, 333, 390, 405, 450, 512, 570, 600, 640):
+        states = [torch.randn(2, heads, count, 16) for heads in (4, 2, 2)]
+        at = torch.arange(count).expand(2, -1)
+        visible = Visibility(at, at, at >= torch.tensor([[0], [140]])) if padded else None
+        torch.testing.assert_close(module(*states, visible), exact(*states, visible), rtol=1e-4, atol=1e-5)
+    assert compiles() == 1
+
+
+def test_flex_reads_views_at_an_offset(compiles):
+    """Compiled on CPU, flex_attention forgets where in its storage a view begins that was made inside the graph."""
+    module, exact = FlexASLAttention(kernel="flex"), FlexASLAttention(kernel="eager")
+    states = [torch.randn(1, heads, 300, 16) for heads in (4, 2, 2)]
+
+    def last(query, key, value):
+        return module(query[:, :, -140:].clone(), key, value)
+
+    want = exact(states[0][:, :, -140:], *states[1:])
+    torch.testing.assert_close(module(states[0][:, :, -140:], *states[1:]), want, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(last, fullgraph=True)
+    torch.testing.assert_close(compiled(*states), want, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_decode_is_right_on_every_kernel(compiles):
+    at, valid = torch.arange(40).expand(2, -1), torch.arange(40) >= torch.tensor([[0], [17]])
+    states = [torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)]
+    visible = Visibility(at[:, -1:], at, valid)
+    want = FlexASLAttention(kernel="eager")(*states, visible)
+    for kernel in ("auto", "sdpa", "flex"):
+        out = FlexASLAttention(kernel=kernel)(*states, visible)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
