@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, M queries, N keys, W wind
 from __future__ import annotations
 
 import functools
+import types
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +41,8 @@ class FlexASLAttention(nn.Module):
     scale multiplies logits (default D ** -0.5); sliding_window hides keys that many positions back or more; softcap c
     turns logits x into c tanh(x / c). kernel is what computes it: `"flex"` (`flex_attention`, always compiled),
     `"sdpa"` (`scaled_dot_product_attention`), `"eager"` (plain tensor operations, the reference), or `"auto"`, which
-    takes what `choose` says is fastest among those that can. Raises `ConfigError` on a setting that cannot work, and
+    takes what `choose` says is fastest among those that can. On CPU, flex compiles a graph for every length: it is there
+    to compare with. Raises `ConfigError` on a setting that cannot work, and
     `UnsupportedError` where a kernel that was asked for cannot honour the others.
     """
 
@@ -206,7 +208,16 @@ class FlexASLAttention(nn.Module):
             visible = Visibility.last(queries, keys, query.device)
         blocks = visible.block_mask(self.sliding_window, heads)
         capped = None if self.softcap is None else _capped(torch.tensor(self.softcap, device=query.device))
-        run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        if query.is_cuda:
+            run = flex_attention if torch.compiler.is_compiling() else _compiled_flex(None)
+        else:
+            # torch 2.13 on CPU: graphs for any length often fail to build, and few keys give wrong results.
+            if keys < BLOCK:
+                raise UnsupportedError(
+                    f"kernel='flex' is wrong on {query.device.type} for fewer than {BLOCK} keys, here {keys}; "
+                    "give kernel='auto'"
+                )
+            run = _compiled_flex((query.shape, key.shape, value.shape))
         settings = {"score_mod": capped, "block_mask": blocks, "scale": self._scale(query), "enable_gqa": True}
         if sinks is None:
             return run(query, key, value, **settings)
@@ -293,8 +304,10 @@ def _capped(softcap: Tensor) -> Any:
     return capped
 
 
-@functools.cache
-def _compiled_flex() -> Any:
-    """`flex_attention` compiled once for all lengths. fullgraph: past the recompile limit a compile without it runs the
-    uncompiled function in silence, which reads no block lists."""
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
+@functools.lru_cache(maxsize=64)
+def _compiled_flex(shapes: tuple[torch.Size, ...] | None) -> Any:
+    """`flex_attention` compiled for any lengths, or for these shapes alone. fullgraph: past the recompile limit a
+    compile without it runs the uncompiled function in silence, which reads no block lists."""
+    own = types.FunctionType(flex_attention.__code__.replace(), flex_attention.__globals__, "flex_attention")
+    own.__kwdefaults__, own.__defaults__ = flex_attention.__kwdefaults__, flex_attention.__defaults__
+    return torch.compile(own, fullgraph=True, dynamic=shapes is None)

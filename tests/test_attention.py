@@ -97,9 +97,9 @@ def test_block_masks_leave_out_what_nobody_sees():
     causal = Visibility.last(1024, 1024).block_mask()
     assert (causal.kv_num_blocks.sum(), causal.full_kv_num_blocks.sum()) == (8, 28)
     pruned = torch.zeros(1024, dtype=torch.bool)
-    pruned[900:] = True
+    pruned[:10] = pruned[900:] = True
     sparse = Selection(0, 3, pruned).block_mask()
-    assert sparse.kv_num_blocks.sum() + sparse.full_kv_num_blocks.sum() == 8 + 1
+    assert sparse.kv_num_blocks.sum() + sparse.full_kv_num_blocks.sum() == 8 + 7
 
 
 # ---------------------------------------------------------------- attention
@@ -235,56 +235,64 @@ def test_auto_takes_the_kernel_of_its_table():
 # ---------------------------------------------------------------- compiled flex_attention and its traps
 
 
-@pytest.fixture
-def compiles():
-    """Counts the graphs that are compiled from here on."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    attention._compiled_flex.cache_clear()
-    counters.clear()
-    return lambda: counters["stats"]["unique_graphs"]
-
-
 FLEX = [
     ({}, False),
-    ({"sliding_window": 150}, False),
-    ({"softcap": 2.0}, False),
     ({"sliding_window": 150}, True),
+    ({"softcap": 2.0}, True),
 ]
 
 
 @pytest.mark.parametrize(("given", "padded"), FLEX)
-def test_flex_is_one_graph_for_many_lengths_and_skips_no_mask(given, padded, compiles):
-    """A compile limit of 8 and a silent fall back to code that reads no block list would show in both."""
+def test_flex_reads_every_block_list_however_many_lengths(given, padded):
+    """Past a limit of 8 compiles torch may fall back in silence to code that reads no block list."""
     module, exact = FlexASLAttention(kernel="flex", **given), FlexASLAttention(kernel="eager", **given)
-    for count in (260, 300, 333, 390, 405, 450, 512, 570, 600, 640):
-        states = [torch.randn(2, heads, count, 16) for heads in (4, 2, 2)]
-        at = torch.arange(count).expand(2, -1)
-        visible = Visibility(at, at, at >= torch.tensor([[0], [140]])) if padded else None
-        torch.testing.assert_close(module(*states, visible), exact(*states, visible), rtol=1e-4, atol=1e-5)
-    assert compiles() == 1
+    for queries, keys in ((300, 300), (1, 300), (140, 300)):
+        states = [torch.randn(2, heads, keys, 16) for heads in (4, 2, 2)]
+        # A view that begins in the middle of its storage, which compiled code has been known to forget.
+        query = states[0][:, :, keys - queries :]
+        at = torch.arange(keys).expand(2, -1)
+        visible = Visibility(at[:, keys - queries :], at, at >= torch.tensor([[0], [140]])) if padded else None
+        want = exact(query, *states[1:], visible)
+        torch.testing.assert_close(module(query, *states[1:], visible), want, rtol=1e-4, atol=1e-5)
 
 
-def test_flex_reads_views_at_an_offset(compiles):
-    """Compiled on CPU, flex_attention forgets where in its storage a view begins that was made inside the graph."""
-    module, exact = FlexASLAttention(kernel="flex"), FlexASLAttention(kernel="eager")
-    states = [torch.randn(1, heads, 300, 16) for heads in (4, 2, 2)]
+def test_flex_compiles_apart_for_each_shape_and_as_a_whole_graph(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: made.append((function, settings)))
+    attention._compiled_flex.cache_clear()
+    for shapes in (None, (torch.Size([9]),), (torch.Size([8]),)):
+        attention._compiled_flex(shapes)
+    attention._compiled_flex.cache_clear()
+    assert len({id(function.__code__) for function, _ in made}) == 3
+    assert [settings for _, settings in made] == [
+        {"fullgraph": True, "dynamic": dynamic} for dynamic in (True, False, False)
+    ]
 
-    def last(query, key, value):
-        return module(query[:, :, -140:].clone(), key, value)
 
-    want = exact(states[0][:, :, -140:], *states[1:])
-    torch.testing.assert_close(module(states[0][:, :, -140:], *states[1:]), want, rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(last, fullgraph=True)
-    torch.testing.assert_close(compiled(*states), want, rtol=1e-4, atol=1e-5)
+def test_flex_on_cpu_refuses_few_keys_which_torch_gets_wrong():
+    with pytest.raises(UnsupportedError, match="wrong on cpu for fewer than 128 keys, here 40; give kernel='auto'"):
+        FlexASLAttention(kernel="flex")(*[torch.randn(1, heads, 40, 16) for heads in (4, 2, 2)])
 
 
-def test_padded_decode_is_right_on_every_kernel(compiles):
-    at, valid = torch.arange(40).expand(2, -1), torch.arange(40) >= torch.tensor([[0], [17]])
-    states = [torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)]
+def test_padded_decode_is_right():
+    at, valid = torch.arange(200).expand(2, -1), torch.arange(200) >= torch.tensor([[0], [170]])
+    states = [torch.randn(2, 4, 1, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)]
     visible = Visibility(at[:, -1:], at, valid)
     want = FlexASLAttention(kernel="eager")(*states, visible)
     for kernel in ("auto", "sdpa", "flex"):
-        out = FlexASLAttention(kernel=kernel)(*states, visible)
-        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(FlexASLAttention(kernel=kernel)(*states, visible), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("given", "padded"), FLEX)
+def test_flex_on_a_gpu_is_one_graph_for_many_lengths(given, padded):
+    from torch._dynamo.utils import counters
+
+    module, exact = FlexASLAttention(kernel="flex", **given), FlexASLAttention(kernel="eager", **given)
+    before = counters["stats"]["unique_graphs"]
+    for count in (260, 300, 333, 390, 405, 450, 512, 570, 600, 640):
+        states = [torch.randn(2, heads, count, 16, device="cuda") for heads in (4, 2, 2)]
+        at = torch.arange(count, device="cuda").expand(2, -1)
+        visible = Visibility(at, at, at >= torch.tensor([[0], [140]], device="cuda")) if padded else None
+        torch.testing.assert_close(module(*states, visible), exact(*states, visible), rtol=1e-2, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] - before == 1

@@ -48,7 +48,7 @@ class Patch:
     """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself."""
 
     def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
-        decoder = _check_model(model, compile)
+        decoder = _check_model(model, kernel, compile)
         layers = list(decoder.layers)[: decoder.config.num_hidden_layers]
         self.policy = policy
         self.config = policy.resolve(config, len(layers))
@@ -301,7 +301,7 @@ def _attention(layer: Any, index: int, config: Any, kernel: Any) -> FlexASLAtten
     )
 
 
-def _check_model(model: PreTrainedModel, compile: bool) -> Any:
+def _check_model(model: PreTrainedModel, kernel: str, compile: bool) -> Any:
     """The decoder of a model that can be patched; raises `UnsupportedError` for any other."""
     kind = type(model).__name__
     if model.config._attn_implementation == NAME:
@@ -315,6 +315,8 @@ def _check_model(model: PreTrainedModel, compile: bool) -> Any:
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     if model.training:
         raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
+    if kernel == "flex" and model.device.type == "cpu":
+        raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
     decoder = model.get_decoder()
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedError(f"{kind} is compiled already (its compile() was called); patch it with compile=True instead")
