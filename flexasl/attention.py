@@ -289,8 +289,11 @@ def _dense_attention(
     if mask is not None and query.is_cuda and repeats > 1:
         # With a mask and enable_gqa, CUDA has only the kernel that materialises all M x N weights.
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    # Where a compiler knows lengths as symbols, these are symbols too, which SDPA does not take: `if` decides them.
+    causal = True if causal else False  # noqa: SIM210
+    grouped = True if key.shape[1] != heads else False  # noqa: SIM210
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != heads
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 

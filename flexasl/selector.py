@@ -5,7 +5,6 @@ Shapes: B batch, R rows still undecided, O observed layers, P prefix slots, N pr
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -106,15 +105,17 @@ class LayerSelector:
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
         self._traces = {row: Trace() for row in self.rows}
-        self._seen: deque[tuple[int, list[int], Tensor]] = deque()
+        self._seen: list[tuple[int, list[int], Tensor]] = []
         self._prefix = self.tokens - config.window
         assert config.observe_layers and config.tau and config.min_layer is not None and config.max_layer is not None
         self._first, self._last, self._tau = config.min_layer, config.max_layer, config.tau
         self._peak = config.variance_reference == "peak"
         self._compares = self._last > self._first
         held = config.observe_layers if self._compares or config.select_on == "max" else 1
-        self._ranks: deque[Tensor] = deque(maxlen=held if self._compares else 1)
-        self._scores: deque[Tensor] = deque(maxlen=held if config.select_on == "max" else 1)
+        # Lists that are cut by hand: torch.compile (2.13) forgets the `maxlen` of a deque.
+        self._ranks: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._held = (held if self._compares else 1, held if config.select_on == "max" else 1)
         self._opens = self._first - held + 1
         self._valid, self._budget = self._rows_tensors(torch.device(device))
         self._reference = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
@@ -132,13 +133,14 @@ class LayerSelector:
         Scores may come without their first columns where these are padding in every row.
         """
         scores = F.pad(scores, (self._prefix - scores.shape[1], 0))
-        self._ranks.append(token_ranks(scores, self._valid_prefix))
-        self._scores.append(scores)
+        ranks, best = self._held
+        self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-ranks:]
+        self._scores = [*self._scores, scores][-best:]
         if layer < self._first:
             return None
         settled = torch.zeros_like(self._budget, dtype=torch.bool)
         if self._compares:
-            ranks = torch.stack(tuple(self._ranks))
+            ranks = torch.stack(self._ranks)
             seen = settle(ranks, self._budget, None if layer == self._first else self._reference, self._peak)
             self._reference = seen.reference
             self._seen.append((layer, list(self.rows), torch.stack([seen.variance, seen.union.double(), seen.ratio])))
@@ -152,7 +154,7 @@ class LayerSelector:
     def choose(self) -> Tensor:
         """Tokens of each row in `rows` that would stay if it selected now: [R, N] bool."""
         if self.config.select_on == "max":
-            ranks = token_ranks(torch.stack(tuple(self._scores)).amax(0), self._valid_prefix)
+            ranks = token_ranks(torch.stack(self._scores).amax(0), self._valid_prefix)
         else:
             ranks = self._ranks[-1]
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
@@ -173,27 +175,22 @@ class LayerSelector:
     @property
     def traces(self) -> dict[int, Trace]:
         """What the rule has seen, for each row that it was to decide."""
-        while self._seen:
-            layer, rows, values = self._seen.popleft()
+        for layer, rows, values in self._seen:
             for row, variance, union, ratio in zip(rows, *values.tolist(), strict=True):
                 trace = self._traces[row]
                 trace.eval_layers.append(layer)
                 trace.variance.append(variance)
                 trace.union_size.append(int(union))
                 trace.variance_ratio.append(ratio)
+        self._seen.clear()
         return self._traces
 
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]
         self.rows = [self.rows[place] for place in left]
-        if not left:
-            self._ranks.clear()
-            self._scores.clear()
-            return
-        index = torch.tensor(left, device=self._budget.device)
-        for held in (self._ranks, self._scores):
-            for _ in range(len(held)):
-                held.append(held.popleft()[index])
+        index = torch.tensor(left, device=self._budget.device, dtype=torch.long)
+        self._ranks = [ranks[index] for ranks in self._ranks] if left else []
+        self._scores = [scores[index] for scores in self._scores] if left else []
         self._budget, self._reference = self._budget[index], self._reference[index]
         self._valid = None if self._valid is None else self._valid[index]
 
