@@ -88,8 +88,7 @@ class LayerCache:
         if self._valid is not None:
             self._valid[..., self._length : length] = True if valid is None else valid
         self._length = length
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        return self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
@@ -163,6 +162,6 @@ def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:
 
 def _owned(states: Tensor) -> Tensor:
     """The same values in storage that holds nothing else, so that no view keeps a larger tensor alive."""
-    if states.untyped_storage().nbytes() == states.numel() * states.element_size():
+    if not torch.compiler.is_compiling() and states.untyped_storage().nbytes() == states.numel() * states.element_size():
         return states
     return states.clone(memory_format=torch.contiguous_format)

@@ -62,7 +62,7 @@ class Call:
     """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.
 
     For each layer in turn: `enter`, run the layer on `table` of its per-token inputs and on the step that `enter` gave,
-    then `leave` with its output; in the end `finish`. With a `Prefill` the tokens are a prompt and may be pruned;
+    then `leave` with its output; in the end `finish`, and `close` once the model has run. With a `Prefill` the tokens are a prompt and may be pruned;
     without one they continue a sequence.
     """
 
@@ -153,23 +153,26 @@ class Call:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Final states in the prompt's own shape [B, tokens, C]: dropped tokens, which have none, are NaN."""
-        prefill = self.prefill
-        if prefill is None:
+        if self.prefill is None:
             return hidden
-        kept = prefill.finish()
-        for layer, cache in enumerate(self.caches or ()):
-            if layer in kept and cache.columns is not None:
-                cache.retain(_look_up(kept[layer], cache.columns))
-        if not prefill.selections:
-            return hidden
-        states = hidden if self.valid is None else torch.where(self.valid[..., None], hidden, float("nan"))
+        dropped = self.prefill.dropped
+        states = hidden if dropped is None else torch.where(dropped[..., None], float("nan"), hidden)
         if self._slots is None:
             return states
         full = hidden.new_full((hidden.shape[0], self._tokens, hidden.shape[2]), float("nan"))
         return full.scatter_(1, self.columns[..., None].expand_as(states), states)
 
+    def close(self) -> None:
+        """After the model has run, outside any graph: drops what was masked out from the caches."""
+        if self.prefill is None:
+            return
+        kept = self.prefill.close()
+        for layer, cache in enumerate(self.caches or ()):
+            if layer in kept and cache.columns is not None:
+                cache.retain(_look_up(kept[layer], cache.columns))
+
     def report(self, policy: Policy) -> Report:
-        """What was decided and saved; call it once, when the prompt's last layer has run."""
+        """What was decided and saved; call it once, after `close`."""
         prefill = self.prefill
         assert prefill is not None
         seconds = _clock(self._columns.device) - self._started

@@ -35,7 +35,7 @@ class Prefill:
     """The tokens that a batch of prompts still has at each layer, and what each layer's attention changes about that.
 
     At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`; after the
-    last one `finish`. With `propagate="mask"` nothing before `finish` waits for the device or depends on what was
+    last one `close`. With `propagate="mask"` nothing before `close` waits for the device or depends on what was
     decided, so that a compiler can take all layers as one graph.
     """
 
@@ -150,7 +150,14 @@ class Prefill:
         self._visible = None
         return slots
 
-    def finish(self) -> dict[int, Tensor]:
+    @property
+    def dropped(self) -> Tensor | None:
+        """[B, M] bool: slots of the last layer that stand for no token of their row; None where nothing was dropped."""
+        if self.valid is None or not (self._masks or self.selections):
+            return None
+        return ~self.valid & (self._chosen >= 0).any() if self._masks else ~self.valid
+
+    def close(self) -> dict[int, Tensor]:
         """After the last layer: where tokens were masked out, the columns [B, N] bool that each layer's cache keeps."""
         if not self._masks:
             return {}

@@ -285,6 +285,7 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
         for name, held in (("ranks", selector._ranks), ("scores", selector._scores)):
             assert sum(ref() is not None for ref in seen[name]) == len(held) == min(layer + 1, most[name])
             assert all(tensor.untyped_storage().nbytes() == rows * prefix * 4 for tensor in held)
+    del held
     assert len(selector.select(9, selector.observe(9, torch.rand(rows, prefix)))) == rows
     assert not any(ref() is not None for refs in seen.values() for ref in refs)
 

@@ -123,6 +123,7 @@ class Patch:
             output = (call.finish(output[0]), *output[1:])
         else:
             output.last_hidden_state = call.finish(output.last_hidden_state)
+        call.close()
         if call.prefill is not None:
             self.report = call.report(self.policy)
         return output

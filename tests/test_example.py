@@ -1,0 +1,126 @@
+"""The plain decoder of `examples/`: dropping tokens and masking them out are the same, and masking is one graph."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_invariants import rules
+from torch.nn import functional as F
+
+from flexasl import ASLConfig
+
+PATH = Path(__file__).parents[1] / "examples" / "plain_decoder.py"
+spec = importlib.util.spec_from_file_location("plain_decoder", PATH)
+plain = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plain)
+
+CLOSE = {"rtol": 0, "atol": 1e-9}
+
+
+def decoder(layers=6, heads=4, groups=2, seed=0):
+    torch.manual_seed(seed)
+    return plain.Decoder(layers=layers, heads=heads, groups=groups).double().eval().requires_grad_(False)
+
+
+def without_flexasl(model, tokens):
+    """The same decoder, in textbook attention."""
+    hidden = model.embed(tokens)
+    cos, sin = plain.rotary_tables(torch.arange(tokens.shape[1])[None], model.dim)
+    for block in model.blocks:
+        normed = block.attention_norm(hidden)
+        query, key, value = (
+            project(normed).unflatten(-1, (-1, block.dim)).transpose(1, 2)
+            for project in (block.query, block.key, block.value)
+        )
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        logits = plain.rotate(query, cos, sin) @ plain.rotate(key, cos, sin).mT * block.dim**-0.5
+        future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+        mixed = logits.masked_fill(future, float("-inf")).softmax(-1) @ value
+        hidden = hidden + block.out(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + block.down(F.gelu(block.up(block.mlp_norm(hidden))))
+    return F.linear(model.norm(hidden), model.embed.weight)
+
+
+def test_with_everything_kept_it_is_the_plain_decoder():
+    model, tokens = decoder(), torch.randint(257, (2, 50))
+    logits, call = plain.read_prompt(model, tokens[:, :-3], ASLConfig(select_tokens=1.0))
+    torch.testing.assert_close(logits, without_flexasl(model, tokens[:, :-3]), **CLOSE)
+    for index in (47, 48, 49):
+        logits = plain.read_token(model, tokens[:, index : index + 1], call.caches)
+    torch.testing.assert_close(logits, without_flexasl(model, tokens)[:, -1:], **CLOSE)
+
+
+@settings(max_examples=100)
+@given(
+    config=rules(layers=5),
+    shape=st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 2)]),
+    layers=st.integers(5, 7),
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, tokens, seed):
+    model, config = decoder(layers, *shape, seed), config.replace(kv_budget=None, kv_top_p=None)
+    prompt = torch.randint(257, (rows, tokens))
+    dropped, call = plain.read_prompt(model, prompt, config)
+    masked, other = plain.read_prompt(model, prompt, config.replace(propagate="mask"))
+    mine, theirs = call.report(plain.ASL()), other.report(plain.ASL())
+    assert mine.kv_tokens == theirs.kv_tokens
+    for row, its in zip(mine.rows, theirs.rows, strict=True):
+        assert (row.selected_layer, row.kept_positions) == (its.selected_layer, its.kept_positions)
+        assert (row.variance, row.variance_ratio) == (its.variance, its.variance_ratio)
+        assert row.reason == its.reason
+    torch.testing.assert_close(dropped, masked, equal_nan=True, **CLOSE)
+    for held, kept in zip(call.caches, other.caches, strict=True):
+        for row in range(rows):
+            one, two = (
+                part.columns[row].expand(shape[1], -1)
+                if part.valid is None
+                else part.columns[row].expand(shape[1], -1)[part.valid[row].expand(shape[1], -1)].view(shape[1], -1)
+                for part in (held, kept)
+            )
+            assert torch.equal(one, two)
+            torch.testing.assert_close(*(part.keys[row][:, -one.shape[1] :] for part in (held, kept)), **CLOSE)
+    more = torch.randint(257, (rows, 1))
+    torch.testing.assert_close(
+        plain.read_token(model, more, call.caches), plain.read_token(model, more, other.caches), **CLOSE
+    )
+
+
+def test_a_masked_prefill_is_one_graph_for_many_lengths():
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = decoder()
+    eager = plain.Decoder.forward
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counting)
+    config = ASLConfig(select_tokens=24, window=8, tau=0.9, min_layer=1, max_layer=4, observe_layers=2, propagate="mask")
+    layers = set()
+    for tokens in (60, 75, 90, 110):
+        prompt = torch.randint(257, (2, tokens))
+        want, first = plain.read_prompt(model, prompt, config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plain.Decoder, "forward", lambda *arguments: compiled(*arguments))
+            logits, call = plain.read_prompt(model, prompt, config)
+        torch.testing.assert_close(logits, want, equal_nan=True, **CLOSE)
+        assert [row.kept_positions for row in call.report(plain.ASL()).rows] == [
+            row.kept_positions for row in first.report(plain.ASL()).rows
+        ]
+        layers |= {row.selected_layer for row in call.report(plain.ASL()).rows}
+    assert len(layers) > 1
+    assert len(graphs) == 1
+
+
+def test_the_example_runs(capsys):
+    plain.main()
+    said = capsys.readouterr().out
+    assert "64 kept from layer 4 of 6 on" in said
+    apart = [float(line.split(": ")[1].split()[0]) for line in said.splitlines() if "apart" in line]
+    assert apart[0] < 1e-4 < apart[1]
