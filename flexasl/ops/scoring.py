@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 2**22
+TILE = 2**23
 """Logits held at once, in elements per row of the batch, unless one query head alone has more."""
 
 
@@ -40,7 +40,7 @@ def window_scores(
 
     KV heads are never expanded, and query heads go in tiles: beside inputs and output it holds [B, H, N] and two tiles
     of `TILE` logits (or of one head's W x N) in float32, and for inputs in half precision one [B, N, D]. With H 32,
-    N 131,072, W 32: 48 MiB, in half precision 112 MiB; all logits at once would be 512 MiB. Section 3 of
+    N 131,072, W 32: 80 MiB, in half precision 144 MiB; all logits at once would be 512 MiB. Section 3 of
     arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
     batch, heads, window, _ = query.shape
@@ -76,17 +76,22 @@ def _mass(
     future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
     mass = torch.empty(batch, heads, tokens, device=key.device)
     tile = min(repeats, max(1, TILE // (window * tokens)))
+    # Two buffers for all tiles: fresh ones would cost as much as the softmax, in page faults.
+    room = torch.empty(2, batch, tile * window, tokens, device=key.device)
     for group in range(groups):
         keys = key[:, group].float().transpose(-1, -2)
         for first in range(group * repeats, (group + 1) * repeats, tile):
             some = slice(first, min(first + tile, (group + 1) * repeats))
-            logits = (query[:, some].flatten(1, 2) @ keys).view(batch, -1, window, tokens)
+            count = some.stop - first
+            logits, weights = room[:, :, : count * window]
+            torch.matmul(query[:, some].flatten(1, 2), keys, out=logits)
+            logits, weights = (part.view(batch, count, window, tokens) for part in (logits, weights))
             if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
+                logits.div_(softcap).tanh_().mul_(softcap)
             logits[..., tokens - window :].masked_fill_(future, float("-inf"))
             if hidden is not None:
                 logits.masked_fill_(hidden, float("-inf"))
-            weights = logits.softmax(-1)
+            torch.softmax(logits, -1, out=weights)
             if sinks is not None:
                 excess = logits.logsumexp(-1) - sinks[some].float()[:, None]
                 weights.mul_(excess.sigmoid()[..., None])

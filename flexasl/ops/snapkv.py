@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexasl.ops.ranking import token_ranks
+from flexasl.ops.selection import select_tokens
+
 
 def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
     """Entries that each KV head keeps: the best of the prefix, and the window (SnapKV, arXiv 2404.14469).
@@ -15,13 +18,10 @@ def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | N
     scores [B, G, P] float32, pooled and summed over the head's queries; budget [B] int counts prefix entries;
     valid [B, P] bool is False at padding. Ties go to the earlier token. → keep [B, G, P + window] bool.
     """
-    batch, groups, prefix = scores.shape
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None], float("-inf"))
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    within = torch.arange(prefix, device=scores.device) < budget[:, None, None]
-    best = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within.expand_as(order))
-    return torch.cat([best, best.new_ones(batch, groups, window)], -1)
+    batch, groups, _ = scores.shape
+    valid = None if valid is None else valid[:, None].expand_as(scores).flatten(0, 1)
+    ranks = token_ranks(scores.flatten(0, 1), valid)
+    return select_tokens(ranks, budget.repeat_interleave(groups), window).unflatten(0, (batch, groups))
 
 
 def top_p_entries(share: Tensor, top_p: float, window: int, valid: Tensor | None = None) -> Tensor:
