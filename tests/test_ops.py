@@ -9,7 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexasl import ops
+from flexasl import ASLConfig, FlexASLAttention, ops
+from flexasl.policies import ASL
+from flexasl.prefill import Prefill
+from flexasl.selector import settle
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -31,7 +34,7 @@ def window_mass(query, key, **settings):
     return ops.window_scores(query, key, 1, "avgpool", whole=True, **settings) / queries
 
 
-def mass_oracle(query, key, scale, valid, positions, sliding_window):
+def mass_oracle(query, key, scale, valid, positions, sliding_window, softcap=None, sinks=None):
     """Softmax of each real window query over the keys that it sees, summed over the window; float64 loops."""
     batch, heads, window, _ = query.shape
     groups, tokens = key.shape[1:3]
@@ -47,8 +50,9 @@ def mass_oracle(query, key, scale, valid, positions, sliding_window):
             logit = sum(
                 float(x) * float(y) for x, y in zip(query[b, h, w], key[b, h // (heads // groups), j], strict=True)
             )
-            weights[j] = math.exp(logit * scale)
-        mass[b, h] += weights / weights.sum()
+            logit *= scale
+            weights[j] = math.exp(logit if softcap is None else softcap * math.tanh(logit / softcap))
+        mass[b, h] += weights / (weights.sum() + (0 if sinks is None else math.exp(float(sinks[h]))))
     return mass
 
 
@@ -103,15 +107,29 @@ def pool_oracle(mass, kernel_size, pooling):
     return pooled
 
 
-@given(case=window_cases(), kernel_size=st.sampled_from([1, 3, 5, 7]), pooling=st.sampled_from(["avgpool", "maxpool"]))
-def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(case, kernel_size, pooling):
+@given(
+    case=window_cases(),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    pooling=st.sampled_from(["avgpool", "maxpool"]),
+    softcap=st.sampled_from([None, 0.7, 5.0]),
+    sunk=st.booleans(),
+    tile=st.sampled_from([1, 30, 2**23]),
+)
+def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(
+    case, kernel_size, pooling, softcap, sunk, tile
+):
     query, key, scale, valid, positions, sliding_window = case
+    sinks = arrays(query.shape[1]).standard_normal(query.shape[1]).astype(np.float32) if sunk else None
     prefix = key.shape[2] - query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = ops.window_scores(
-        tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions), sliding_window
-    )
-    mass = by_group(mass_oracle(query, key, scale, valid, positions, sliding_window), key)[..., :prefix]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexasl.ops.scoring.TILE", tile)
+        scores = ops.window_scores(
+            *(tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions)),
+            *(sliding_window, softcap, tensor(sinks) if sunk else None),
+        )
+    mass = mass_oracle(query, key, scale, valid, positions, sliding_window, softcap, sinks)
+    mass = by_group(mass, key)[..., :prefix]
     assert scores.dtype == torch.float32 and scores.shape == (*key.shape[:2], prefix)
     want = pool_oracle(mass, kernel_size, pooling).sum(2)
     np.testing.assert_allclose(scores.double().numpy(), want, rtol=1e-5, atol=1e-12)
@@ -404,27 +422,103 @@ def test_nan_and_minus_infinity_rank_behind_every_number_and_before_padding(lowe
     assert ops.token_ranks(scores, valid).tolist() == [[6, 2, 4, 3, 1, 5]]
 
 
-def test_the_decision_is_one_graph_for_many_lengths():
-    graphs = []
+def test_a_token_that_is_not_finite_leaves_other_rows_and_heads_alone():
+    query, key = states()
+    want = ops.window_scores(query, key, 5, "avgpool")
+    key[1, 0, 7] = float("nan")
+    scores = ops.window_scores(query, key, 5, "avgpool")
+    assert scores[1, 0].isnan().all()
+    assert torch.equal(scores[0], want[0]) and torch.equal(scores[1, 1], want[1, 1])
+    valid = torch.arange(20) >= torch.tensor([[0], [8]])
+    padded = ops.window_scores(query, key, 5, "avgpool", valid=valid)
+    assert padded.isfinite().all(), "what padding holds does not matter"
+    torch.testing.assert_close(padded[1, :, 8:], ops.window_scores(query, key[..., 8:, :], 5, "avgpool")[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_ranks_are_exact_in_every_dtype(dtype):
+    scores = torch.randint(-40, 40, (3, 500)).to(dtype) / 16
+    scores[:, ::7] = -0.0
+    scores[:, 1::7] = 0.0
+    want = [ranks_oracle(row, [True] * 500) for row in scores.tolist()]
+    assert ops.token_ranks(scores).tolist() == want
+
+
+def test_scoring_holds_no_more_than_it_says():
+    """Every tensor that the kernel makes, summed as if none was freed; the whole logits would be 16 MiB."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            out = function(*arguments, **(settings or {}))
+            if isinstance(out, torch.Tensor) and out._base is None and "out" not in (settings or {}):
+                self.made = max(self.made, out.untyped_storage().nbytes())
+            return out
+
+    heads, groups, tokens, window = 8, 2, 16_384, 32
+    query, key = torch.randn(1, heads, window, 16), torch.randn(1, groups, tokens, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexasl.ops.scoring.TILE", 2 * window * tokens)
+        with Counting() as counting:
+            ops.window_scores._init_fn(query, key, 7, "avgpool")
+    assert counting.made == 2 * 2 * window * tokens * 4, "two buffers of two heads"
+
+
+def decision(graphs):
+    """The whole decision of a layer: scores, ranks, variance, what has settled, and the slots that would stay."""
 
     def counting(graph, example_inputs):
         graphs.append(graph)
         return graph
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counting)
-    def decide(query, key, held, budget):
+    def decide(query, key, held, reference, budget, best):
         scores = ops.window_scores(query, key, 5, "avgpool").sum(1)
-        ranks = torch.stack([held, ops.token_ranks(scores)])
-        variance, _ = ops.rank_variance(ranks, budget)
-        keep = ops.select_tokens(ranks[-1], budget, query.shape[2])
-        return variance, keep, ops.kept_slots(keep, 8)[0]
+        ranks = torch.stack([*held, ops.token_ranks(scores)])
+        seen = settle(ranks, budget, reference, True)
+        chosen = ops.token_ranks(torch.maximum(best, scores))
+        keep = ops.select_tokens(chosen, budget, query.shape[2])
+        return seen.ratio < 0.4, seen, ops.kept_slots(keep, 8)[0]
 
+    return decide
+
+
+def test_the_decision_is_one_graph_for_many_lengths():
+    graphs = []
+    decide = decision(graphs)
     for tokens in (20, 33, 57, 80):
         query, key = states(tokens=tokens)
-        held = torch.stack([torch.randperm(tokens - 4) + 1 for _ in range(2)]).int()
-        budget = torch.tensor([4, 4])
-        variance, keep, slots = decide(query, key, held, budget)
-        ranks = torch.stack([held, ops.token_ranks(ops.window_scores(query, key, 5, "avgpool").sum(1))])
-        assert torch.equal(variance, ops.rank_variance(ranks, budget)[0])
-        assert keep.sum(1).tolist() == [8, 8] and slots.shape == (2, 8)
+        held = [torch.stack([torch.randperm(tokens - 4) + 1 for _ in range(2)]).int() for _ in range(3)]
+        budget, reference, best = torch.tensor([4, 4]), torch.tensor([30.0, 1e6]).double(), torch.rand(2, tokens - 4)
+        settled, seen, slots = decide(query, key, held, reference, budget, best)
+        scores = ops.window_scores(query, key, 5, "avgpool").sum(1)
+        variance, union = ops.rank_variance(torch.stack([*held, ops.token_ranks(scores)]), budget)
+        assert torch.equal(seen.variance, variance) and torch.equal(seen.union, union)
+        assert torch.equal(settled, variance / torch.maximum(reference, variance) < 0.4)
+        top = torch.maximum(best, scores).topk(4).indices.sort().values
+        assert torch.equal(slots, torch.cat([top, torch.arange(tokens - 4, tokens).expand(2, -1)], 1))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("if_never", ["keep", "select"])
+def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_never, monkeypatch):
+    moved = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+        whole = getattr(torch.Tensor, name)
+
+        def counted(self, *arguments, whole=whole, name=name, **settings):
+            moved.append((name, self.numel()))
+            return whole(self, *arguments, **settings)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    rule = ASLConfig(select_tokens=20, window=4, min_layer=2, max_layer=6, observe_layers=2, tau=1e-9, if_never=if_never)
+    prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
+    moved.clear()
+    for layer in range(8):
+        length = prefill.width
+        prefill.observe(layer, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), FlexASLAttention())
+        prefill.advance()
+    evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case
+    assert moved == [("tolist", 1)] * evaluated
