@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow lint format types bench-prefill install clean
+.PHONY: demo check test test-slow lint format types bench install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -29,8 +29,11 @@ format: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-bench-prefill: $(INSTALLED)
-	$(BIN)/python bench/prefill.py
+# Each writes docs/benchmarks/<name>.md and .json; run them on a quiet machine.
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest -q bench/ops.py --out docs/benchmarks
+	$(BIN)/python -m pytest -q bench/attention.py --out docs/benchmarks
+	for name in decode prefill needle memory; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
 
 install: $(INSTALLED)
 
