@@ -16,7 +16,13 @@ from timing import DEVICE, timed
 from flexasl import FlexASLAttention, UnsupportedError, Visibility
 
 TITLE = "Kernels of attention"
-SHAPES = [("prompt", 512, 512), ("prompt", 2048, 2048), ("prompt", 4096, 4096), ("decode", 1, 4096), ("decode", 1, 32768)]
+SHAPES = [
+    ("prompt", 512, 512),
+    ("prompt", 2048, 2048),
+    ("prompt", 4096, 4096),
+    ("decode", 1, 4096),
+    ("decode", 1, 32768),
+]
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "padding": {},

@@ -1,8 +1,8 @@
 """Time per output token after a long prompt: unpatched, compiled with a static cache, and patched.
 
-All read the same prompt once; for a batch its cache is repeated. Then they take turns, a few tokens each, and medians are
-compared. The limit is the bytes of weights and cache that a token must read, at the bandwidth measured in the same run.
-Compile time is reported apart.
+All read the same prompt once; for a batch its cache is repeated. Then they take turns, a few tokens each, and medians
+are compared. The limit is the bytes of weights and cache that a token must read, at the bandwidth measured in the same
+run. Compile time is reported apart.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
             print(table([""] * 8, rows[-5:]), flush=True)
     heads = ["dtype", "batch", "what", "ms a token", "× unpatched", "× static", "limit, ms", "first token, s"]
     note = (
-        f"A prompt of {prompt.shape[1]:,} tokens, select_tokens={args.select_tokens}; `kv_budget` is the same number where "
+        f"A prompt of {prompt.shape[1]:,} tokens, select_tokens={args.select_tokens}; `kv_budget` is the same where "
         "named. `×` says how many times faster a row is. The first token includes compiling."
     )
     write(args.out, "Decode", f"{note}\n\n{table(heads, rows)}", {"rows": data})

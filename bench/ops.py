@@ -1,8 +1,8 @@
 """Ops of the decision against the published formulation, and against the time that reading their input takes.
 
-`pytest bench/ops.py --out docs/benchmarks`. The published formulation (arXiv 2601.07667, written anew from the paper and
-the description of its code): KV heads expanded and all logits at once; ranks as two argsorts; the union as one top-k per
-observed layer and `unique`; selection as top-k and sort; gathers with an expanded index.
+`pytest bench/ops.py --out docs/benchmarks`. The published formulation (arXiv 2601.07667, written anew from a
+description of its code): KV heads expanded and all logits at once; ranks as two argsorts; the union as one top-k per
+layer and `unique`; selection as top-k and sort; gathers with an expanded index.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def history(tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.
 def published_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     key = key.repeat_interleave(HEADS // GROUPS, 1)
     logits = query @ key.transpose(-1, -2) * DIM**-0.5
-    future = torch.full((WINDOW, WINDOW), torch.finfo(logits.dtype).min, device=logits.device, dtype=logits.dtype).triu(1)
+    future = torch.full((WINDOW, WINDOW), torch.finfo(logits.dtype).min, device=logits.device, dtype=logits.dtype).triu(
+        1
+    )
     logits[..., -WINDOW:] += future
     weights = logits.softmax(-1, dtype=torch.float32)
     mass = weights[..., :-WINDOW].sum(2)
@@ -208,8 +210,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         )
     heads = ["op", "dtype", "tokens", "ours, ms", "published, ms", "times faster", "memory limit, ms", "ours / limit"]
     note = (
-        f"B 1, H {HEADS}, G {GROUPS}, D {DIM}, W {WINDOW}, {LAYERS} observed layers, budget {BUDGET}. The memory limit is "
-        "what an op must read and write, at the bandwidth measured in the same run; for `decision`, which is ranks, "
+        f"B 1, H {HEADS}, G {GROUPS}, D {DIM}, W {WINDOW}, {LAYERS} observed layers, budget {BUDGET}. The memory limit "
+        "is what an op must read and write, at the bandwidth measured in the same run; for `decision`, which is ranks, "
         "variance and selection at one layer, one read of the layer's keys."
     )
     return f"{note}\n\n{table([*heads, 'products alone, ms'], lines)}"

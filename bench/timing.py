@@ -1,4 +1,4 @@
-"""Timed pairs: ours beside an alternative and a limit, in one run. The rows that benchmarks report are collected here."""
+"""Timed pairs: ours beside an alternative and a limit, in one run. Rows that benchmarks report are collected here."""
 
 from __future__ import annotations
 

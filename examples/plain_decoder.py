@@ -1,7 +1,7 @@
 """A small GPT-style decoder in plain PyTorch that prunes its prompt: `python examples/plain_decoder.py`.
 
-What belongs to FlexASL is marked `# FlexASL`; docs/own-decoder.md explains it. The weights are random, so the answer means
-nothing: what the example shows is where the calls go, and that the pruned run is exact.
+What belongs to FlexASL is marked `# FlexASL`; docs/own-decoder.md explains it. The weights are random, so the answer
+means nothing: what the example shows is where the calls go, and that the pruned run is exact.
 
 Shapes: B batch, M tokens, C width, H query heads, G KV heads, D head dim.
 """
@@ -45,7 +45,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, vocabulary: int = 257, width: int = 64, heads: int = 4, groups: int = 2, layers: int = 6) -> None:
+    def __init__(
+        self, vocabulary: int = 257, width: int = 64, heads: int = 4, groups: int = 2, layers: int = 6
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, groups) for _ in range(layers))

@@ -41,8 +41,8 @@ class FlexASLAttention(nn.Module):
     scale multiplies logits (default D ** -0.5); sliding_window hides keys that many positions back or more; softcap c
     turns logits x into c tanh(x / c). kernel is what computes it: `"flex"` (`flex_attention`, always compiled),
     `"sdpa"` (`scaled_dot_product_attention`), `"eager"` (plain tensor operations, the reference), or `"auto"`, which
-    takes what `choose` says is fastest among those that can. On CPU, flex compiles a graph for every length: it is there
-    to compare with. Raises `ConfigError` on a setting that cannot work, and
+    takes what `choose` says is fastest among those that can. On CPU, flex compiles a graph for every length: it is
+    there to compare with. Raises `ConfigError` on a setting that cannot work, and
     `UnsupportedError` where a kernel that was asked for cannot honour the others.
     """
 

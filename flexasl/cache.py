@@ -162,6 +162,9 @@ def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:
 
 def _owned(states: Tensor) -> Tensor:
     """The same values in storage that holds nothing else, so that no view keeps a larger tensor alive."""
-    if not torch.compiler.is_compiling() and states.untyped_storage().nbytes() == states.numel() * states.element_size():
+    if (
+        not torch.compiler.is_compiling()
+        and states.untyped_storage().nbytes() == states.numel() * states.element_size()
+    ):
         return states
     return states.clone(memory_format=torch.contiguous_format)

@@ -62,8 +62,8 @@ class Call:
     """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.
 
     For each layer in turn: `enter`, run the layer on `table` of its per-token inputs and on the step that `enter` gave,
-    then `leave` with its output; in the end `finish`, and `close` once the model has run. With a `Prefill` the tokens are a prompt and may be pruned;
-    without one they continue a sequence.
+    then `leave` with its output; in the end `finish`, and `close` once the model has run. With a `Prefill` the tokens
+    are a prompt and may be pruned; without one they continue a sequence.
     """
 
     def __init__(
@@ -114,17 +114,16 @@ class Call:
 
     def enter(self, layer: int, attention: FlexASLAttention) -> LayerStep:
         """What the layer's attention needs; in a pass over cached tokens, room is made for the new ones."""
-        slides = attention.sliding_window is not None
+        window = attention.sliding_window
         keys = values = None
         if self.prefill is not None:
-            slides = slides and attention.sliding_window < self._tokens
+            slides = window is not None and window < self._tokens
             visible = self.prefill.visible if slides or self.prefill.valid is not None else None
         else:
             assert self.caches is not None
             cache = self.caches[layer]
             keys, values = cache.extend(self._columns, self.valid, self._tokens)
-            slides = slides and attention.sliding_window < cache.seen
-            visible = self._visible(cache, slides)
+            visible = self._visible(cache, window is not None and window < cache.seen)
         if self._compiled and visible is not None:
             attention.prepare(visible, self.columns)
         return LayerStep(attention, visible, keys, values)

@@ -50,7 +50,8 @@ def inductor(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if node.op == "call_function" and node.target is F.linear and _is_one_row(node):
             node.target = _row_times_weight
     graph.recompile()
-    return compile_fx(graph, inputs)
+    compiled: Any = compile_fx(graph, inputs)
+    return compiled
 
 
 def _row_times_weight(row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -105,7 +105,7 @@ class Visibility:
         )
 
     def _mask_mod(self, sliding_window: int | None, heads: int, key: Tensor, valid: Tensor) -> Any:
-        """Captures tensors only: flex_attention on CPU does not compile with a captured int that dynamo made dynamic."""
+        """Captures tensors only: flex_attention on CPU does not compile with an int that dynamo made dynamic."""
         query, batch, groups = self.query_positions, self.query_positions.shape[0], key.shape[1]
         device = query.device
         group = torch.arange(groups, device=device).repeat_interleave(heads // groups) if groups > 1 else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Prefill:
         subset = torch.tensor(rows, device=self.device) if alone else slice(None)
         states = (query[subset, :, -self.config.window :], key[subset])
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
-        view = {
+        view: dict[str, Any] = {
             "valid": None if self.valid is None else self.valid[subset],
             "positions": self.columns[subset],
             "sinks": sinks,

@@ -84,8 +84,8 @@ def replay(
     rows = [Replay() for _ in range(batch)]
     slots = prefill.columns
     for layer in range(layers):
-        states = [_gather_tokens(recorded[layer], slots) for recorded in (query, key)]
-        entries = prefill.observe(layer, *states, attention)
+        queries, keys = (_gather_tokens(recorded[layer], slots) for recorded in (query, key))
+        entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if _is_scored(prefill, row, layer):
                 result.scored_layers.append(layer)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexasl.config import ASLConfig
 from flexasl.masks import Visibility
@@ -70,8 +70,8 @@ class Settling(NamedTuple):
 
 
 def settle(ranks: Tensor, budget: Tensor, reference: Tensor | None, peak: bool) -> Settling:
-    """Compares the rank variance of ranks [O, R, P] under budget [R] with the reference [R]; with None this is the first
-    variance, and with `peak` a higher one replaces it. Section 3.2 of arXiv 2601.07667."""
+    """Compares the rank variance of ranks [O, R, P] under budget [R] with the reference [R]; with None this is the
+    first variance, and with `peak` a higher one replaces it. Section 3.2 of arXiv 2601.07667."""
     variance, union = rank_variance(ranks, budget)
     if reference is None:
         reference = variance
@@ -133,9 +133,9 @@ class LayerSelector:
         Scores may come without their first columns where these are padding in every row.
         """
         scores = F.pad(scores, (self._prefix - scores.shape[1], 0))
-        ranks, best = self._held
-        self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-ranks:]
-        self._scores = [*self._scores, scores][-best:]
+        most_ranks, most_scores = self._held
+        self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-most_ranks:]
+        self._scores = [*self._scores, scores][-most_scores:]
         if layer < self._first:
             return None
         settled = torch.zeros_like(self._budget, dtype=torch.bool)

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from flexasl import ConfigError, FlexASLAttention, Scoring, Selection, UnsupportedError, Visibility, attention, masks, ops
+from flexasl import (
+    ConfigError,
+    FlexASLAttention,
+    Scoring,
+    Selection,
+    UnsupportedError,
+    Visibility,
+    attention,
+    masks,
+    ops,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 

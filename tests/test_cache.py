@@ -1,8 +1,5 @@
 """The cache of one layer against plain lists."""
 
-
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

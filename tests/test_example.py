@@ -101,7 +101,9 @@ def test_a_masked_prefill_is_one_graph_for_many_lengths():
     model = decoder()
     eager = plain.Decoder.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counting)
-    config = ASLConfig(select_tokens=24, window=8, tau=0.9, min_layer=1, max_layer=4, observe_layers=2, propagate="mask")
+    config = ASLConfig(
+        select_tokens=24, window=8, tau=0.9, min_layer=1, max_layer=4, observe_layers=2, propagate="mask"
+    )
     layers = set()
     for tokens in (60, 75, 90, 110):
         prompt = torch.randint(257, (2, tokens))

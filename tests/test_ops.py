@@ -513,7 +513,9 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
             return whole(self, *arguments, **settings)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    rule = ASLConfig(select_tokens=20, window=4, min_layer=2, max_layer=6, observe_layers=2, tau=1e-9, if_never=if_never)
+    rule = ASLConfig(
+        select_tokens=20, window=4, min_layer=2, max_layer=6, observe_layers=2, tau=1e-9, if_never=if_never
+    )
     prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
     moved.clear()
     for layer in range(8):

@@ -173,7 +173,7 @@ class Patch:
         return Call(caches, prefill, columns, None, compiled=self.compiled)
 
 
-class PrunedCacheLayer(LayerCache, CacheLayerMixin):
+class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
     """A layer of a `DynamicCache` whose length is its own; `get_seq_length` counts the tokens read, kept or not."""
 
     is_sliding = False
@@ -276,9 +276,7 @@ def _enter_layer(
     return args, kwargs
 
 
-def _leave_layer(
-    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor:
+def _leave_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     return kwargs[OUTER].leave(index, kwargs[CALL], output)
 
 
@@ -320,7 +318,9 @@ def _check_model(model: PreTrainedModel, kernel: str, compile: bool) -> Any:
         raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
     decoder = model.get_decoder()
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedError(f"{kind} is compiled already (its compile() was called); patch it with compile=True instead")
+        raise UnsupportedError(
+            f"{kind} is compiled already (its compile() was called); patch it with compile=True instead"
+        )
     if compile and any("forward" in vars(module) for module in (*decoder.layers, model.get_output_embeddings())):
         raise UnsupportedError(
             f"compile=True cannot take {kind}, because another library has replaced the forward of its layers; "
