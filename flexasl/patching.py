@@ -24,9 +24,9 @@ def patch(
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
     model: a transformers causal decoder in eval mode. config: the settings (default `ASLConfig()`). policy: a name from
-    `flexasl.policies.POLICIES` or an instance. kernel: what computes attention, see `FlexASLAttention`. compile:
-    decoder layers run as compiled graphs, made on the first prompt and the first new token and good for all lengths; such
-    a model gives no gradients. Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for
+    `flexasl.policies.POLICIES` or an instance. kernel: what computes attention, see `FlexASLAttention`. compile: run
+    decoder layers as compiled graphs, made on the first prompt and the first new token, good for all lengths; such a
+    model gives no gradients. Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for
     a model that cannot be patched and `ConfigError` for settings that do not fit it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
