@@ -17,7 +17,6 @@ from setting import arguments, setting, table, write
 
 import flexasl
 from flexasl import embedded
-from flexasl.call import Call
 from flexasl.prefill import Prefill
 from flexasl.text import magic_number, needle_prompt, prompt_ids
 
@@ -88,8 +87,8 @@ def _prefill(model: Any, ids: torch.Tensor) -> float:
 
 
 def _decision(model: Any, ids: torch.Tensor, config: Any, policy: Any) -> tuple[int, float]:
-    """The layer selected, and the share of prefill that scoring, ranking, variance, selection and gathering take."""
-    spent, observe, leave = 0.0, Prefill.observe, Call.leave
+    """The layer selected, and the share of prefill that scoring, ranking, variance and selection take."""
+    spent, observe, advance = 0.0, Prefill.observe, Prefill.advance
 
     def timed(inner: Any) -> Any:
         def run(*args: Any, **settings: Any) -> Any:
@@ -103,12 +102,12 @@ def _decision(model: Any, ids: torch.Tensor, config: Any, policy: Any) -> tuple[
 
         return run
 
-    Prefill.observe, Call.leave = timed(observe), timed(leave)  # type: ignore[method-assign]
+    Prefill.observe, Prefill.advance = timed(observe), timed(advance)  # type: ignore[method-assign]
     try:
         with flexasl.patch(model, config, policy) as patch:
             total = _prefill(model, ids)
     finally:
-        Prefill.observe, Call.leave = observe, leave  # type: ignore[method-assign]
+        Prefill.observe, Prefill.advance = observe, advance  # type: ignore[method-assign]
     assert patch.report is not None
     selected = patch.report.rows[0].selected_layer
     return (patch.report.num_layers - 1 if selected is None else selected), spent / total

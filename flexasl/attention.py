@@ -24,6 +24,8 @@ QUERIES, TILE = 64, 2**25
 """Queries that the eager kernel takes at once, which keeps its tiles in a CPU's cache, and the most logits it holds."""
 MASK = 2**27
 """Pairs of query and key whose mask the sdpa kernel holds at once."""
+PROMPT = 256
+"""Queries of a masked prompt that the sdpa kernel takes at once, so that it skips keys in their future."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ class FlexASLAttention(nn.Module):
         if visible is None:
             return _dense_attention(query, key, value, None, queries > 1, self._scale(query))
         most = max(1, MASK // (query.shape[0] * keys))
-        if torch.compiler.is_compiling() or (queries <= most and not (queries == keys and self._slides(keys))):
+        prompt = queries == keys and (self._slides(keys) or queries > PROMPT)
+        if torch.compiler.is_compiling() or (queries <= most and not prompt):
             mask = visible.dense(self.sliding_window)
             return _dense_attention(query, key, value, mask, False, self._scale(query))
         out = [
@@ -196,7 +199,7 @@ class FlexASLAttention(nn.Module):
                 False,
                 self._scale(query),
             )
-            for some, seen in self._tiles(queries, keys, most)
+            for some, seen in self._tiles(queries, keys, min(most, PROMPT))
         ]
         return torch.cat(out, 2)
 

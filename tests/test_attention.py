@@ -155,14 +155,14 @@ def cases(draw):
     scale=st.sampled_from([None, 0.3]),
     sliding_window=windows,
     featured=st.booleans(),
-    tiles=st.sampled_from([(64, 128, 2**27), (2, 2, 2), (1, 1, 7)]),
+    tiles=st.sampled_from([(64, 128, 2**27, 256), (2, 2, 2, 2), (1, 1, 7, 3)]),
 )
 def test_attention_is_the_softmax_over_what_is_seen(case, kernel, scale, sliding_window, featured, tiles):
     layout, states, sinks = case
     softcap, sinks = (1.5, sinks) if featured and kernel != "sdpa" else (None, None)
     module = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("QUERIES", "BLOCK", "MASK"), tiles, strict=True):
+        for name, value in zip(("QUERIES", "BLOCK", "MASK", "PROMPT"), tiles, strict=True):
             patch.setattr(attention, name, value)
         out = module(*states, visibility(layout), sinks=sinks)
     mask = seen(layout, sliding_window)
