@@ -86,6 +86,9 @@ class FlexASLAttention(nn.Module):
         of a key that is no token. → [B, H, M, E]; with scoring also the scores [B, G, P] of `window_scores`.
         """
         kernel = self.choose(query, key, visible, sinks)
+        whole = key
+        if visible is None and query.shape[2] == 1 and self._slides(key.shape[2]):
+            key, value = (states[:, :, -self.sliding_window :] for states in (key, value))  # type: ignore[operator]
         visible = self._needed(query.shape[2], key.shape[2], visible, query.device)
         if kernel == "sdpa":
             out = self._sdpa(query, key, value, visible)
@@ -97,7 +100,7 @@ class FlexASLAttention(nn.Module):
             return out
         at, valid = (None, None) if visible is None else (visible.key_positions, visible.key_valid)
         last = query[:, :, -scoring.window :]
-        return out, self.scores(last, key, scoring, valid=valid, positions=at, sinks=sinks)
+        return out, self.scores(last, whole, scoring, valid=valid, positions=at, sinks=sinks)
 
     def scores(
         self,
