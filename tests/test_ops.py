@@ -445,7 +445,7 @@ def test_ranks_are_exact_in_every_dtype(dtype):
 
 
 def test_scoring_holds_no_more_than_it_says():
-    """Every tensor that the kernel makes, summed as if none was freed; the whole logits would be 16 MiB."""
+    """The largest tensor that the kernel makes is its two buffers; all logits would be 16 MiB."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
