@@ -131,7 +131,7 @@ class FlexASLAttention(nn.Module):
     def choose(
         self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
     ) -> Literal["flex", "sdpa", "eager"]:
-        """The kernel that will run. `"auto"` goes by this table. `bench/attention.py` measures it; nothing of CUDA has been:
+        """The kernel that will run. `"auto"` goes by this table; `bench/attention.py` measures it, on CPU so far:
 
         ================================  ==================  =====
         what is asked for                 CPU                 CUDA
