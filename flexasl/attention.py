@@ -22,6 +22,8 @@ from flexasl.ops import window_scores
 KERNELS = ("auto", "flex", "sdpa", "eager")
 QUERIES, TILE = 64, 2**25
 """Queries that the eager kernel takes at once, which keeps its tiles in a CPU's cache, and the most logits it holds."""
+WIDENED = 2**18
+"""Numbers that the eager kernel widens to float32 at once in decode."""
 MASK = 2**27
 """Pairs of query and key whose mask the sdpa kernel holds at once."""
 PROMPT = 256
@@ -237,26 +239,31 @@ class FlexASLAttention(nn.Module):
         batch, heads, queries, dim = query.shape
         groups, keys = key.shape[1], key.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
-        key, value = key.to(wide), value.to(wide)
+        narrow = key.dtype != wide
+        if narrow and not (queries == 1 and key.is_cpu):
+            key, value, narrow = key.to(wide), value.to(wide), False
+        plain = visible is None
         visible = Visibility.last(queries, keys, query.device) if visible is None else visible
+        scale = self._scale(query) / (self.softcap or 1.0)
         out = []
         for some, seen in self._tiles(queries, keys, max(1, min(QUERIES, TILE // (batch * heads * keys)))):
-            scaled = (query[:, :, some].to(wide) * self._scale(query)).reshape(batch, groups, -1, dim)
-            logits = scaled @ key[:, :, seen].transpose(-1, -2)
+            scaled = (query[:, :, some].to(wide) * scale).reshape(batch, groups, -1, dim)
+            logits = _products(scaled, key[:, :, seen]) if narrow else scaled @ key[:, :, seen].transpose(-1, -2)
             logits = logits.view(batch, heads, -1, logits.shape[-1])
-            if self.softcap is not None and logits.requires_grad:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            elif self.softcap is not None:
-                logits.div_(self.softcap).tanh_().mul_(self.softcap)
-            allowed = visible.tile(some, seen, self.sliding_window)
+            if self.softcap is not None:
+                logits = logits.tanh() * self.softcap if logits.requires_grad else logits.tanh_().mul_(self.softcap)
+            # In plain causal order only the last keys can be in the future of any query of the tile.
+            masked = slice(seen.stop - logits.shape[2], seen.stop) if plain and not self._slides(keys) else seen
+            allowed = visible.tile(some, masked, self.sliding_window)
             if allowed.shape[1] > 1:
                 allowed = allowed.repeat_interleave(heads // groups, 1)
-            logits.masked_fill_(~allowed, float("-inf"))
+            logits[..., masked.start - seen.start :].masked_fill_(~allowed, float("-inf"))
             weights = logits.softmax(-1)
             if sinks is not None:
                 excess = logits.logsumexp(-1) - sinks.to(wide)[:, None]
                 weights = weights * excess.sigmoid()[..., None]
-            mixed = weights.view(batch, groups, -1, logits.shape[-1]) @ value[:, :, seen]
+            weights = weights.view(batch, groups, -1, logits.shape[-1])
+            mixed = _mixtures(weights, value[:, :, seen]) if narrow else weights @ value[:, :, seen]
             out.append(mixed.view(batch, heads, -1, value.shape[-1]).to(query.dtype))
         return torch.cat(out, 2)
 
@@ -301,6 +308,24 @@ def _dense_attention(
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _products(rows: Tensor, key: Tensor) -> Tensor:
+    """rows [B, G, R, D] by narrower keys [B, G, N, D] → [B, G, R, N]; some keys are widened at a time, which stays in a
+    CPU's cache."""
+    return torch.cat([rows @ part.to(rows.dtype).transpose(-1, -2) for part in key.split(_few(key), 2)], -1)
+
+
+def _mixtures(weights: Tensor, value: Tensor) -> Tensor:
+    """weights [B, G, R, N] by narrower values [B, G, N, D] → [B, G, R, D], likewise."""
+    few = _few(value)
+    parts = zip(weights.split(few, -1), value.split(few, 2), strict=True)
+    return sum((some @ part.to(weights.dtype) for some, part in parts), start=weights.new_zeros(()))
+
+
+def _few(states: Tensor) -> int:
+    batch, groups, _, dim = states.shape
+    return states.shape[2] if torch.compiler.is_compiling() else max(64, WIDENED // (batch * groups * dim))
 
 
 def _capped(softcap: Tensor) -> Any:
