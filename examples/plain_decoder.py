@@ -56,7 +56,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, call: Call) -> Tensor:
         """tokens [B, M] int64 → logits [B, M, vocabulary]; those of prompt tokens that were dropped are NaN."""
-        hidden = self.embed(tokens)
+        hidden = call.start(self.embed(tokens))  # FlexASL
         cos, sin = rotary_tables(call.columns, self.dim)
         for index, block in enumerate(self.blocks):
             step = call.enter(index, block.attention)  # FlexASL
@@ -70,7 +70,8 @@ def read_prompt(model: Decoder, prompt: Tensor, config: ASLConfig) -> tuple[Tens
     caches = [LayerCache() for _ in model.blocks]  # FlexASL
     lengths = [prompt.shape[1]] * prompt.shape[0]  # FlexASL
     prefill = Prefill(ASL(), config.resolve(len(caches)), len(caches), lengths, device=prompt.device)  # FlexASL
-    call = Call(caches, prefill, prefill.columns, None)  # FlexASL
+    columns = torch.arange(prompt.shape[1], device=prompt.device).expand(prompt.shape)
+    call = Call(caches, prefill, columns, None)  # FlexASL
     logits = model(prompt, call)
     call.close()  # FlexASL
     return logits, call

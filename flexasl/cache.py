@@ -57,7 +57,7 @@ class LayerCache:
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
-        columns."""
+        columns. The first time columns and valid may differ by head: [B, G, M]."""
         if self._keys is None:
             self.seen += seen
             self._hold(_owned(keys), _owned(values), columns, valid)

@@ -1,6 +1,7 @@
 """One forward pass of a decoder: the glue between a framework's layers and the rooms below.
 
-Shapes: B batch, H query heads, G KV heads, M new tokens, N keys, W window, D head dim, K kept slots.
+Shapes: B batch, H query heads, G KV heads, M new tokens, N keys, T tokens of all prompts at the current layer,
+D head dim, C width of hidden states.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.masks import Visibility
-from flexasl.ops import gather_tokens
+from flexasl.ops import compact_kv, gather_tokens
+from flexasl.packing import Packed
 from flexasl.policies import Policy
-from flexasl.prefill import Prefill
+from flexasl.prefill import Entries, Prefill
 from flexasl.report import Report, RowReport
 
 
@@ -30,21 +32,28 @@ class LayerStep:
     def __init__(
         self,
         attention: FlexASLAttention,
-        visible: Visibility | None,
-        keys: Tensor | None,
-        values: Tensor | None,
+        *,
+        packed: Packed | None = None,
+        visible: Visibility | None = None,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> None:
         self.attention = attention
+        self.packed = packed
+        """A prompt's tokens; None in a pass over cached ones, which has keys and values instead."""
         self.visible = visible
         self.keys = keys
-        """[B, G, N, D]: the cache, with room for the new keys at its end; None for a prompt."""
+        """[B, G, N, D]: the cache, with room for the new keys at its end."""
         self.values = values
-        self.new: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
-        """A prompt's queries, keys and values, and its sinks."""
+        self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """A prompt's queries, keys and sinks."""
+        self.cached: tuple[Tensor, Tensor] | None = None
+        """What the cache is to remember of a prompt."""
 
     def update(self, key: Tensor, value: Tensor, *ignored: object) -> tuple[Tensor, Tensor]:
         """Takes the layer's new keys and values [B, G, M, D]; returns all that its queries may see [B, G, N, D]."""
         if self.keys is None or self.values is None:
+            self.cached = (key, value)
             return key, value
         count = key.shape[2]
         self.keys[:, :, -count:] = key
@@ -53,17 +62,19 @@ class LayerStep:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
-        if self.keys is None:
-            self.new = (query, key, value, sinks)
-        return self.attention(query, key, value, self.visible, sinks=sinks)
+        if self.packed is None:
+            return self.attention(query, key, value, self.visible, sinks=sinks)
+        self.scored = (query, key, sinks)
+        return self.packed.attend(self.attention, query, key, value, sinks)
 
 
 class Call:
     """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.
 
-    For each layer in turn: `enter`, run the layer on `table` of its per-token inputs and on the step that `enter` gave,
-    then `leave` with its output; in the end `finish`, and `close` once the model has run. With a `Prefill` the tokens
-    are a prompt and may be pruned; without one they continue a sequence.
+    `start` with the hidden states; for each layer in turn: `enter`, run the layer on `table` of its per-token inputs
+    and on the step that `enter` gave, then `leave` with its output; in the end `finish`, and `close` once the model has
+    run. With a `Prefill` the tokens are prompts, which may be pruned, and layers see them as one row without padding;
+    without one they continue sequences.
     """
 
     def __init__(
@@ -80,86 +91,105 @@ class Call:
         what does not differ between them."""
         self.caches = caches
         self.prefill = prefill
-        self._columns = columns
+        self.columns = columns
         self._valid = valid
         self._tokens = columns.shape[1]
         self._compiled = compiled
-        self._slots: Tensor | None = None
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
         self._started = _clock(columns.device)
 
-    @property
-    def columns(self) -> Tensor:
-        """Columns of the sequence [B, M] that the current layer's slots stand for."""
-        return self._columns if self.prefill is None else self.prefill.columns
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Validity [B, M] of the current layer's slots; None where all are."""
-        if self.prefill is not None:
-            return self.prefill.valid
-        return None if self._valid is None else self._valid.gather(1, self._columns)
+    def start(self, hidden: Tensor) -> Tensor:
+        """The first layer's input [B, M, C] as the layers take it: prompts as [1, T, C]."""
+        return hidden if self.prefill is None else self._pack(hidden)
 
     def table(self, states: Tensor) -> Tensor:
-        """A per-token tensor [B or 1, tokens, ...] as the current layer's slots need it; gathered once per table."""
-        if self._slots is None:
+        """A per-token tensor [B or 1, M, ...] as the current layer's tokens need it; made once per table."""
+        if self.prefill is None:
             return states
-        held = self._tables.get(id(states))
-        if held is None or held[0] is not states:
-            batch = self.columns.shape[0]
-            rows = states if states.shape[0] == batch else states.expand(batch, *states.shape[1:])
-            held = self._tables[id(states)] = (states, gather_tokens(rows, self.columns))
-        return held[1]
+        for known, made in self._tables:
+            if known is states:
+                return made
+        made = self._pack(states)
+        self._tables.append((states, made))
+        return made
 
     def enter(self, layer: int, attention: FlexASLAttention) -> LayerStep:
         """What the layer's attention needs; in a pass over cached tokens, room is made for the new ones."""
-        window = attention.sliding_window
-        keys = values = None
         if self.prefill is not None:
-            slides = window is not None and window < self._tokens
-            visible = self.prefill.visible if slides or self.prefill.valid is not None else None
-        else:
-            assert self.caches is not None
-            cache = self.caches[layer]
-            keys, values = cache.extend(self._columns, self.valid, self._tokens)
-            visible = self._visible(cache, window is not None and window < cache.seen)
+            return LayerStep(attention, packed=self.prefill.packed)
+        assert self.caches is not None
+        window, cache = attention.sliding_window, self.caches[layer]
+        new = None if self._valid is None else self._valid.gather(1, self.columns)
+        keys, values = cache.extend(self.columns, new, self._tokens)
+        visible = self._visible(cache, window is not None and window < cache.seen)
         if self._compiled and visible is not None:
             attention.prepare(visible, self.columns)
-        return LayerStep(attention, visible, keys, values)
+        return LayerStep(attention, visible=visible, keys=keys, values=values)
 
     def leave(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
-        """The layer's output [B, M, C] as the next layer takes it [B, K, C]; remembers and scores a prompt's tokens."""
-        slots = None
+        """The layer's output as the next layer takes it; remembers and scores a prompt's tokens, and may drop some."""
+        tokens = None
         if self.prefill is not None:
-            assert step.new is not None
-            query, key, value, sinks = step.new
-            step.new = None
-            if self.caches is not None:
-                self.caches[layer].append(key, value, self.columns, self.valid, self._tokens)
-            entries = self.prefill.observe(layer, query, key, step.attention, sinks)
-            if self.caches is not None and entries is not None:
-                self.caches[layer].keep(entries.slots, entries.valid)
-            slots = self.prefill.advance()
+            assert step.scored is not None
+            (query, key, sinks), cached = step.scored, step.cached
+            step.scored = step.cached = None
+            groups = None if cached is None else cached[0].shape[1]
+            entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups)
+            if self.caches is not None and cached is not None:
+                self._remember(self.caches[layer], *cached, entries)
+            tokens = self.prefill.advance()
         if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
             self._windows[layer] = step.attention.sliding_window
             _forget_old(self.caches[layer], step.attention.sliding_window)
-        if slots is None:
+        if tokens is None:
             return hidden
-        self._slots = slots
         self._tables.clear()
-        return gather_tokens(hidden, slots)
+        return gather_tokens(hidden, tokens[None])
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Final states in the prompt's own shape [B, tokens, C]: dropped tokens, which have none, are NaN."""
+        """The last layer's output in the prompt's own shape [B, M, C]: 0 at padding, NaN at tokens that were dropped,
+        which have none."""
         if self.prefill is None:
             return hidden
-        dropped = self.prefill.dropped
-        states = hidden if dropped is None else torch.where(dropped[..., None], float("nan"), hidden)
-        if self._slots is None:
+        prefill, batch = self.prefill, self.columns.shape[0]
+        if prefill.dropped is not None:
+            hidden = hidden.masked_fill(prefill.dropped[:, None], float("nan"))
+        places = batch * self._tokens
+        if prefill.packed.total == places:
+            return hidden.reshape(batch, self._tokens, -1)
+        full = hidden.new_full((places, hidden.shape[2]), float("nan"))
+        for row, length in enumerate(prefill.lengths):
+            full[row * self._tokens : (row + 1) * self._tokens - length] = 0
+        full.index_copy_(0, prefill.packed.flat(self._tokens), hidden[0])
+        return full.view(batch, self._tokens, -1)
+
+    def _pack(self, states: Tensor) -> Tensor:
+        """A per-token tensor [B or 1, M, ...] of the prompts as [1, T, ...]."""
+        assert self.prefill is not None
+        packed, batch = self.prefill.packed, self.columns.shape[0]
+        if states.shape[0] == 1 and batch > 1:
+            return gather_tokens(states, packed.columns[None])
+        states = states.reshape(1, -1, *states.shape[2:])
+        if packed.total == states.shape[1]:
             return states
-        full = hidden.new_full((hidden.shape[0], self._tokens, hidden.shape[2]), float("nan"))
-        return full.scatter_(1, self.columns[..., None].expand_as(states), states)
+        return gather_tokens(states, packed.flat(self._tokens)[None])
+
+    def _remember(self, cache: LayerCache, keys: Tensor, values: Tensor, entries: Entries | None) -> None:
+        """A prompt's keys and values [1, G, T, D], all of them or those entries."""
+        assert self.prefill is not None
+        packed = self.prefill.packed
+        if entries is not None:
+            keys, values = compact_kv(keys, values, entries.tokens)
+            cache.append(keys, values, packed.columns[entries.tokens], entries.valid, self._tokens)
+            return
+        tokens, real = packed.as_batch()
+        if real is None:
+            run = packed.runs()[0]
+            keys, values = run.of(keys, 2), run.of(values, 2)
+        else:
+            keys, values = compact_kv(keys, values, tokens[:, None].expand(-1, keys.shape[1], -1))
+        cache.append(keys, values, packed.columns[tokens], real, self._tokens)
 
     def close(self) -> None:
         """After the model has run, outside any graph: drops what was masked out from the caches."""
@@ -174,7 +204,7 @@ class Call:
         """What was decided and saved; call it once, after `close`."""
         prefill = self.prefill
         assert prefill is not None
-        seconds = _clock(self._columns.device) - self._started
+        seconds = _clock(self.columns.device) - self._started
         caches = self.caches or []
         kept = [cache.keys.shape[2] for cache in caches if cache.keys is not None]
         used = sum(cache.nbytes for cache in caches)
@@ -199,7 +229,7 @@ class Call:
             valid = current if valid is None else valid & current
         if self._tokens == 1 and valid is None and not slides:
             return None
-        return Visibility(self._columns, cache.columns, valid)
+        return Visibility(self.columns, cache.columns, valid)
 
 
 def _look_up(valid: Tensor, columns: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """One batch of prompts on its way through the layers: what every integration and `replay` share.
 
-Shapes: B batch, H query heads, G KV heads, N prompt columns (padding on the left), M slots of the current layer,
-W window, P = M - W prefix slots, K kept slots, D head dim.
+Shapes: B batch, H query heads, G KV heads, N columns of the padded batch, T tokens of all rows at the current layer,
+M those of the longest row, W window, P = M - W prefix tokens, K kept entries, D head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from torch import Tensor
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
-from flexasl.masks import Visibility
-from flexasl.ops import gather_tokens, kept_slots, top_k_entries, top_p_entries
+from flexasl.ops import kept_slots, top_k_entries, top_p_entries
+from flexasl.packing import Packed
 from flexasl.policies.base import Policy
 from flexasl.selector import LayerSelector, Selection
 
@@ -26,18 +25,20 @@ Observer = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class Entries:
-    """Cache entries that one layer keeps: slots [B, G, K] int64, ascending; valid [B, G, K] bool, or None for all."""
+    """Cache entries that one layer keeps: tokens [B, G, K] int64, ascending in each row; valid [B, G, K] bool, or None
+    for all."""
 
-    slots: Tensor
+    tokens: Tensor
     valid: Tensor | None
 
 
 class Prefill:
     """The tokens that a batch of prompts still has at each layer, and what each layer's attention changes about that.
 
-    At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`; after the
-    last one `close`. With `propagate="mask"` nothing before `close` waits for the device or depends on what was
-    decided, so that a compiler can take all layers as one graph.
+    Tokens are packed: all of one row, then all of the next, without padding (`Packed`). At every layer call `observe`
+    with the layer's queries and keys, then, once the layer has run, `advance`; after the last one `close`. With
+    `propagate="mask"` nothing before `close` waits for the device or depends on what was decided, so that a compiler
+    can take all layers as one graph.
     """
 
     def __init__(
@@ -62,18 +63,14 @@ class Prefill:
         self.lengths = list(lengths)
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.counts = list(lengths)
+        """Each row's tokens that go on from the current layer."""
         self.device = torch.device(device)
-        columns = torch.arange(self.tokens, device=self.device)
-        starts = torch.tensor([self.tokens - n for n in self.lengths], device=self.device)
-        self.columns = columns.expand(len(self.lengths), -1)
-        """[B, M] int64: the prompt column of each slot."""
-        self.valid = None if min(self.lengths) == self.tokens else columns >= starts[:, None]
-        """[B, M] bool: False at padding; None where there is none."""
+        self.packed = Packed.left_padded(self.lengths, self.tokens, self.device)
+        """The tokens that the current layer runs on."""
         self.selections: dict[int, Selection] = {}
         self.scored: list[int] = []
         self._observer = observer
         self._fresh: list[Selection] = []
-        self._visible: Visibility | None = None
         self._masks = config.propagate == "mask"
         self._stays: Tensor | None = None
         self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
@@ -81,46 +78,36 @@ class Prefill:
             config, self.lengths, tokens=self.tokens, rows=self._open_rows(), device=self.device
         )
 
-    @property
-    def width(self) -> int:
-        """Slots M of the current layer."""
-        return self.columns.shape[1]
-
-    @property
-    def visible(self) -> Visibility:
-        """Who sees whom among the slots of the current layer."""
-        if self._visible is None:
-            self._visible = Visibility(self.columns, self.columns, self.valid)
-        return self._visible
-
     def observe(
-        self, layer: int, query: Tensor, key: Tensor, attention: FlexASLAttention, sinks: Tensor | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        attention: FlexASLAttention,
+        sinks: Tensor | None = None,
+        *,
+        groups: int | None = None,
     ) -> Entries | None:
-        """Scores the layer's tokens where a decision needs it: query [B, H, at least W, D], of which the last W count,
-        key [B, G, M, D], both after rotary.
+        """Scores the layer's tokens where a decision needs it: query [1, H, T, D], key [1, G, T, D], both after rotary.
 
-        Returns the cache entries to keep, or None for all.
+        Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
+        fewer than those of the keys.
         """
         decides, compresses = self.selector.needs(layer), self._over_budget()
-        if self.width <= self.config.window or not (decides or compresses or self._observer):
+        if self.packed.width <= self.config.window or not (decides or compresses or self._observer):
             return None
-        rows = self.selector.rows
-        alone = not (compresses or self._observer) and len(rows) < len(self.lengths)
-        subset = torch.tensor(rows, device=self.device) if alone else slice(None)
-        states = (query[subset, :, -self.config.window :], key[subset])
+        undecided = self.selector.rows
+        rows = range(len(self.lengths)) if compresses or self._observer else undecided
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
-        view: dict[str, Any] = {
-            "valid": None if self.valid is None else self.valid[subset],
-            "positions": self.columns[subset],
-            "sinks": sinks,
-        }
-        scores = attention.scores(*states, scoring, **view)
+        states = (attention, query, key, scoring, rows)
+        scores = self.packed.scores(*states, sinks=sinks)
         self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
         if decides:
-            token_scores = scores.sum(1) if alone or len(rows) == len(self.lengths) else scores[rows].sum(1)
-            settled = self.selector.observe(layer, token_scores)
+            settled = self.selector.observe(
+                layer, (scores if len(rows) == len(undecided) else scores[undecided]).sum(1)
+            )
             if self._masks:
                 self._mask_out(layer, settled)
             else:
@@ -131,43 +118,49 @@ class Prefill:
         share = None
         if self.config.kv_top_p is not None:
             queries = query.shape[1] // key.shape[1] * self.config.window
-            share = attention.scores(*states, scoring, **view, whole=True) / queries
+            share = self.packed.scores(*states, sinks=sinks, whole=True) / queries
+        if groups is not None and groups < key.shape[1]:
+            scores = scores.unflatten(1, (groups, -1)).sum(2)
+            share = None if share is None else share.unflatten(1, (groups, -1)).mean(2)
         return self._entries(scores, share)
 
     def advance(self) -> Tensor | None:
-        """After a layer: the slots [B, K] int64 that go on to the next one, or None where all do."""
+        """After a layer: which of its tokens [K] int64 go on to the next one, or None where all do."""
         if self._stays is not None:
-            self.valid, self._stays, self._visible = self._stays, None, None
+            self.packed, self._stays = self.packed.masked(self._stays), None
         if not self._fresh:
             return None
-        keep = self.columns.new_ones(self.columns.shape, dtype=torch.bool) if self.valid is None else self.valid.clone()
-        for made in self._fresh:
-            keep[made.row] = made.keep[self.tokens - self.width :]
-            self._count(made.row)
+        before, made = self.packed, {selection.row: selection for selection in self._fresh}
         self._fresh = []
-        slots, valid = kept_slots(keep, max(self.counts))
-        self.columns = gather_tokens(self.columns, slots)
-        self.valid = None if min(self.counts) == self.width else valid
-        self._visible = None
-        return slots
+        kept = []
+        for row, (start, length) in enumerate(zip(before.starts, before.lengths)):
+            if row in made:
+                self._count(row)
+                keep = made[row].keep[self.tokens - length :]
+                kept.append(start + kept_slots(keep, self.counts[row])[0])
+            else:
+                kept.append(torch.arange(start, start + length, device=self.device))
+        tokens = torch.cat(kept)
+        self.packed = Packed(self.counts, before.columns[tokens], gaps=True)
+        return tokens
 
     @property
     def dropped(self) -> Tensor | None:
-        """[B, M] bool: slots of the last layer that stand for no token of their row; None where nothing was dropped."""
-        if self.valid is None or not (self._masks or self.selections):
-            return None
-        return ~self.valid & (self._chosen >= 0).any() if self._masks else ~self.valid
+        """[T] bool: tokens that the last layer ran on although their row had dropped them; None where there are
+        none."""
+        stays = self.packed.stays
+        return None if stays is None else ~stays
 
     def close(self) -> dict[int, Tensor]:
         """After the last layer: where tokens were masked out, the columns [B, N] bool that each layer's cache keeps."""
         if not self._masks:
             return {}
-        starts = torch.tensor([self.tokens - n for n in self.lengths], device=self.device)
-        whole = self.columns >= starts[:, None]
+        whole = self._padded(torch.ones(self.packed.total, dtype=torch.bool, device=self.device))
+        stays = None if self.packed.stays is None else self._padded(self.packed.stays)
         for row, layer in enumerate(self._chosen.tolist()):
             if layer >= 0:
-                assert self.valid is not None
-                self.selections[row] = Selection(row, layer, self.valid[row])
+                assert stays is not None
+                self.selections[row] = Selection(row, layer, stays[row])
                 self.selector.traces[row].cut(layer)
                 self._count(row)
         kept = {}
@@ -184,18 +177,29 @@ class Prefill:
             return
         rows = torch.tensor(self.selector.rows, device=self.device)
         now = settled & (self._chosen[rows] < 0)
-        if self.valid is None:
-            self.valid = self.columns.new_ones(self.columns.shape, dtype=torch.bool)
-        keep = torch.where(now[:, None], self.selector.choose(), self.valid[rows])
-        self._stays = self.valid.index_copy(0, rows, keep)
+        stays = self.packed.stays
+        if stays is None:
+            stays = torch.ones(self.packed.total, dtype=torch.bool, device=self.device)
+        padded = self._padded(stays)
+        keep = torch.where(now[:, None], self.selector.choose(), padded[rows])
+        self._stays = padded.index_copy(0, rows, keep).flatten()[self.packed.flat(self.tokens)]
         self._chosen = self._chosen.index_copy(0, rows, torch.where(now, layer, self._chosen[rows]))
+
+    def _padded(self, marks: Tensor) -> Tensor:
+        """Marks [T] bool in the padded batch [B, N], False at padding."""
+        batch = len(self.lengths)
+        padded = marks.new_zeros(batch * self.tokens)
+        return padded.index_copy(0, self.packed.flat(self.tokens), marks).view(batch, self.tokens)
 
     def _count(self, row: int) -> None:
         self.counts[row] = min(self.config.token_budget(self.lengths[row]), self.lengths[row])
 
     def kept_positions(self, row: int) -> Tensor:
         """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
-        columns = self.columns[row] if self.valid is None else self.columns[row][self.valid[row]]
+        start, length = self.packed.starts[row], self.packed.lengths[row]
+        columns = self.packed.columns[start : start + length]
+        if self.packed.stays is not None:
+            columns = columns[self.packed.stays[start : start + length]]
         return columns - (self.tokens - self.lengths[row])
 
     def reason(self, row: int) -> str:
@@ -240,17 +244,17 @@ class Prefill:
 
     def _entries(self, scores: Tensor, share: Tensor | None) -> Entries:
         """What the cache keeps by scores [B, G, P], or by share [B, G, M] of attention where that is given."""
-        limits, window = self._limits(), self.config.window
-        over = torch.tensor([m > most for m, most in zip(self.counts, limits, strict=True)], device=self.device)
-        batch, _, prefix = scores.shape
+        lengths, window = self.packed.lengths, self.config.window
+        limits = self._limits()
+        over = torch.tensor([m > most for m, most in zip(lengths, limits)], device=self.device)
+        tokens, real = self.packed.as_batch()
         if share is not None:
             assert self.config.kv_top_p is not None
-            keep = top_p_entries(share, self.config.kv_top_p, window, self.valid)
+            keep = top_p_entries(share, self.config.kv_top_p, window, real)
         else:
             budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
-            valid = None if self.valid is None else self.valid[:, :prefix]
-            keep = top_k_entries(scores, budget, window, valid)
-        everything = keep.new_ones(batch, 1, self.width) if self.valid is None else self.valid[:, None]
+            keep = top_k_entries(scores, budget, window, None if real is None else real[:, : scores.shape[2]])
+        everything = keep.new_ones(keep.shape) if real is None else real[:, None]
         keep = torch.where(over[:, None, None], keep, everything)
         if share is not None:
             count = keep.sum(-1)
@@ -258,7 +262,8 @@ class Prefill:
         else:
             most, least = max(limits), min(limits)
         slots, valid = kept_slots(keep, most)
-        return Entries(slots, None if least == most else valid)
+        tokens = tokens[:, None].expand(-1, keep.shape[1], -1).gather(2, slots)
+        return Entries(tokens, None if least == most else valid)
 
 
 def left_padded_lengths(attention_mask: Tensor) -> list[int]:

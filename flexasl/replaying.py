@@ -15,7 +15,7 @@ from torch import Tensor
 from flexasl.attention import FlexASLAttention
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
-from flexasl.ops import gather_tokens, token_ranks
+from flexasl.ops import token_ranks
 from flexasl.policies import Policy, find_policy
 from flexasl.prefill import Entries, Prefill, left_padded_lengths
 
@@ -82,23 +82,22 @@ def replay(
     )
     attention = FlexASLAttention(scale=scale)
     rows = [Replay() for _ in range(batch)]
-    slots = prefill.columns
     for layer in range(layers):
-        queries, keys = (_gather_tokens(recorded[layer], slots) for recorded in (query, key))
+        queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if _is_scored(prefill, row, layer):
                 result.scored_layers.append(layer)
             result.kept_indices.append(_kept_indices(prefill, row, scores.get(layer), entries, key.shape[2]))
-        if prefill.advance() is not None:
-            slots = prefill.columns
+        prefill.advance()
     for row, result in enumerate(rows):
         _finish(result, row, prefill, scores)
     return rows
 
 
-def _gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
-    return gather_tokens(states.transpose(1, 2), slots).transpose(1, 2)
+def _pack(states: Tensor, prefill: Prefill) -> Tensor:
+    """Recorded states [B, H, N, D] of the current layer's tokens: [1, H, T, D]."""
+    return states.transpose(0, 1).flatten(1, 2)[:, prefill.packed.flat(prefill.tokens)][None]
 
 
 def _is_scored(prefill: Prefill, row: int, layer: int) -> bool:
@@ -114,20 +113,21 @@ def _is_scored(prefill: Prefill, row: int, layer: int) -> bool:
 def _kept_indices(
     prefill: Prefill, row: int, scores: Tensor | None, entries: Entries | None, groups: int
 ) -> list[Tensor]:
-    start = prefill.width - prefill.counts[row]
+    start, length = prefill.packed.starts[row], prefill.packed.lengths[row]
+    prefix = length - prefill.config.window
     heads = []
     for group in range(groups):
         if entries is None:
-            kept = torch.arange(start, prefill.width, device=prefill.device)
+            kept = torch.arange(length, device=prefill.device)
         else:
-            kept = entries.slots[row, group]
-            kept = kept if entries.valid is None else kept[entries.valid[row, group]]
-        if prefill.config.kv_budget is not None and scores is not None:
-            best = scores[row, group]
-            prefix = kept[kept < best.shape[0]]
-            prefix = prefix[best[prefix].argsort(dim=-1, descending=True, stable=True)]
-            kept = torch.cat([prefix, kept[len(prefix) :]])
-        heads.append(kept - start)
+            kept = entries.tokens[row, group]
+            kept = (kept if entries.valid is None else kept[entries.valid[row, group]]) - start
+        if prefill.config.kv_budget is not None and scores is not None and prefix > 0:
+            best = scores[row, group, -prefix:]
+            early = kept[kept < prefix]
+            early = early[best[early].argsort(dim=-1, descending=True, stable=True)]
+            kept = torch.cat([early, kept[len(early) :]])
+        heads.append(kept)
     return heads
 
 

@@ -16,7 +16,7 @@ from test_ops import mass_oracle, top_p_oracle
 from test_selector import Decision, decide
 
 import flexasl
-from flexasl import ASLConfig, ops
+from flexasl import ASLConfig
 from flexasl.prefill import Prefill
 
 HEAD_DIM, SLIDING = 16, 48
@@ -380,9 +380,9 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
         for row, count in enumerate(counts)
     ]
     for layer in range(layers):
-        slots, real = prefill.columns, prefill.valid
+        packed = prefill.packed
         states = [
-            ops.gather_tokens(torch.tensor(recorded[layer]).transpose(1, 2), slots).transpose(1, 2)
+            torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, packed.flat(width)][None]
             for recorded in (query, key)
         ]
         entries = prefill.observe(layer, *states, attention)
@@ -391,11 +391,12 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
             present = decision.kept if below else list(range(counts[row]))
             for group, head in enumerate(kept[layer]):
                 if entries is None:
-                    mine = slots[row] if real is None else slots[row][real[row]]
+                    mine = torch.arange(packed.lengths[row]) + packed.starts[row]
+                    mine = mine if packed.stays is None else mine[packed.stays[mine]]
                 else:
-                    mine = slots[row][entries.slots[row, group]]
+                    mine = entries.tokens[row, group]
                     mine = mine if entries.valid is None else mine[entries.valid[row, group]]
-                assert (mine - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
+                assert (packed.columns[mine] - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
         prefill.advance()
 
 

@@ -519,7 +519,7 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
     moved.clear()
     for layer in range(8):
-        length = prefill.width
+        length = prefill.packed.width
         prefill.observe(layer, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), FlexASLAttention())
         prefill.advance()
     evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case

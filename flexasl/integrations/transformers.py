@@ -76,7 +76,7 @@ class Patch:
         ]
         for index, layer in enumerate(layers):
             before = functools.partial(_enter_layer, index, self._attention[index])
-            after = functools.partial(_leave_layer, index)
+            after = functools.partial(_leave_layer, index, index == len(layers) - 1)
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
@@ -119,10 +119,6 @@ class Patch:
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call = kwargs[CALL]
-        if isinstance(output, tuple):
-            output = (call.finish(output[0]), *output[1:])
-        else:
-            output.last_hidden_state = call.finish(output.last_hidden_state)
         call.close()
         if call.prefill is not None:
             self.report = call.report(self.policy)
@@ -265,6 +261,8 @@ def _enter_layer(
     index: int, attention: FlexASLAttention, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     call: Call = kwargs[CALL]
+    if index == 0:
+        args = (call.start(args[0]), *args[1:])
     step = kwargs[CALL] = call.enter(index, attention)
     kwargs["past_key_values"] = None if call.caches is None else step
     kwargs[OUTER] = call
@@ -276,8 +274,12 @@ def _enter_layer(
     return args, kwargs
 
 
-def _leave_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    return kwargs[OUTER].leave(index, kwargs[CALL], output)
+def _leave_layer(
+    index: int, last: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    call: Call = kwargs[OUTER]
+    hidden = call.leave(index, kwargs[CALL], output)
+    return call.finish(hidden) if last else hidden
 
 
 def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -43,9 +43,9 @@ def _(states: Tensor, slots: Tensor) -> Tensor:
 
 @torch.library.custom_op("flexasl::compact_kv", mutates_args=())
 def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The named entries of each row and KV head, in memory of their own: keys [B, G, N, D], values [B, G, N, E],
-    slots [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+    """The named entries of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
+    [B or 1, G, N, E], slots [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
+    rows = torch.arange(keys.shape[0], device=slots.device)[:, None, None]
     heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
     return keys[rows, heads, slots], values[rows, heads, slots]
 

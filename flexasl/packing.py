@@ -1,0 +1,212 @@
+"""Prompts of different lengths behind one another, without padding: a row costs what its own tokens cost.
+
+Shapes: B rows, N columns of the padded batch, T tokens of all rows together, M tokens of a row, H query heads,
+G KV heads, D head dim, W window, P = M - W prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexasl.attention import FlexASLAttention, Scoring
+from flexasl.masks import Visibility
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of one length, which can be seen as a batch."""
+
+    first: int
+    """Their first row."""
+    rows: int
+    start: int
+    """Their first token."""
+    length: int
+
+    def of(self, states: Tensor, dim: int) -> Tensor:
+        """The run's part of packed states, whose dim 0 is 1, as a batch: [1, ..., T, ...] → [rows, ..., M, ...]."""
+        own = states.narrow(dim, self.start, self.rows * self.length)
+        return own.unflatten(dim, (self.rows, self.length)).squeeze(0).movedim(dim - 1, 0)
+
+
+class Packed:
+    """Which tokens there are at some layer: those of row 0, then those of row 1, and so on.
+
+    lengths are the rows' tokens; columns [T] int64 the places of all tokens in the padded batch, ascending in each row,
+    whose last token is at the end; stays [T] bool is False at tokens that are masked out, None where none is.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        columns: Tensor,
+        stays: Tensor | None = None,
+        gaps: bool = False,
+        counts: Tensor | None = None,
+    ) -> None:
+        """gaps: whether tokens are missing within rows; counts: lengths [B] int64 on the host, if there already."""
+        self.lengths = list(lengths)
+        self.columns = columns
+        self.stays = stays
+        self.gaps = gaps
+        self.counts = torch.tensor(self.lengths) if counts is None else counts
+        """`lengths` as a tensor on the host, which a compiler takes for any lengths."""
+        self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
+        self.total = sum(self.lengths)
+        self.width = max(self.lengths)
+        self._visible: dict[int, Visibility] = {}
+
+    @classmethod
+    def left_padded(cls, lengths: Sequence[int], tokens: int, device: torch.device) -> Packed:
+        """All tokens of rows that were padded on the left to so many."""
+        at = torch.arange(tokens, device=device)
+        return cls(lengths, torch.cat([at[tokens - length :] for length in lengths]))
+
+    def masked(self, stays: Tensor) -> Packed:
+        """The same tokens, of which some are masked out."""
+        return Packed(self.lengths, self.columns, stays, self.gaps, self.counts)
+
+    def runs(self) -> list[Run]:
+        """The rows, as few batches."""
+        runs: list[Run] = []
+        for row, length in enumerate(self.lengths):
+            if runs and runs[-1].length == length:
+                runs[-1] = runs[-1]._replace(rows=runs[-1].rows + 1)
+            else:
+                runs.append(Run(row, 1, self.starts[row], length))
+        return runs
+
+    def row_of(self) -> Tensor:
+        """The row of each token: [T] int64."""
+        rows = torch.arange(len(self.lengths), device=self.columns.device)
+        counts = self.counts.to(self.columns.device)
+        return rows.repeat_interleave(counts, output_size=self.total)
+
+    def flat(self, tokens: int) -> Tensor:
+        """Each token's place [T] int64 in a padded batch [B, tokens] whose rows are laid out behind one another."""
+        return self.row_of() * tokens + self.columns
+
+    def as_batch(self) -> tuple[Tensor, Tensor | None]:
+        """Where to find the rows as a left-padded batch: tokens [B, width] int64, and which are real [B, width] bool,
+        None where all are."""
+        device = self.columns.device
+        ends = torch.tensor([start + length for start, length in zip(self.starts, self.lengths)], device=device)
+        at = torch.arange(-self.width, 0, device=device)
+        tokens = ends[:, None] + at
+        if min(self.lengths) == self.width:
+            return tokens, None
+        real = at >= -self.counts.to(device)[:, None]
+        return tokens.where(real, ends[:, None] - 1), real
+
+    def attend(
+        self, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attention of each row to itself: query [1, H, T, D], key, value [1, G, T, D] → [1, H, T, D]."""
+        if torch.compiler.is_compiling() and not self._is_one_plain_row(attention):
+            settings = (attention.scale, attention.sliding_window, attention.softcap, attention.kernel)
+            return packed_attention(
+                query, key, value, self.counts, self.columns, self.gaps, self.stays, sinks, *settings
+            )
+        if len(self.lengths) == 1:
+            visible = None if self._is_one_plain_row(attention) else self.visible(self.runs()[0])
+            return attention(query, key, value, visible, sinks=sinks)
+        out = []
+        for run in self.runs():
+            states = (run.of(tensor, 2) for tensor in (query, key, value))
+            mixed = attention(*states, self.visible(run) if self._masks(attention, run) else None, sinks=sinks)
+            out.append(mixed.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out)[None].transpose(1, 2)
+
+    def scores(
+        self,
+        attention: FlexASLAttention,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        rows: Sequence[int],
+        **settings: Any,
+    ) -> Tensor:
+        """Window scores of some rows, by query [1, H, T, D] and key [1, G, T, D]: [rows, G, width - W] float32, each
+        row's at the right end; 0 where a row has no such token. With `whole` [rows, G, width]."""
+        wide = self.width - (0 if settings.get("whole") else scoring.window)
+        found = []
+        for run in self.runs():
+            wanted = [row - run.first for row in rows if run.first <= row < run.first + run.rows]
+            if not wanted:
+                continue
+            if run.length <= scoring.window:
+                found.append(query.new_zeros(len(wanted), key.shape[1], wide, dtype=torch.float32))
+                continue
+            some = slice(None) if len(wanted) == run.rows else torch.tensor(wanted, device=query.device)
+            scored = attention.scores(
+                run.of(query, 2)[some, :, -scoring.window :],
+                run.of(key, 2)[some],
+                scoring,
+                valid=None if self.stays is None else run.of(self.stays[None], 1)[some],
+                positions=run.of(self.columns[None], 1)[some],
+                **settings,
+            )
+            found.append(F.pad(scored, (wide - scored.shape[-1], 0)))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def visible(self, run: Run) -> Visibility:
+        """Who sees whom in the run's rows."""
+        made = self._visible.get(run.first)
+        if made is None:
+            at = run.of(self.columns[None], 1)
+            at = at if self.gaps else at[:1]
+            stays = None if self.stays is None else run.of(self.stays[None], 1)
+            made = self._visible[run.first] = Visibility(at, at, stays)
+        return made
+
+    def _is_one_plain_row(self, attention: FlexASLAttention) -> bool:
+        return len(self.lengths) == 1 and not self._masks(attention, Run(0, 1, 0, self.total))
+
+    def _masks(self, attention: FlexASLAttention, run: Run) -> bool:
+        """Whether there is more to a run's attention than causal order."""
+        window = attention.sliding_window
+        return self.stays is not None or (window is not None and (self.gaps or window < run.length))
+
+
+@torch.library.custom_op("flexasl::packed_attention", mutates_args=())
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    columns: Tensor,
+    gaps: bool,
+    stays: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    kernel: str,
+) -> Tensor:
+    """`Packed.attend` as one node of a graph, for any number of rows of any lengths [B] int64, which are on the
+    host."""
+    attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
+    out = Packed(lengths.tolist(), columns, stays, gaps).attend(attention, query, key, value, sinks)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@packed_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    columns: Tensor,
+    gaps: bool,
+    stays: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    kernel: str,
+) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
