@@ -78,11 +78,11 @@ def _pairs(model: Any, ids: torch.Tensor, config: Any, policy: Any, count: int) 
 
 
 @torch.no_grad()
-def _prefill(model: Any, ids: torch.Tensor) -> float:
-    _wait(ids)
+def _prefill(model: Any, input_ids: torch.Tensor, **inputs: torch.Tensor) -> float:
+    _wait(input_ids)
     start = time.perf_counter()
-    model(ids, logits_to_keep=1)
-    _wait(ids)
+    model(input_ids, logits_to_keep=1, **inputs)
+    _wait(input_ids)
     return time.perf_counter() - start
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,9 +104,16 @@ class ASLConfig:
             raise ConfigError(f"{unknown[0]!r} is not a setting of ASLConfig; the settings are {', '.join(names)}")
         return cls(**settings)
 
-    def resolve(self, num_layers: int) -> ASLConfig:
+    def resolve(self, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the
-        model."""
+        model.
+
+        voters are the layers that a ranking may be taken from, ascending; None for all. Where these are not all,
+        `observe_layers` counts voters, `min_layer` becomes the first one from there on that has so many, and
+        `max_layer` the last one up to there.
+        """
+        if voters is not None and len(voters) < num_layers:
+            return self._resolve_among(voters, num_layers)
         paper = self.variance_reference == "initial"
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
@@ -153,6 +161,27 @@ class ASLConfig:
                 raise ConfigError(f"{name}={value} is too small; give at least {minimum}")
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number, so that pooling is centred")
+
+    def _resolve_among(self, voters: Sequence[int], num_layers: int) -> ASLConfig:
+        bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
+        if self.min_layer is not None:
+            bounds["min_layer"] = max(sum(layer < self.min_layer for layer in voters), (self.observe_layers or 1) - 1)
+        if self.max_layer is not None:
+            bounds["max_layer"] = sum(layer <= self.max_layer for layer in voters) - 1
+        least = 0
+        for name, place in bounds.items():
+            given = getattr(self, name)
+            if place is None:
+                continue
+            if given >= num_layers or not least <= place < len(voters):
+                raise ConfigError(
+                    f"{name}={given} leaves no layer to select at; layers with full attention are "
+                    f"{', '.join(map(str, voters))} of {num_layers}"
+                )
+            least = place
+        found = self.replace(**bounds).resolve(len(voters))
+        assert found.min_layer is not None and found.max_layer is not None
+        return found.replace(min_layer=voters[found.min_layer], max_layer=voters[found.max_layer])
 
     def _check_choices(self) -> None:
         choices = {

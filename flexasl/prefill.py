@@ -50,9 +50,13 @@ class Prefill:
         *,
         tokens: int | None = None,
         device: torch.device | str = "cpu",
+        voters: Sequence[int] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` columns.
+        """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` columns;
+        voters are the layers whose ranks count (default: all). reduce sums token scores [R, P] over the processes that
+        hold a part of the heads each.
 
         observer(layer, scores [B, G, P]), where given, sees the pooled scores of every layer, and the rule then also
         runs in rows that are too short to lose a token.
@@ -70,12 +74,13 @@ class Prefill:
         self.selections: dict[int, Selection] = {}
         self.scored: list[int] = []
         self._observer = observer
+        self._reduce = reduce
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._stays: Tensor | None = None
         self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
         self.selector = LayerSelector(
-            config, self.lengths, tokens=self.tokens, rows=self._open_rows(), device=self.device
+            config, self.lengths, tokens=self.tokens, rows=self._open_rows(), voters=voters, device=self.device
         )
 
     def observe(

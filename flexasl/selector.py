@@ -96,10 +96,12 @@ class LayerSelector:
         *,
         tokens: int | None = None,
         rows: Sequence[int] | None = None,
+        voters: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """config is resolved; lengths are the real tokens of every row, at the right end of `tokens` slots (default:
-        the longest row); rows are those to decide (default: all)."""
+        the longest row); rows are those to decide (default: all); voters are the layers whose ranks count, ascending
+        (default: all up to `max_layer`)."""
         self.config = config
         self.lengths = list(lengths)
         self.tokens = max(self.lengths) if tokens is None else tokens
@@ -109,6 +111,7 @@ class LayerSelector:
         self._prefix = self.tokens - config.window
         assert config.observe_layers and config.tau and config.min_layer is not None and config.max_layer is not None
         self._first, self._last, self._tau = config.min_layer, config.max_layer, config.tau
+        voters = range(self._last + 1) if voters is None else voters
         self._peak = config.variance_reference == "peak"
         self._compares = self._last > self._first
         held = config.observe_layers if self._compares or config.select_on == "max" else 1
@@ -116,13 +119,14 @@ class LayerSelector:
         self._ranks: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._held = (held if self._compares else 1, held if config.select_on == "max" else 1)
-        self._opens = self._first - held + 1
+        opens = voters.index(self._first) - held + 1
+        self._needed = frozenset(voters[max(0, opens) : voters.index(self._last) + 1])
         self._valid, self._budget = self._rows_tensors(torch.device(device))
         self._reference = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
 
     def needs(self, layer: int) -> bool:
         """Whether a decision that is still open rests on this layer's scores."""
-        if not self.rows or layer > self._last or layer < self._opens:
+        if not self.rows or layer not in self._needed:
             return False
         return not (self.config.if_never == "keep" and not self._compares)
 

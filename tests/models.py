@@ -26,6 +26,9 @@ SHAPE = {
     "eos_token_id": 2,
 }
 
+SLIDING = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -36,6 +39,29 @@ FAMILIES: dict[str, dict] = {
     "smollm3": {},
     "olmo2": {},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, **SLIDING},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING},
+    "olmo3": SLIDING,
+    "cohere2": SLIDING,
+    "mixtral": MOE,
+    "qwen3_moe": {"head_dim": 16, **MOE},
+    "deepseek_v3": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+        "num_key_value_heads": HEADS,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {"head_dim": 16, **MOE, **SLIDING},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 1024},
 }
 
 SMALL = flexasl.ASLConfig(
@@ -48,8 +74,8 @@ SMALL = flexasl.ASLConfig(
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The family's tiny model in eval mode; shared, so leave it as it was."""
     extra = dict(FAMILIES[family])
-    config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
     torch.manual_seed(3)
+    config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 

@@ -356,7 +356,7 @@ def test_refuses_models():
     training = copy.deepcopy(tiny()).train()
     refuses(training, "is in training mode; call model.eval")
     with flexasl.patch(tiny()):
-        refuses(tiny(), "is patched already; call remove")
+        refuses(tiny(), "is patched already; call model.flexasl_patch.remove")
     with flexasl.patch(tiny()):
         pass
 

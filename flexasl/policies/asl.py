@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
@@ -11,5 +13,5 @@ class ASL(Policy):
 
     name = "asl"
 
-    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
-        return config.resolve(num_layers)
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        return config.resolve(num_layers, voters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from flexasl.config import ASLConfig
@@ -16,6 +17,6 @@ class Policy(ABC):
     """Whether hidden states are dropped after some layer; where False only the cache shrinks, or nothing."""
 
     @abstractmethod
-    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
-        """The settings that this policy runs with on `num_layers` layers; raises `ConfigError` where they cannot
-        work."""
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        """The settings that this policy runs with on `num_layers` layers, of which voters can select (None: all);
+        raises `ConfigError` where they cannot work."""

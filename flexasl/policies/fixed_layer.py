@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
@@ -18,9 +20,16 @@ class FixedLayer(Policy):
     def __init__(self, layer: int | None = None) -> None:
         self.layer = layer
 
-    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
-        layer = (num_layers - 1) // 2 if self.layer is None else self.layer
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        voters = range(num_layers) if voters is None else voters
+        middle = (num_layers - 1) // 2
+        layer = min(voters, key=lambda one: abs(one - middle)) if self.layer is None else self.layer
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
+        if layer not in voters:
+            raise ConfigError(
+                f"layer={layer} has a sliding window, so it cannot rank the whole prompt; "
+                f"give one of {', '.join(map(str, voters))}"
+            )
         rule = config.replace(min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select")
-        return rule.resolve(num_layers)
+        return rule.resolve(num_layers, voters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
@@ -12,5 +14,5 @@ class Full(Policy):
     name = "full"
     prunes_tokens = False
 
-    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
-        return config.replace(kv_budget=None, kv_top_p=None).resolve(num_layers)
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        return config.replace(kv_budget=None, kv_top_p=None).resolve(num_layers, voters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
@@ -15,7 +17,7 @@ class SnapKV(Policy):
     name = "snapkv"
     prunes_tokens = False
 
-    def resolve(self, config: ASLConfig, num_layers: int) -> ASLConfig:
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         if not config.compresses_cache:
             config = config.replace(kv_budget=config.select_tokens)
-        return config.resolve(num_layers)
+        return config.resolve(num_layers, voters)

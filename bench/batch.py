@@ -1,0 +1,92 @@
+"""Prefill of a batch of prompts of different lengths, beside the sum of what its rows take alone.
+
+Turns alternate, and ratios are medians of pairs, because machines are shared. The tokens that follow are compared too:
+each row's must equal its solo run's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from prefill import _prefill, _prompt
+from setting import arguments, setting, table, write
+
+import flexasl
+from flexasl import embedded
+
+LENGTHS = [200, 400, 800, 1200, 1800, 2400, 3200, 4000]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(tokens=LENGTHS)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    args = parser.parse_args()
+    setting()
+    model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
+    prompts = [_prompt(tokenizer, tokens, args.device)[0] for tokens in args.tokens]
+    batch = _padded(prompts)
+    settings: dict[str, dict[str, Any]] = {
+        "unpatched": {},
+        f"select_tokens={args.select_tokens}": {"select_tokens": args.select_tokens},
+        f"the same, kv_budget={args.select_tokens}": {
+            "select_tokens": args.select_tokens,
+            "kv_budget": args.select_tokens,
+        },
+    }
+    rows, data = [], []
+    for name, changes in settings.items():
+        patch = flexasl.patch(model, flexasl.ASLConfig(**changes)) if changes else None
+        # Unpatched, the batch is padded to its longest row and takes minutes: once is enough to compare with.
+        pairs = [_pair(model, prompts, batch, turn) for turn in range(args.pairs if changes else 1)]
+        same = ""
+        if patch is not None:
+            same = f"{_same(model, prompts, batch, args.new_tokens)} of {len(prompts)}"
+            patch.remove()
+        share = statistics.median(together / alone for together, alone in pairs)
+        medians = [f"{statistics.median(pair[side] for pair in pairs):.2f}" for side in (0, 1)]
+        rows.append([name, *medians, f"{share:.3f}", same])
+        data.append({"settings": name, "pairs": pairs, "same": same})
+    title = f"A batch of {len(prompts)} prompts, {min(args.tokens):,} to {max(args.tokens):,} tokens"
+    heads = [
+        "settings",
+        "batch, s",
+        "rows one by one, s",
+        "batch / sum",
+        f"rows with the same {args.new_tokens} tokens",
+    ]
+    write(args.out, title, table(heads, rows), {"tokens": args.tokens, "rows": data})
+
+
+def _pair(model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], turn: int) -> tuple[float, float]:
+    """Seconds of the batch's prefill, and of its rows' one by one; who goes first alternates."""
+    seconds = {}
+    for together in (turn % 2 == 0, turn % 2 == 1):
+        if together:
+            seconds[together] = _prefill(model, **batch)
+        else:
+            seconds[together] = sum(_prefill(model, ids[None]) for ids in prompts)
+    return seconds[True], seconds[False]
+
+
+def _same(model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], count: int) -> int:
+    """Rows that go on alone as they do in the batch."""
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    many = model.generate(**batch, **settings)[:, -count:]
+    alone = [model.generate(ids[None], **settings)[0, -count:] for ids in prompts]
+    return sum(torch.equal(one, other) for one, other in zip(many, alone, strict=True))
+
+
+def _padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The prompts as one batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in prompts]).long().to(ids.device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a patched model does not do when it generates, refused before work starts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from flexasl.errors import UnsupportedError
+
+MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def guard_generation(model: PreTrainedModel) -> list[str]:
+    """Puts checks in front of the model's ways to generate, on this object only; returns the attributes that it set,
+    which are to be deleted again."""
+    attributes: dict[str, Any] = {
+        "generate": functools.partial(_generate, model),
+        "_supported_generation_modes": list(MODES),
+    }
+    attributes |= {name: functools.partial(_refuse_batching, name) for name in BATCHING if hasattr(model, name)}
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return list(attributes)
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+
+    def given(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    if given("prefill_chunk_size") is not None:
+        raise UnsupportedError(
+            f"prefill_chunk_size={given('prefill_chunk_size')} is not available on a patched model, which ranks the "
+            "tokens of the whole prompt; give prefill_chunk_size=None"
+        )
+    wanted = given("cache_implementation")
+    if wanted not in (None, "dynamic"):
+        raise UnsupportedError(
+            f"cache_implementation={wanted!r} is not available on a patched model, whose layers have lengths of their "
+            "own; give cache_implementation=None"
+        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if given(name) is not None:
+            raise UnsupportedError(
+                f"{name} is not available on a patched model, because candidates would be read as part of the prompt; "
+                f"give {name}=None (a patched model can be the assistant of another one)"
+            )
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedError(
+        f"{name} is not available on a patched model: continuous batching has its own paged cache; "
+        "call generate with a padded batch"
+    )

@@ -1,0 +1,233 @@
+"""Which models can be patched, and where in them decoder layers and their attention are."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from flexasl.attention import FlexASLAttention
+from flexasl.errors import UnsupportedError
+
+NAME, RECORDING = "flexasl", "flexasl_recording"
+"""Of attention implementations: the one of a patched model, and one that only notes what it is asked for."""
+TESTED = ("5.17", "5.23")
+"""Oldest and newest transformers that the tests have passed with."""
+SUPPORTED = (
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""Model types in the tests, by name; others are tried by structure."""
+HYBRID = "some of its layers keep a state instead of keys and values"
+PICKS = "its attention chooses keys by a rule of its own"
+SHARED = "its last layers use the keys and values of earlier ones"
+REFUSED = {
+    "bamba": HYBRID,
+    "bailing_hybrid": HYBRID,
+    "bloom": "its attention adds ALiBi, a bias by distance",
+    "deepseek_v32": PICKS,
+    "deepseek_v4": PICKS,
+    "doge": PICKS,
+    "falcon_h1": HYBRID,
+    "falcon_mamba": HYBRID,
+    "gemma3n": SHARED,
+    "gemma3n_text": SHARED,
+    "gemma4": SHARED,
+    "gemma4_text": SHARED,
+    "glm_moe_dsa": PICKS,
+    "granitemoehybrid": HYBRID,
+    "jamba": HYBRID,
+    "kimi_linear": HYBRID,
+    "lfm2": HYBRID,
+    "lfm2_moe": HYBRID,
+    "llama4_text": "some of its layers attend in chunks",
+    "llama4": "some of its layers attend in chunks",
+    "mamba": HYBRID,
+    "mamba2": HYBRID,
+    "minimax": HYBRID,
+    "mpt": "its attention adds ALiBi, a bias by distance",
+    "nemotron_h": HYBRID,
+    "olmo_hybrid": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID,
+    "recurrent_gemma": HYBRID,
+    "rwkv": HYBRID,
+    "zamba": HYBRID,
+    "zamba2": HYBRID,
+}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model's decoder layers, and what a patch needs to know of them."""
+
+    decoder: Any
+    layers: list[Any]
+    attention: list[FlexASLAttention]
+    layer_arguments: list[str]
+    """Names of what a layer's forward takes after the hidden states, in order."""
+    cache_argument: str
+    """The one of them that is the cache."""
+    tested: bool
+    """Whether the tests cover this kind of model under this version of transformers."""
+
+    @property
+    def voters(self) -> list[int]:
+        """Layers whose ranking counts: those that see the whole prompt, or all where none does."""
+        seeing = [index for index, attention in enumerate(self.attention) if attention.sliding_window is None]
+        return seeing or list(range(len(self.layers)))
+
+
+def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
+    """Where the model's layers are; raises `UnsupportedError` for one that cannot be patched."""
+    kind = type(model).__name__
+    if model.config._attn_implementation == NAME:
+        raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
+    _refuse_by_name(model)
+    decoder = model.get_decoder()
+    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    if not model.can_generate():
+        raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
+    if model.training:
+        raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
+    if kernel == "flex" and model.device.type == "cpu":
+        raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedError(
+            f"{kind} is compiled already (its compile() was called); patch it with compile=True instead"
+        )
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not model._can_set_attn_implementation():
+        raise UnsupportedError(
+            f"model type {model.config.model_type!r} ({kind}) is not built as a list of decoder layers over "
+            f"transformers' attention interface; tested models are {', '.join(SUPPORTED)}"
+        )
+    if compile and any("forward" in vars(module) for module in (*layers, model.get_output_embeddings())):
+        raise UnsupportedError(
+            f"compile=True cannot take {kind}, because another library has replaced the forward of its layers; "
+            "give compile=False"
+        )
+    config = decoder.config
+    layers = list(layers)[: config.num_hidden_layers]
+    names = list(inspect.signature(type(layers[0]).forward).parameters)[2:]
+    cache = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
+    if cache is None:
+        raise UnsupportedError(f"layers of {kind} take no cache by a name that is known; it cannot be patched")
+    tested = config.model_type in SUPPORTED and _is_tested(transformers.__version__)
+    asked = [_promised(layer, index, config) for index, layer in enumerate(layers)] if tested else _recorded(model)
+    if len(asked) != len(layers):
+        raise UnsupportedError(
+            f"model type {config.model_type!r} ({kind}) is not among the tested ones, and its {len(layers)} layers ask "
+            f"for attention {len(asked)} times where keywords are to reach it; it cannot be patched"
+        )
+    attention = [FlexASLAttention(**settings, kernel=kernel) for settings in asked]
+    return Stack(decoder, layers, attention, names, cache, tested)
+
+
+def _refuse_by_name(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config(decoder=True)
+    for name in (model.config.model_type, config.model_type):
+        if name in REFUSED:
+            raise UnsupportedError(f"model type {name!r} cannot be patched: {REFUSED[name]}")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(f"model type {config.model_type!r} cannot be patched: it is an encoder-decoder")
+    if getattr(config, "alibi", False):
+        raise UnsupportedError(
+            f"model type {config.model_type!r} cannot be patched: its attention adds ALiBi, a bias by distance"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedError(f"model type {config.model_type!r} cannot be patched: {SHARED}")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if others:
+        raise UnsupportedError(
+            f"model type {config.model_type!r} cannot be patched: it has layers of type {others[0]!r}; "
+            f"only {' and '.join(sorted(LAYER_TYPES))} work"
+        )
+
+
+def _promised(layer: Any, index: int, config: Any) -> dict[str, Any]:
+    """The attention that a layer of a tested model asks for, by its attributes; its first call checks that it does."""
+    module = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:
+        kinds = getattr(config, "layer_types", None)
+        slides = kinds[index] == "sliding_attention" if kinds else True
+        window = getattr(config, "sliding_window", None) if slides else None
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    return {"scale": float(module.scaling), "sliding_window": window, "softcap": softcap}
+
+
+def _recorded(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The attention that each layer asks for, in order, found out by one run on two tokens, in which it gives zeros."""
+    asked: list[dict[str, Any]] = []
+    before = model.config._attn_implementation
+    model.set_attn_implementation(RECORDING)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), flexasl_asked=asked)
+    except Exception as error:
+        raise UnsupportedError(
+            f"model type {model.config.model_type!r} ({type(model).__name__}) is not among those tested, and a trial "
+            f"run failed: {error}"
+        ) from error
+    finally:
+        model.set_attn_implementation(before)
+    return asked
+
+
+def _record(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    flexasl_asked: list[dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if flexasl_asked is not None:
+        flexasl_asked.append({"scale": scaling, "sliding_window": sliding_window, "softcap": softcap})
+    batch, heads, count, _ = query.shape
+    return value.new_zeros(batch, count, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(RECORDING, _record)
+AttentionMaskInterface.register(RECORDING, lambda *args, **kwargs: None)
+
+
+def _is_tested(version: str) -> bool:
+    """Whether the tests cover this transformers; warns, once a version, where it is newer."""
+    if tuple(map(int, version.split(".")[:2])) <= tuple(map(int, TESTED[1].split("."))):
+        return True
+    warnings.warn(
+        f"transformers {version} is newer than {TESTED[1]}, the last that flexasl was tested with; "
+        "every model is checked by a short self-test when it is patched",
+        stacklevel=4,
+    )
+    return False
