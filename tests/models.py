@@ -76,7 +76,9 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTraine
     extra = dict(FAMILIES[family])
     torch.manual_seed(3)
     config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    # The grouped products of experts that transformers takes by default know no float64.
+    settings = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).eval().requires_grad_(False)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
@@ -112,9 +114,6 @@ def recompute(
     total = ids.shape[1]
     at = torch.arange(total)
     causal = at[None] <= at[:, None]
-    sliding = getattr(model.config, "sliding_window", None)
-    if sliding is not None and getattr(model.config, "use_sliding_window", True):
-        causal = causal & (at[None] > at[:, None] - sliding)
     on = torch.ones(total, dtype=torch.bool)
     on[:prompt] = False
     on[kept] = True
@@ -124,7 +123,9 @@ def recompute(
         stored = torch.zeros(held.shape[1], total, dtype=torch.bool)
         stored.scatter_(1, held[0], True)
         seen = on if selected_layer is not None and layer > selected_layer else torch.ones_like(on)
-        allowed = (causal & seen[None])[None].repeat(held.shape[1], 1, 1)
+        window = sliding_window(model, layer)
+        near = causal if window is None else causal & (at[None] > at[:, None] - window)
+        allowed = (near & seen[None])[None].repeat(held.shape[1], 1, 1)
         allowed[:, prompt:] &= stored[:, None]
         allowed |= torch.eye(total, dtype=torch.bool)
         allowed = allowed.repeat_interleave(HEADS // held.shape[1], 0)[None]
@@ -133,15 +134,32 @@ def recompute(
         return model(ids, use_cache=False).logits
 
 
+def sliding_window(model: PreTrainedModel, layer: int) -> int | None:
+    """Positions that a layer's queries look back, or None for all."""
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds else getattr(model.config, "use_sliding_window", True)
+    return window if slides else None
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
 @contextmanager
 def _layer_masks(model: PreTrainedModel, masks: list[torch.Tensor]):
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    def with_mask(mask):
+        def hook(layer, args, kwargs):
+            # GPT-2 gives its layers cache and mask by position.
+            return args[:1], {**kwargs, "attention_mask": mask}
+
+        return hook
+
     handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
-        )
-        for layer, mask in zip(model.get_decoder().layers, masks, strict=True)
+        layer.register_forward_pre_hook(with_mask(mask), with_kwargs=True)
+        for layer, mask in zip(decoder_layers(model), masks, strict=True)
     ]
     try:
         yield

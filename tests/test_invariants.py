@@ -5,13 +5,15 @@ no decision hangs on rounding.
 """
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, GROUPS, LAYERS, left_padded, prompts, recompute, tiny
+from models import FAMILIES, GREEDY, LAYERS, left_padded, prompts, recompute, sliding_window, tiny
 from test_ops import mass_oracle, top_p_oracle
 from test_selector import Decision, decide
 
@@ -19,8 +21,15 @@ import flexasl
 from flexasl import ASLConfig
 from flexasl.prefill import Prefill
 
-HEAD_DIM, SLIDING = 16, 48
+FACTOR = int(os.environ.get("FLEXASL_FUZZ", "1"))
+"""How many times more examples to try: `make fuzz` sets it."""
 CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+def examples(count):
+    return hypothesis_settings(max_examples=count * FACTOR)
+
+
 lengths = st.integers(1, 90) | st.integers(40, 90)
 
 
@@ -61,6 +70,14 @@ models = st.sampled_from(sorted(FAMILIES)).map(lambda family: tiny(family, torch
 policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
 
 
+def patched(model, config, policy="asl"):
+    """The patch; settings that the model's layers cannot run are no example."""
+    try:
+        return flexasl.patch(model, config, policy)
+    except flexasl.ConfigError:
+        reject()
+
+
 def columns_in_front(rows, padding):
     """Model inputs of left-padded rows, with so many more columns of padding."""
     batch = left_padded(rows)
@@ -88,9 +105,10 @@ def decode(model, rows, padding, more):
 
 def cached_positions(layer, row, start):
     """[head][entry] positions that a row of a layer's cache holds; position 0 is at column `start`."""
-    columns = layer.columns[row].expand(GROUPS, -1)
-    real = torch.ones_like(columns, dtype=torch.bool) if layer.valid is None else layer.valid[row].expand(GROUPS, -1)
-    return [(columns[group][real[group]] - start).tolist() for group in range(GROUPS)]
+    heads = layer.keys.shape[1]
+    columns = layer.columns[row].expand(heads, -1)
+    real = torch.ones_like(columns, dtype=torch.bool) if layer.valid is None else layer.valid[row].expand(heads, -1)
+    return [(columns[head][real[head]] - start).tolist() for head in range(heads)]
 
 
 # ---------------------------------------------------------------- keep-all is identity
@@ -101,7 +119,7 @@ def keep_everything(config, amount):
     return config.replace(select_tokens=amount, kv_budget=budget)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(model=models, batch=batches(rows=2), config=rules(), amount=st.sampled_from([1.0, 90, 5000]), policy=policies)
 def test_keep_all_is_identity(model, batch, config, amount, policy):
     assume(policy != "snapkv" or config.propagate == "gather")
@@ -110,44 +128,45 @@ def test_keep_all_is_identity(model, batch, config, amount, policy):
     inputs = columns_in_front(rows, padding)
     real = inputs["attention_mask"].bool()
     plain = model(**inputs, use_cache=True)
-    with flexasl.patch(model, config, policy) as patch:
+    with patched(model, config, policy) as patch:
         pruned = model(**inputs, use_cache=True)
     torch.testing.assert_close(pruned.logits[real], plain.logits[real], **CLOSE)
     assert [row.kept_positions for row in patch.report.rows] == [tuple(range(len(row))) for row in rows]
-    for mine, theirs in zip(pruned.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    layers = zip(pruned.past_key_values.layers, plain.past_key_values.layers, strict=True)
+    for index, (mine, theirs) in enumerate(layers):
         for row, ids in enumerate(rows):
             start = real.shape[1] - len(ids)
-            held = min(len(ids), SLIDING - 1) if theirs.is_sliding else len(ids)
+            held = min(len(ids), (sliding_window(model, index) or len(ids) + 1) - 1)
             want = list(range(len(ids) - held, len(ids)))
-            assert cached_positions(mine, row, start) == [want] * GROUPS
+            assert cached_positions(mine, row, start) == [want] * theirs.keys.shape[1]
             # The row's entries are the last ones: nothing of it was dropped.
             for name in ("keys", "values"):
                 stored, whole = getattr(mine, name)[row], getattr(theirs, name)[row]
                 torch.testing.assert_close(stored[:, -held:], whole[:, -held:], **CLOSE)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(model=models, batch=batches(rows=2), config=rules())
 def test_keep_all_generates_the_same_tokens(model, batch, config):
     rows, padding = batch
     inputs = columns_in_front(rows, padding)
     del inputs["position_ids"]
     want = model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences
-    with flexasl.patch(model, keep_everything(config, 1.0)):
+    with patched(model, keep_everything(config, 1.0)):
         assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences, want)
 
 
 # ---------------------------------------------------------------- a row is alone, pruned decode equals recompute
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(model=models, batch=batches(), config=rules(), policy=policies)
 def test_a_row_is_alone(model, batch, config, policy):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[3] * len(rows), seed=7))
     width = padding + max(map(len, rows))
-    with flexasl.patch(model, config, policy) as patch:
+    with patched(model, config, policy) as patch:
         logits, cache = decode(model, rows, padding, more)
         together = patch.report.rows
         for index, ids in enumerate(rows):
@@ -162,14 +181,14 @@ def test_a_row_is_alone(model, batch, config, policy):
             torch.testing.assert_close(logits[index], alone[0], **CLOSE)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(model=models, batch=batches(rows=2), config=rules(), policy=policies)
 def test_pruned_decode_equals_recompute(model, batch, config, policy):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[4] * len(rows), seed=8))
     width = padding + max(map(len, rows))
-    with flexasl.patch(model, config, policy) as patch:
+    with patched(model, config, policy) as patch:
         logits, cache = decode(model, rows, padding, more)
     for index, ids in enumerate(rows):
         made = patch.report.rows[index]
@@ -207,7 +226,7 @@ def check_kept(config, policy, made, tokens):
         assert len(kept) == min(budget, tokens)
 
 
-def check_entries(config, policy, made, tokens, index, heads, sliding):
+def check_entries(config, policy, made, tokens, index, heads, window):
     """Cache entries of one row at one layer."""
     below = made.selected_layer is not None and index > made.selected_layer
     present = list(made.kept_positions) if below else list(range(tokens))
@@ -217,7 +236,8 @@ def check_entries(config, policy, made, tokens, index, heads, sliding):
         amount = config.select_tokens
     if amount is not None:
         limit = min(limit, share_of(amount, tokens, config.window))
-    seen_later = [at for at in present if not sliding or at > tokens - SLIDING]
+    seen_later = [at for at in present if window is None or at > tokens - window]
+    sliding = window is not None
     by_mass = config.kv_top_p is not None and limit > share_of(config.select_tokens, tokens, config.window)
     for held in heads:
         assert held == sorted(set(held)) and set(held) <= set(seen_later)
@@ -230,38 +250,40 @@ def check_entries(config, policy, made, tokens, index, heads, sliding):
             assert len(held) == limit or (sliding and len(held) < limit)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(model=models, batch=batches(), config=rules(), policy=policies)
 def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    with flexasl.patch(model, config, policy) as patch:
+    with patched(model, config, policy) as patch:
         cache = model(**columns_in_front(rows, padding), use_cache=True).past_key_values
         resolved = patch.config
     report, width = patch.report, padding + max(map(len, rows))
-    sliding = getattr(model.config, "sliding_window", None) == SLIDING
     for row, ids in enumerate(rows):
         check_kept(resolved, policy, report.rows[row], len(ids))
         for index, layer in enumerate(cache.layers):
             heads = cached_positions(layer, row, width - len(ids))
-            check_entries(resolved, policy, report.rows[row], len(ids), index, heads, sliding)
-    check_bytes(cache, report, len(rows), width, sliding)
+            check_entries(resolved, policy, report.rows[row], len(ids), index, heads, sliding_window(model, index))
+    check_bytes(
+        cache, report, len(rows), [min(width, (sliding_window(model, n) or width + 1) - 1) for n in range(LAYERS)]
+    )
 
 
-def check_bytes(cache, report, batch, width, sliding):
-    entry = 2 * GROUPS * HEAD_DIM * 8
-    storages = {}
-    for layer, slots in zip(cache.layers, report.kv_tokens, strict=True):
-        assert layer.keys.shape == layer.values.shape == (batch, GROUPS, slots, HEAD_DIM)
+def check_bytes(cache, report, batch, whole):
+    """whole: entries per head of every layer, were none dropped that its sliding window leaves."""
+    storages, used, full = {}, 0, 0
+    for layer, slots, most in zip(cache.layers, report.kv_tokens, whole, strict=True):
+        assert layer.keys.shape[:3] == layer.values.shape[:3] == (batch, layer.keys.shape[1], slots)
         assert layer.keys.dtype == torch.float64
+        entry = 8 * layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
+        used, full = used + batch * slots * entry, full + batch * most * entry
         for states in (layer.keys, layer.values):
             storages[states.untyped_storage().data_ptr()] = states.untyped_storage().nbytes()
         for marks in (layer.columns, layer.valid):
             assert marks is None or marks.untyped_storage().nbytes() <= marks.numel() * marks.element_size()
     assert len(storages) == 2 * LAYERS
-    assert report.kv_bytes == sum(storages.values()) == batch * sum(report.kv_tokens) * entry
-    whole = min(width, SLIDING - 1) if sliding else width
-    assert report.kv_bytes_full == batch * LAYERS * whole * entry
+    assert report.kv_bytes == sum(storages.values()) == used
+    assert report.kv_bytes_full == full
 
 
 # ---------------------------------------------------------------- every decision, from its definition
@@ -347,7 +369,7 @@ def own_states(states, row, count):
     return states[:, row, :, states.shape[3] - count :]
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(config=rules(most=20, layers=5), recording=recordings())
 def test_replay_decides_what_the_definition_says(config, recording):
     query, key, counts = recording
@@ -362,7 +384,7 @@ def test_replay_decides_what_the_definition_says(config, recording):
         assert (None if row.selected is None else row.selected.tolist()) == (want.kept or None)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     config=rules(most=14, layers=5),
     recording=recordings(least=15),

@@ -58,7 +58,7 @@ def test_pruned_decode_equals_recompute(family, pruning):
 
 
 @pytest.mark.parametrize("pruning", PRUNING)
-@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_alone(family, pruning):
     model = tiny(family)
     rows = prompts(90, 61, 9, 33, seed=1)
