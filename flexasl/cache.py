@@ -5,6 +5,8 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ class LayerCache:
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
-        columns. The first time columns and valid may differ by head: [B, G, M]."""
+        columns. Columns and valid may also differ by head: [B, G, M]."""
         if self._keys is None:
             self.seen += seen
             self._hold(_owned(keys), _owned(values), columns, valid)
@@ -70,11 +72,13 @@ class LayerCache:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
         tensors returned [B, G, N + M, D]."""
         assert self._keys is not None and self._values is not None and self._columns is not None
-        count = columns.shape[1]
+        count = columns.shape[-1]
         self.seen += seen
-        if self._columns.dim() == 3:
-            columns = columns[:, None].expand(-1, self._columns.shape[1], -1)
-            valid = None if valid is None else valid[:, None].expand_as(columns)
+        heads = self._keys.shape[1]
+        if columns.dim() == 3 and self._columns.dim() == 2:
+            self._columns, self._valid = _by_head(self._columns, heads), _by_head(self._valid, heads)
+        elif columns.dim() == 2 and self._columns.dim() == 3:
+            columns, valid = _by_head(columns, heads), _by_head(valid, heads)
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         length = self._length + count
@@ -149,6 +153,15 @@ class LayerCache:
 
 def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:
     return held if held is None or held.shape[dim] == length else held.narrow(dim, 0, length)
+
+
+@overload
+def _by_head(marks: Tensor, heads: int) -> Tensor: ...
+@overload
+def _by_head(marks: Tensor | None, heads: int) -> Tensor | None: ...
+def _by_head(marks: Tensor | None, heads: int) -> Tensor | None:
+    """[B, N] → [B, G, N]."""
+    return None if marks is None else marks[:, None].repeat(1, heads, 1)
 
 
 def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:

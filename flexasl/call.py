@@ -16,7 +16,7 @@ from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.masks import Visibility
 from flexasl.ops import compact_kv, gather_tokens
-from flexasl.packing import Packed
+from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
 from flexasl.prefill import Entries, Prefill
 from flexasl.report import Report, RowReport
@@ -33,17 +33,18 @@ class LayerStep:
         self,
         attention: FlexASLAttention,
         *,
-        packed: Packed | None = None,
+        packed: Packed | Continued | None = None,
         visible: Visibility | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
     ) -> None:
         self.attention = attention
         self.packed = packed
-        """A prompt's tokens; None in a pass over cached ones, which has keys and values instead."""
+        """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
         self.visible = visible
         self.keys = keys
-        """[B, G, N, D]: the cache, with room for the new keys at its end."""
+        """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
+        first one."""
         self.values = values
         self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         """A prompt's queries, keys and sinks."""
@@ -52,9 +53,12 @@ class LayerStep:
 
     def update(self, key: Tensor, value: Tensor, *ignored: object) -> tuple[Tensor, Tensor]:
         """Takes the layer's new keys and values [B, G, M, D]; returns all that its queries may see [B, G, N, D]."""
-        if self.keys is None or self.values is None:
+        if self.packed is not None:
             self.cached = (key, value)
+        if self.keys is None or self.values is None:
             return key, value
+        if isinstance(self.packed, Continued):
+            return self.packed.join(self.keys, key), self.packed.join(self.values, value)
         count = key.shape[2]
         self.keys[:, :, -count:] = key
         self.values[:, :, -count:] = value
@@ -87,13 +91,15 @@ class Call:
         compiled: bool = False,
     ) -> None:
         """columns [B, M] int64 are the new tokens' columns in the sequence; valid [B, columns so far] bool is False at
-        padding, None where there is none. Only a prompt can do without caches. compiled: layers are graphs, which share
-        what does not differ between them."""
+        padding, None where there is none. Only a prompt can do without caches; with a `Prefill` and caches that hold
+        something it is a later turn, which is pruned like a prompt. compiled: layers are graphs, which share what does
+        not differ between them."""
         self.caches = caches
         self.prefill = prefill
         self.columns = columns
         self._valid = valid
         self._tokens = columns.shape[1]
+        self._past = 0 if not caches else caches[0].seen
         self._compiled = compiled
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
@@ -116,10 +122,13 @@ class Call:
 
     def enter(self, layer: int, attention: FlexASLAttention) -> LayerStep:
         """What the layer's attention needs; in a pass over cached tokens, room is made for the new ones."""
-        if self.prefill is not None:
+        if self.prefill is not None and self._past == 0:
             return LayerStep(attention, packed=self.prefill.packed)
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
+        if self.prefill is not None:
+            continued = Continued(self.prefill.packed, cache.columns, self._valid_entries(cache), self._past)  # type: ignore[arg-type]
+            return LayerStep(attention, packed=continued, keys=cache.keys, values=cache.values)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
         keys, values = cache.extend(self.columns, new, self._tokens)
         visible = self._visible(cache, window is not None and window < cache.seen)
@@ -135,7 +144,7 @@ class Call:
             (query, key, sinks), cached = step.scored, step.cached
             step.scored = step.cached = None
             groups = None if cached is None else cached[0].shape[1]
-            entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups)
+            entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups, packed=step.packed)
             if self.caches is not None and cached is not None:
                 self._remember(self.caches[layer], *cached, entries)
             tokens = self.prefill.advance()
@@ -181,7 +190,8 @@ class Call:
         packed = self.prefill.packed
         if entries is not None:
             keys, values = compact_kv(keys, values, entries.tokens)
-            cache.append(keys, values, packed.columns[entries.tokens], entries.valid, self._tokens)
+            columns = packed.columns[entries.tokens] + self._past
+            cache.append(keys, values, columns, entries.valid, self._tokens)
             return
         tokens, real = packed.as_batch()
         if real is None:
@@ -189,7 +199,7 @@ class Call:
             keys, values = run.of(keys, 2), run.of(values, 2)
         else:
             keys, values = compact_kv(keys, values, tokens[:, None].expand(-1, keys.shape[1], -1))
-        cache.append(keys, values, packed.columns[tokens], real, self._tokens)
+        cache.append(keys, values, packed.columns[tokens] + self._past, real, self._tokens)
 
     def close(self) -> None:
         """After the model has run, outside any graph: drops what was masked out from the caches."""
@@ -208,7 +218,7 @@ class Call:
         caches = self.caches or []
         kept = [cache.keys.shape[2] for cache in caches if cache.keys is not None]
         used = sum(cache.nbytes for cache in caches)
-        whole = [min(prefill.tokens, self._windows.get(layer, prefill.tokens + 1) - 1) for layer in range(len(kept))]
+        whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
         full = sum(cache.nbytes // has * had for cache, has, had in zip(caches, kept, whole, strict=True))
         return Report(
             policy=policy.name,
@@ -223,13 +233,17 @@ class Call:
 
     def _visible(self, cache: LayerCache, slides: bool) -> Visibility | None:
         assert cache.columns is not None
-        valid = cache.valid
-        if self._valid is not None:
-            current = _look_up(self._valid, cache.columns)
-            valid = current if valid is None else valid & current
+        valid = self._valid_entries(cache)
         if self._tokens == 1 and valid is None and not slides:
             return None
         return Visibility(self.columns, cache.columns, valid)
+
+    def _valid_entries(self, cache: LayerCache) -> Tensor | None:
+        assert cache.columns is not None
+        if self._valid is None:
+            return cache.valid
+        current = _look_up(self._valid, cache.columns)
+        return current if cache.valid is None else cache.valid & current
 
 
 def _look_up(valid: Tensor, columns: Tensor) -> Tensor:

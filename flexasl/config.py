@@ -15,6 +15,7 @@ VARIANCE_REFERENCES = ("initial", "peak")
 SELECT_ON = ("last", "max")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
+LATER_TURNS = ("keep", "prune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,10 @@ class ASLConfig:
     propagate: Literal["gather", "mask"] = "gather"
     """How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with the others
     masked out, which saves no time but has no shape that depends on what was decided."""
+
+    later_turns: Literal["keep", "prune"] = "keep"
+    """What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like a prompt,
+    by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either way."""
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -190,6 +195,7 @@ class ASLConfig:
             "select_on": SELECT_ON,
             "if_never": (*IF_NEVER, None),
             "propagate": PROPAGATE,
+            "later_turns": LATER_TURNS,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -222,6 +228,11 @@ class ASLConfig:
                 f"kv_budget={self.kv_budget} and kv_top_p={self.kv_top_p} exclude each other; give one of them"
             )
 
+        if self.propagate == "mask" and self.later_turns == "prune":
+            raise ConfigError(
+                "propagate='mask' and later_turns='prune' exclude each other; give propagate='gather' or "
+                "later_turns='keep'"
+            )
         if self.propagate == "mask" and self.compresses_cache:
             name = "kv_budget" if self.kv_budget is not None else "kv_top_p"
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Prompts of different lengths behind one another, without padding: a row costs what its own tokens cost.
 
-Shapes: B rows, N columns of the padded batch, T tokens of all rows together, M tokens of a row, H query heads,
-G KV heads, D head dim, W window, P = M - W prefix tokens.
+Shapes: B rows, N columns of the padded batch, T tokens of all rows together, M tokens of a row, E cache entries of a
+row, H query heads, G KV heads, D head dim, W window, P = M - W prefix tokens.
 """
 
 from __future__ import annotations
@@ -134,14 +134,10 @@ class Packed:
         row's at the right end; 0 where a row has no such token. With `whole` [rows, G, width]."""
         wide = self.width - (0 if settings.get("whole") else scoring.window)
         found = []
-        for run in self.runs():
-            wanted = [row - run.first for row in rows if run.first <= row < run.first + run.rows]
-            if not wanted:
-                continue
+        for run, some, count in self._runs_of(rows):
             if run.length <= scoring.window:
-                found.append(query.new_zeros(len(wanted), key.shape[1], wide, dtype=torch.float32))
+                found.append(query.new_zeros(count, key.shape[1], wide, dtype=torch.float32))
                 continue
-            some = slice(None) if len(wanted) == run.rows else torch.tensor(wanted, device=query.device)
             scored = attention.scores(
                 run.of(query, 2)[some, :, -scoring.window :],
                 run.of(key, 2)[some],
@@ -163,6 +159,16 @@ class Packed:
             made = self._visible[run.first] = Visibility(at, at, stays)
         return made
 
+    def _runs_of(self, rows: Sequence[int]) -> list[tuple[Run, Any, int]]:
+        """The runs that hold these rows, where in the run they are, and how many."""
+        found: list[tuple[Run, Any, int]] = []
+        for run in self.runs():
+            wanted = [row - run.first for row in rows if run.first <= row < run.first + run.rows]
+            if wanted:
+                every = len(wanted) == run.rows
+                found.append((run, slice(None) if every else torch.tensor(wanted), len(wanted)))
+        return found
+
     def _is_one_plain_row(self, attention: FlexASLAttention) -> bool:
         return len(self.lengths) == 1 and not self._masks(attention, Run(0, 1, 0, self.total))
 
@@ -170,6 +176,115 @@ class Packed:
         """Whether there is more to a run's attention than causal order."""
         window = attention.sliding_window
         return self.stays is not None or (window is not None and (self.gaps or window < run.length))
+
+
+class Continued:
+    """Packed tokens of a later turn, each row after what a layer's cache holds of it."""
+
+    def __init__(self, packed: Packed, columns: Tensor, valid: Tensor | None, past: int) -> None:
+        """columns int64 and valid bool, [B, E] or [B, G, E], are those of the layer's cache; past is how many columns
+        the sequence has had before the turn."""
+        self.packed = packed
+        self.past = past
+        self.entries = columns.shape[-1]
+        """E."""
+        self._columns, self._valid = columns, valid
+
+    def join(self, held: Tensor, new: Tensor) -> Tensor:
+        """Each row's cache entries [B, G, E, D], and its new ones [1, G, T, D] after them: [1, G, B E + T, D]."""
+        parts = []
+        for run in self.packed.runs():
+            joined = torch.cat([held[run.first : run.first + run.rows], run.of(new, 2)], 2)
+            parts.append(joined.transpose(0, 1).flatten(1, 2))
+        return torch.cat(parts, 1)[None]
+
+    def attend(
+        self, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """As `Packed.attend`, over joined keys and values [1, G, B E + T, D]."""
+        out = []
+        for run in self.packed.runs():
+            at, valid = self._view(run)
+            new = at[..., self.entries :]
+            visible = Visibility(new if new.dim() == 2 else new[:, 0], at, valid)
+            states = (self._joined(run).of(tensor, 2) for tensor in (key, value))
+            mixed = attention(run.of(query, 2), *states, visible, sinks=sinks)
+            out.append(mixed.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out)[None].transpose(1, 2)
+
+    def scores(
+        self,
+        attention: FlexASLAttention,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        rows: Sequence[int],
+        **settings: Any,
+    ) -> Tensor:
+        """As `Packed.scores`, of the new tokens alone."""
+        wide = self.packed.width - (0 if settings.get("whole") else scoring.window)
+        found = []
+        for run, some, count in self.packed._runs_of(rows):
+            if run.length <= scoring.window:
+                found.append(query.new_zeros(count, key.shape[1], wide, dtype=torch.float32))
+                continue
+            at, valid = self._view(run)
+            states = run.of(query, 2)[some, :, -scoring.window :], self._joined(run).of(key, 2)[some]
+            marks = at[some], None if valid is None else valid[some]
+            if at.dim() == 2:
+                scored = attention.scores(*states, scoring, valid=marks[1], positions=marks[0], **settings)
+            else:
+                scored = _scores_by_head(attention, *states, scoring, *marks, **settings)
+            scored = scored[..., self.entries :]
+            found.append(F.pad(scored, (wide - scored.shape[-1], 0)))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _joined(self, run: Run) -> Run:
+        """The run among joined keys."""
+        return Run(run.first, run.rows, run.start + run.first * self.entries, self.entries + run.length)
+
+    def _view(self, run: Run) -> tuple[Tensor, Tensor | None]:
+        """Columns of the sequence, and validity, of the run's entries and new tokens: [rows, E + M] or
+        [rows, G, E + M]."""
+        rows = slice(run.first, run.first + run.rows)
+        held = self._columns[rows]
+        new = run.of(self.packed.columns[None], 1) + self.past
+        valid = None if self._valid is None else self._valid[rows]
+        if held.dim() == 3:
+            new = new[:, None].expand(-1, held.shape[1], -1)
+        if valid is not None:
+            valid = torch.cat([valid, valid.new_ones(new.shape)], -1)
+        return torch.cat([held, new], -1), valid
+
+
+def _scores_by_head(
+    attention: FlexASLAttention,
+    query: Tensor,
+    key: Tensor,
+    scoring: Scoring,
+    positions: Tensor,
+    valid: Tensor | None,
+    sinks: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Window scores [B, G, P] where KV heads have keys at positions [B, G or 1, N] of their own."""
+    groups = key.shape[1]
+    repeats = query.shape[1] // groups
+    found = []
+    for group in range(groups):
+        own, place = slice(group * repeats, (group + 1) * repeats), group % positions.shape[1]
+        found.append(
+            attention.scores(
+                query[:, own],
+                key[:, group : group + 1],
+                scoring,
+                valid=None if valid is None else valid[:, place],
+                positions=positions[:, place],
+                sinks=None if sinks is None else sinks[own],
+                **settings,
+            )
+        )
+    return torch.cat(found, 1)
 
 
 @torch.library.custom_op("flexasl::packed_attention", mutates_args=())

@@ -16,7 +16,7 @@ from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.ops import kept_slots, top_k_entries, top_p_entries
-from flexasl.packing import Packed
+from flexasl.packing import Continued, Packed
 from flexasl.policies.base import Policy
 from flexasl.selector import LayerSelector, Selection
 
@@ -92,11 +92,12 @@ class Prefill:
         sinks: Tensor | None = None,
         *,
         groups: int | None = None,
+        packed: Packed | Continued | None = None,
     ) -> Entries | None:
         """Scores the layer's tokens where a decision needs it: query [1, H, T, D], key [1, G, T, D], both after rotary.
 
         Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
-        fewer than those of the keys.
+        fewer than those of the keys. packed is how keys are laid out, where more than the layer's tokens have them.
         """
         decides, compresses = self.selector.needs(layer), self._over_budget()
         if self.packed.width <= self.config.window or not (decides or compresses or self._observer):
@@ -105,7 +106,8 @@ class Prefill:
         rows = range(len(self.lengths)) if compresses or self._observer else undecided
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
         states = (attention, query, key, scoring, rows)
-        scores = self.packed.scores(*states, sinks=sinks)
+        packed = self.packed if packed is None else packed
+        scores = packed.scores(*states, sinks=sinks)
         self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
@@ -123,7 +125,7 @@ class Prefill:
         share = None
         if self.config.kv_top_p is not None:
             queries = query.shape[1] // key.shape[1] * self.config.window
-            share = self.packed.scores(*states, sinks=sinks, whole=True) / queries
+            share = packed.scores(*states, sinks=sinks, whole=True) / queries
         if groups is not None and groups < key.shape[1]:
             scores = scores.unflatten(1, (groups, -1)).sum(2)
             share = None if share is None else share.unflatten(1, (groups, -1)).mean(2)

@@ -21,6 +21,7 @@ from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.models import NAME, find_stack
+from flexasl.packing import Continued
 from flexasl.policies import Policy
 from flexasl.prefill import Prefill, left_padded_lengths
 from flexasl.report import Report
@@ -102,6 +103,12 @@ class Patch:
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        kind = decoder.config._attn_implementation
+        if kind != NAME:
+            raise UnsupportedError(
+                f"the attention implementation of the patched model was set to {kind!r}; "
+                f"call model.set_attn_implementation({NAME!r}), or patch.remove() first"
+            )
         if decoder.training:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
         _refuse_arguments(decoder, (), kwargs)
@@ -170,7 +177,13 @@ class Patch:
         valid = _validity(kwargs.get("attention_mask"), batch, past + count, device)
         columns = torch.arange(past, past + count, device=device).expand(batch, -1)
         caches = None if cache is None else cache.layers
-        if past > 0:
+        slides = any(attention.sliding_window is not None for attention in self._stack.attention)
+        if past > 0 and slides and valid is not None and not bool(valid[:, past:].all()):
+            raise UnsupportedError(
+                "attention_mask pads a later turn of a model with sliding windows, which count positions; "
+                "give turns of equal length, or one row at a time"
+            )
+        if past > 0 and (count == 1 or self.config.later_turns == "keep"):
             return Call(caches, None, columns, valid, compiled=self.compiled)
         if valid is None and _is_packed(kwargs.get("position_ids")):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
@@ -178,12 +191,12 @@ class Patch:
             self.policy,
             self.config,
             len(self._stack.layers),
-            [count] * batch if valid is None else left_padded_lengths(valid),
+            [count] * batch if valid is None else left_padded_lengths(valid[:, past:]),
             tokens=count,
             device=device,
             voters=self._stack.voters,
         )
-        return Call(caches, prefill, columns, None, compiled=self.compiled)
+        return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled)
 
 
 def attention_forward(
@@ -223,9 +236,12 @@ AttentionMaskInterface.register(NAME, no_mask)
 
 
 def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's forward as the compiled region; the call itself stays outside, as it differs from pass to pass."""
+    """The module's forward as the compiled region, but for later turns that are pruned, which are rare and run
+    uncompiled; the call itself stays outside, as it differs from pass to pass."""
     kwargs.pop(OUTER, None)
-    return region(module, args, kwargs)
+    step = kwargs.get(CALL)
+    later_turn = isinstance(step, LayerStep) and isinstance(step.packed, Continued)
+    return run_layer(module, args, kwargs) if later_turn else region(module, args, kwargs)
 
 
 def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

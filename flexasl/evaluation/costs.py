@@ -1,0 +1,81 @@
+"""What a prefill costs by count: floating-point operations as a share of the full prefill's."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexasl.report import Report
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Operations of one decoder layer."""
+
+    per_token: int
+    """Of its linear maps: two per weight."""
+    per_pair: int
+    """Of attention, for each query and key that it sees: scores and values, two per head and dimension each."""
+    window: int | None
+    """Keys that a query sees at most, itself included; None: all before it."""
+
+    def of(self, positions: Sequence[int]) -> int:
+        """Operations over the tokens at these prompt positions, ascending."""
+        tokens = len(positions)
+        if self.window is None:
+            pairs = tokens * (tokens + 1) // 2
+        else:
+            pairs = sum(
+                place + 1 - bisect.bisect_left(positions, at - self.window + 1) for place, at in enumerate(positions)
+            )
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def layer_costs(model: Any) -> list[LayerCost]:
+    """The cost of each decoder layer of a transformers model. Of a mixture of experts, those that a token meets."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_dim, value_dim = (getattr(config, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim"))
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    costs = []
+    for index, layer in enumerate(_layers(model.get_decoder(), config.num_hidden_layers)):
+        weights = 0
+        for weight in layer.parameters():
+            if weight.dim() == 2:
+                weights += weight.numel()
+            elif weight.dim() == 3:  # one matrix for each expert
+                weights += experts * weight[0].numel()
+        costs.append(LayerCost(2 * weights, 2 * heads * (key_dim + value_dim), _window(config, index)))
+    return costs
+
+
+def prefill_share(layers: Sequence[LayerCost], report: Report, row: int = 0) -> float:
+    """Operations of a reported prefill, as a share of the full one's.
+
+    Layers up to the selection run on every token, deeper ones on those kept. Embedding, norms and the scoring of tokens
+    are left out; measured seconds hold them.
+    """
+    told = report.rows[row]
+    every = range(told.prompt_tokens)
+    if told.selected_layer is None or not told.pruned or report.config.get("propagate") == "mask":
+        return 1.0
+    last = told.selected_layer
+    full = {layer: layer.of(every) for layer in set(layers)}
+    kept = {layer: layer.of(told.kept_positions) for layer in set(layers)}
+    spent = sum((full if index <= last else kept)[layer] for index, layer in enumerate(layers))
+    return spent / sum(full[layer] for layer in layers)
+
+
+def _layers(decoder: Any, count: int) -> Any:
+    """The decoder's list of layers, whatever its name."""
+    return next(child for child in decoder.children() if type(child).__name__ == "ModuleList" and len(child) == count)
+
+
+def _window(config: Any, layer: int) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    slides = types[layer] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
+    return window if slides else None

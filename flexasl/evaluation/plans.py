@@ -1,0 +1,228 @@
+"""What is to be evaluated, checked before any model is loaded: prompts, policies and budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.evaluation.sources import Sources
+from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
+from flexasl.policies import POLICIES, Policy
+
+FULL = "full"
+PAPER = "paper"
+KILO = 1024
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a plan."""
+
+    task: str
+    length: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of the results: a policy with its settings, at one budget."""
+
+    label: str
+    """Its name in results and pictures, such as `asl@256`."""
+    policy: Policy | None = None
+    """None for the unpatched model, with its full cache."""
+    config: ASLConfig | None = None
+    spec: str = FULL
+    """The policy as it was given."""
+    budget: int | float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be evaluated. Made by `plan`, which checks it."""
+
+    suite: str
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    settings: tuple[Setting, ...]
+    """The unpatched model first."""
+    seed: int
+    sources: Sources
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Tasks of the suite that need a file which was not given, and what they need."""
+
+    def items(self, rank: int = 0, world_size: int = 1) -> list[Item]:
+        """The prompts that one process of so many answers; together they answer each once."""
+        every = [
+            Item(task, length, index) for index in range(self.samples) for length in self.lengths for task in self.tasks
+        ]
+        # Turned by one each round: else a process would get the same task and length again and again.
+        return [item for place, item in enumerate(every) if (place + place // world_size) % world_size == rank]
+
+
+def plan(
+    suite: str = "quick",
+    *,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    samples: int | None = None,
+    policies: Sequence[str] = ("asl", "fixed_layer", "snapkv"),
+    budgets: Sequence[int | float] | None = None,
+    seed: int = 0,
+    sources: Sources | None = None,
+) -> Plan:
+    """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
+
+    A policy is a name of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
+    `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or a
+    share of the prompt. The unpatched model is always in the plan; `full` names it.
+
+    Raises FlexASLError, which names the argument, what was given and what is allowed.
+    """
+    defaults, sources = find_suite(suite), sources or Sources()
+    chosen, left_out = _tasks(defaults.tasks, tasks, sources)
+    lengths = tuple(dict.fromkeys(lengths or defaults.lengths))
+    budgets = tuple(dict.fromkeys(budgets or defaults.budgets))
+    samples = defaults.samples if samples is None else samples
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
+    if samples < 1:
+        raise FlexASLError(f"samples={samples} is too few; give at least 1")
+    for name in chosen:
+        check_supply(find_task(name), sources, samples)
+    return Plan(
+        suite=suite,
+        tasks=chosen,
+        lengths=lengths,
+        samples=samples,
+        settings=_settings(policies, budgets),
+        seed=seed,
+        sources=sources,
+        left_out=left_out,
+    )
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`"1k,2k,4096"` as tokens; k is 1,024."""
+    return [_length(part) for part in _parts("lengths", text)]
+
+
+def parse_budgets(text: str) -> list[int | float]:
+    """`"256,0.25"` as amounts: counts of tokens, shares of the prompt."""
+    budgets = []
+    for part in _parts("budget", text):
+        value = _value(part)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512) or a share (0.25)")
+        budgets.append(value)
+    return budgets
+
+
+def parse_depths(text: str) -> tuple[float, ...]:
+    """`"0,0.5,1"` as shares of the document."""
+    try:
+        return tuple(float(part) for part in _parts("depths", text))
+    except ValueError as error:
+        raise FlexASLError(f"depths={text!r} are no shares of the document; give numbers in [0, 1]") from error
+
+
+def parse_policies(text: str) -> list[str]:
+    """`"asl:tau=0.3,min_layer=10,full"` as policies with their settings: two here."""
+    policies: list[str] = []
+    for part in _parts("policies", text):
+        if policies and "=" in part and ":" not in part.partition("=")[0]:
+            policies[-1] += f",{part}"
+        else:
+            policies.append(part)
+    return policies
+
+
+def parse_names(name: str, text: str) -> list[str]:
+    """Names between commas."""
+    return _parts(name, text)
+
+
+def _parts(name: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise FlexASLError(f"{name}={text!r} has an empty entry; give entries with single commas between them")
+    return parts
+
+
+def _length(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)k|(\d+)", text, re.IGNORECASE)
+    if not found:
+        raise FlexASLError(f"length={text} is no number of tokens; give one such as 4096 or 4k")
+    return int(float(found[1]) * KILO) if found[1] else int(found[2])
+
+
+def _tasks(
+    suite: tuple[str, ...], named: Sequence[str] | None, sources: Sources
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The tasks to run, and those of the suite that lack a file; a task that is named must have it."""
+    if named is not None:
+        return tuple(dict.fromkeys(find_task(name).name for name in named)), {}
+    lacking = {name: tasks()[name].needs or "" for name in suite if tasks()[name].supply(sources) == 0}
+    return tuple(name for name in suite if name not in lacking), lacking
+
+
+def _settings(policies: Iterable[str], budgets: Sequence[int | float]) -> tuple[Setting, ...]:
+    settings = {FULL: Setting(label=FULL)}
+    for spec in policies:
+        name, _, rest = spec.partition(":")
+        if name == FULL:
+            if rest:
+                raise FlexASLError(f"policy={spec!r} is the unpatched model, which has no settings; give 'full'")
+            continue
+        for budget in budgets:
+            label = f"{spec}@{budget}"
+            settings[label] = _setting(label, spec, name, _given(spec, rest), budget)
+    return tuple(settings.values())
+
+
+def _setting(label: str, spec: str, name: str, given: dict[str, Any], budget: int | float) -> Setting:
+    if name != PAPER and name not in POLICIES:
+        known = ", ".join(dict.fromkeys([*POLICIES, PAPER]))
+        raise FlexASLError(f"policy={name!r} is not known; give one of {known}")
+    kind = POLICIES["asl" if name == PAPER else name]
+    own = list(inspect.signature(kind).parameters)
+    shared = [setting.name for setting in dataclasses.fields(ASLConfig) if setting.name != "select_tokens"]
+    for key in given:
+        if key not in (*own, *shared):
+            hint = "--budget sets it" if key == "select_tokens" else f"its settings are {', '.join(own + shared)}"
+            raise FlexASLError(f"policy={spec!r}: {key} is no setting of {name}; {hint}")
+    make = ASLConfig.paper if name == PAPER else ASLConfig
+    config = make(select_tokens=budget, **{key: value for key, value in given.items() if key not in own})
+    policy = kind(**{key: value for key, value in given.items() if key in own})
+    return Setting(label=label, policy=policy, config=config, spec=spec, budget=budget)
+
+
+def _given(spec: str, rest: str) -> dict[str, Any]:
+    given = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise FlexASLError(f"policy={spec!r}: {part!r} is no setting; give name=value")
+        given[key] = _value(value)
+    return given
+
+
+def _value(text: str) -> Any:
+    """A word as the number, truth value or None that it writes, else as itself."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,188 @@
+"""Pictures of an evaluation. Each function returns a matplotlib figure, or None where there is nothing to show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flexasl.evaluation.plans import FULL
+from flexasl.evaluation.sources import DEPTHS
+from flexasl.evaluation.tables import Estimate, Record, Results
+
+NEEDLE = "needle"
+GREY = "#666666"
+MARKERS = "os^Dvp<>hX"
+COLUMNS = 3
+
+
+def pareto(results: Results) -> Figure:
+    """Score against the cost of the prefill, measured and counted; a line joins the settings that no other beats."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    measured, counted = figure.subplots(1, 2, sharey=True)
+    scores = {setting: results.score(results.of(setting=setting)) for setting in results.settings}
+    seconds, operations = {}, {}
+    for setting in results.settings:
+        records = results.of(setting=setting)
+        seconds[setting] = statistics.median(results.seconds_share(record) for record in records)
+        operations[setting] = statistics.fmean(record["counted_prefill"] for record in records)
+    _pareto(measured, "measured: seconds to the first token / full cache", seconds, scores)
+    _pareto(counted, "counted: operations of the prefill / full cache", operations, scores)
+    measured.set_ylabel("score")
+    handles, labels = measured.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def heat_map(results: Results) -> Figure | None:
+    """Score by length and depth of the one needle, a panel for each setting."""
+    records = results.of(task=NEEDLE) or [record for record in results.records if record["depth"] is not None]
+    if not records:
+        return None
+    exact = records[0]["task"] == NEEDLE
+    depths = sorted({record["depth"] for record in records}) if exact else list(DEPTHS)
+    lengths = sorted({record["length"] for record in records})
+    cells: dict[tuple[str, int, int], list[float]] = {}
+    for record in records:
+        row = min(range(len(depths)), key=lambda index: abs(depths[index] - record["depth"]))
+        cells.setdefault((record["setting"], row, lengths.index(record["length"])), []).append(record["score"])
+    settings = [setting for setting in results.settings if any(key[0] == setting for key in cells)]
+    figure, panels = _panels(settings, 2.6)
+    image: Any = None
+    for setting, axes in panels:
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for (label, row, column), scores in cells.items():
+            if label == setting:
+                grid[row, column] = statistics.fmean(scores)
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            axes.text(column, row, "" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("depth")
+    figure.colorbar(image, ax=figure.axes, label="score")
+    what = "the needle task" if exact else "tasks with one needle, by nearest depth"
+    figure.suptitle(f"Found by length and depth: {what}", fontsize=11)
+    return figure
+
+
+def chosen_layers(results: Results) -> Figure | None:
+    """How often each layer was chosen, by task, a panel for each setting that chose any."""
+    chose = {record["setting"] for record in results.records if record["selected_layer"] is not None}
+    if not chose:
+        return None
+    colors = _colors(results.tasks)
+    figure, panels = _panels([setting for setting in results.settings if setting in chose], 2.8)
+    for setting, axes in panels:
+        records = results.of(setting=setting)
+        layers = records[0]["num_layers"]
+        below = np.zeros(layers)
+        for task in results.tasks:
+            picked = [r["selected_layer"] for r in records if r["task"] == task and r["selected_layer"] is not None]
+            counts = np.bincount(picked, minlength=layers) if picked else np.zeros(layers)
+            axes.bar(range(layers), counts, bottom=below, color=colors[task], width=0.9, label=task)
+            below = below + counts
+        never = sum(record["selected_layer"] is None for record in records)
+        if never:
+            axes.text(0.02, 0.95, f"none chosen: {never}", transform=axes.transAxes, va="top", fontsize=8, color=GREY)
+        axes.set_xlim(-0.5, layers - 0.5)
+        axes.set_ylim(0, 1.15 * below.max())
+        axes.locator_params(integer=True)
+        axes.set_xlabel("layer chosen")
+        axes.set_ylabel("prompts")
+    return _with_legend(figure, "Layer that selected, by task")
+
+
+def variance_curves(results: Results) -> Figure | None:
+    """Variance ratio by layer: each prompt thin, each task's median thick, a panel for each setting that took any."""
+    taken = {record["setting"] for record in results.records if record["eval_layers"]}
+    if not taken:
+        return None
+    colors = _colors(results.tasks)
+    figure, panels = _panels([setting for setting in results.settings if setting in taken], 2.8)
+    for setting, axes in panels:
+        for task in results.tasks:
+            _curves(axes, results.of(setting=setting, task=task), colors[task], task)
+        tau = next((r["tau"] for r in results.of(setting=setting) if r["eval_layers"]), None)
+        if tau is not None:
+            axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label="tau")
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("rank variance / reference")
+    return _with_legend(figure, "Has the ranking of tokens settled? Thin: prompts; thick: median of a task")
+
+
+def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Estimate]) -> None:
+    families = list(dict.fromkeys(setting.partition("@")[0] for setting in costs))
+    colors = _colors(families)
+    for place, (setting, cost) in enumerate(costs.items()):
+        family, score = setting.partition("@")[0], scores[setting]
+        spread = [[max(score.mean - score.low, 0)], [max(score.high - score.mean, 0)]]
+        marker = "*" if setting == FULL else MARKERS[place % len(MARKERS)]
+        size = 14 if setting == FULL else 7
+        color = "black" if setting == FULL else colors[family]
+        axes.errorbar(
+            cost, score.mean, spread, fmt=marker, markersize=size, color=color, elinewidth=0.8, capsize=2, label=setting
+        )
+    best = sorted(
+        (cost, scores[setting].mean)
+        for setting, cost in costs.items()
+        if not any(_beats(costs[other], scores[other].mean, cost, scores[setting].mean) for other in costs)
+    )
+    axes.plot([cost for cost, _ in best], [score for _, score in best], color=GREY, linewidth=1, zorder=0)
+    axes.set_xlabel(what)
+    axes.set_xlim(left=0)
+    axes.set_ylim(-0.02, 1.02)
+    axes.grid(alpha=0.3)
+
+
+def _beats(cost: float, score: float, other_cost: float, other_score: float) -> bool:
+    return cost <= other_cost and score >= other_score and (cost, score) != (other_cost, other_score)
+
+
+def _curves(axes: Axes, records: list[Record], color: Any, task: str) -> None:
+    by_layer: dict[int, list[float]] = {}
+    for record in records:
+        points = [
+            (at, ratio) for at, ratio in zip(record["eval_layers"], record["variance_ratio"]) if ratio is not None
+        ]
+        axes.plot([at for at, _ in points], [ratio for _, ratio in points], color=color, linewidth=0.5, alpha=0.35)
+        for at, ratio in points:
+            by_layer.setdefault(at, []).append(ratio)
+    if by_layer:
+        layers = sorted(by_layer)
+        axes.plot(layers, [statistics.median(by_layer[at]) for at in layers], color=color, linewidth=2, label=task)
+
+
+def _panels(settings: list[str], height: float) -> tuple[Figure, list[tuple[str, Axes]]]:
+    columns = min(COLUMNS, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(4 * columns + 2, height * rows + 0.6), layout="constrained")
+    panels = []
+    for place, setting in enumerate(settings):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.set_title(setting, fontsize=10, loc="left")
+        panels.append((setting, axes))
+    return figure, panels
+
+
+def _with_legend(figure: Figure, title: str) -> Figure:
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(list(entries.values()), list(entries), loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _colors(names: list[str]) -> dict[str, Any]:
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return {name: palette(place % palette.N) for place, name in enumerate(names)}

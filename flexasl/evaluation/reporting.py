@@ -1,0 +1,83 @@
+"""The report of an evaluation: tables, pictures, and one page that holds them all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flexasl.errors import FlexASLError
+from flexasl.evaluation.runner import ANSWERS, PROMPTS, answer_key, prompt_key
+from flexasl.evaluation.storage import read_all, read_keys, read_run, replaced, write
+
+RESULTS, SCORES, TIMES, REPORT = "results.jsonl", "scores.md", "times.md", "report.md"
+
+
+def report(out: str | Path) -> Path:
+    """Make the report of a folder that `evaluate` has written to, finished or not, and return its path.
+
+    Writes `results.jsonl` (all answers, sorted), `scores.md`, `times.md`, the pictures and `report.md`. `scores.md`
+    does not depend on how long anything took.
+
+    Raises FlexASLError where the folder holds no answers.
+    """
+    out = Path(out)
+    run = read_run(out)
+    records = read_all(out, ANSWERS, answer_key)
+    if not records:
+        raise FlexASLError(f"out={out} holds no answers yet; nothing to report")
+    from flexasl.evaluation import plots
+    from flexasl.evaluation.tables import Results, score_tables, time_tables
+
+    results = Results(records)
+    scores, times = score_tables(results), time_tables(results)
+    write(out / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in results.records))
+    write(out / SCORES, scores)
+    write(out / TIMES, times)
+    drawn: list[tuple[str, str, str]] = []
+    for name, title, caption, draw in (
+        ("pareto.png", "Score against prefill cost", "Up and to the left is better.", plots.pareto),
+        ("needle.png", "Needle by length and depth", "Depth 0 % is the start of the text.", plots.heat_map),
+        ("layers.png", "Chosen layers", "", plots.chosen_layers),
+        ("variance.png", "Variance ratio by layer", "Selection happens below tau.", plots.variance_curves),
+    ):
+        figure = draw(results)
+        if figure is None:
+            (out / name).unlink(missing_ok=True)
+            continue
+        with replaced(out / name) as new:
+            figure.savefig(new, dpi=120)
+        drawn.append((name, title, caption))
+    prompts = len(read_keys(out, PROMPTS, prompt_key))
+    write(out / REPORT, _page(run, results, prompts, scores, times, drawn))
+    return out / REPORT
+
+
+def _page(
+    run: dict[str, Any], results: Any, prompts: int, scores: str, times: str, drawn: list[tuple[str, str, str]]
+) -> str:
+    identity, about = run["identity"], run["about"]
+    missing = prompts * len(results.settings) - len(results.records)
+    parts = [
+        f"# Evaluation of {identity['model']}",
+        f"Prompts: {prompts:,}; tasks: {len(results.tasks)}; settings: {len(results.settings)}. `full` is the "
+        "unpatched model with its full cache. Scores are means with 95 % bootstrap intervals (fixed seed); answers are "
+        "greedy. Prefill costs are shares of the full one's: counted in operations, or measured in seconds until the "
+        "first token.",
+    ]
+    if missing:
+        parts.append(f"**Not finished:** {missing:,} answers are missing, so rows may not be compared yet.")
+    for name, title, caption in drawn:
+        parts += [f"## {title}", f"![{title}]({name})", *([caption] if caption else [])]
+    files = ", ".join(f"{name} ({digest[:12]})" for name, digest in identity["files"].items()) or "none"
+    made = {
+        "model": f"{identity['model']}, {identity['parameters']:,} parameters, {identity['dtype']}",
+        "chat template": "none" if identity["chat_template"] is None else "the tokenizer's, in run.json",
+        "seed": identity["seed"],
+        "files given": files,
+        "run on": f"{about['device']}, {about['processor']}, Python {about['python']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}, flexasl {about['flexasl']}",
+    }
+    rows = "\n".join(f"- {name}: {value}" for name, value in made.items())
+    parts += ["# Scores", scores.rstrip(), "# Measured time", times.rstrip(), "Medians, with quartiles.", "# Made with"]
+    return "\n\n".join([*parts, rows]) + "\n"

@@ -1,0 +1,383 @@
+"""Evaluations from plan to report: what is refused, what is stored, and what a kill leaves behind."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import tiny
+from tiny_chat import save_tiny_model, tiny_tokenizer
+
+import flexasl
+from flexasl import cli, run
+from flexasl.errors import FlexASLError
+from flexasl.evaluation import Sources, build, evaluate, plan, report, runner
+from flexasl.evaluation.costs import layer_costs, prefill_share
+from flexasl.evaluation.plans import parse_lengths, parse_policies
+from flexasl.evaluation.samples import encode
+from flexasl.evaluation.storage import read_all
+from flexasl.evaluation.tables import Results, score_tables
+from flexasl.report import Report, RowReport
+
+TABLES = ("scores.md", "times.md", "results.jsonl")
+TIMES = ("first_token_seconds", "total_seconds")
+SMALL: dict[str, Any] = {
+    "tasks": ["needle", "passkey"],
+    "lengths": [200, 300],
+    "samples": 2,
+    "policies": ["asl", "fixed_layer:layer=1", "full"],
+    "budgets": [64],
+}
+ARGUMENTS = ["--tasks", "needle,passkey", "--lengths", "200,300", "--samples", "2", "--budget", "64"]
+ARGUMENTS += ["--policies", "asl,fixed_layer:layer=1,full"]
+ANSWERS = 2 * 2 * 2 * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path):
+    return run.load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def finished(loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation that nothing stopped."""
+    out = tmp_path_factory.mktemp("finished")
+    assert evaluate(plan(**SMALL), *loaded, out)
+    report(out)
+    return out
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def told(out: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The tables of scores, and the results without what a clock said."""
+    results = Results(read_all(out, runner.ANSWERS, runner.answer_key))
+    untimed = [{name: value for name, value in line.items() if name not in TIMES} for line in results.records]
+    return score_tables(results), untimed
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `flexasl eval` says of bad input."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", *arguments])
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err.startswith("flexasl: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_results_are_the_models_answers(finished: Path, loaded) -> None:
+    model, tokenizer = loaded
+    results = lines(finished / "results.jsonl")
+    assert len(results) == ANSWERS
+    assert {line["setting"] for line in results} == {"full", "asl@64", "fixed_layer:layer=1@64"}
+    sample = build("passkey", tokenizer, 300, index=1)
+    stored = {
+        line["setting"]: line
+        for line in results
+        if (line["task"], line["length"], line["index"]) == ("passkey", 300, 1)
+    }
+    ids = encode(tokenizer, sample.prompt)
+    full = run.answer(model, tokenizer, ids, max_new_tokens=6)
+    assert stored["full"]["answer"] == full.text and stored["full"]["prompt_tokens"] == len(ids)
+    config, policy = flexasl.ASLConfig(select_tokens=64), flexasl.policies.FixedLayer(layer=1)
+    pruned = run.answer(model, tokenizer, ids, max_new_tokens=6, config=config, policy=policy)
+    line = stored["fixed_layer:layer=1@64"]
+    assert (line["answer"], line["selected_layer"], line["kept_tokens"]) == (pruned.text, 1, 64)
+    assert line["kv_share"] == pruned.report.kv_share < 1 and 0.3 < line["counted_prefill"] < 0.7
+    assert stored["full"]["counted_prefill"] == 1 and stored["asl@64"]["variance_ratio"]
+    prompts = lines(finished / "prompts-0.jsonl")
+    assert sample.to_dict() in prompts and len(prompts) == 8
+
+
+def test_full_cache_is_run_once_for_each_prompt(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    answer = run.answer
+
+    def counted(model, tokenizer, ids, **rest):
+        runs.append(rest.get("policy"))
+        return answer(model, tokenizer, ids, **rest)
+
+    monkeypatch.setattr(run, "answer", counted)
+    monkeypatch.setattr(run, "warm_up", lambda *_, **__: None)
+    few = {"tasks": ["passkey"], "lengths": [200], "samples": 2, "policies": ["asl", "full", "snapkv"]}
+    evaluate(plan(**few, budgets=[64, 96]), *loaded, tmp_path)
+    assert len(runs) == 2 * 5 and runs.count(None) == 2
+    evaluate(plan(**few, budgets=[64, 96, 128]), *loaded, tmp_path)
+    assert len(runs) == 10 + 2 * 2 and runs.count(None) == 2, "only the new budget is run"
+
+
+@pytest.mark.parametrize("cut", [1, 60])
+def test_resumed_after_an_interrupt(loaded, finished: Path, tmp_path: Path, cut: int) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        assert stage == "prompts" or total == ANSWERS
+        if (stage, done) == ("answers", 7):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        evaluate(plan(**SMALL), *loaded, tmp_path, on_progress=stop)
+    answers = tmp_path / "answers-0.jsonl"
+    before = answers.read_bytes()
+    assert before.count(b"\n") == 7
+    answers.write_bytes(before[:-cut])  # the kill came while the last line was written
+
+    seen: list[int] = []
+    assert evaluate(plan(**SMALL), *loaded, tmp_path, on_progress=lambda stage, done, total: seen.append(done))
+    assert answers.read_bytes().startswith(before[: before.rfind(b"\n", 0, -1) + 1]), "nothing is redone"
+    assert answers.read_bytes().count(b"\n") == ANSWERS
+    assert told(tmp_path) == told(finished)
+
+
+def test_killed_and_resumed(folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["eval", *ARGUMENTS, "--model", str(folder), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "flexasl.cli", *arguments], env=environment) as process:
+        answers = out / "answers-0.jsonl"
+        while process.poll() is None and not (answers.exists() and answers.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    held = answers.read_bytes()
+    assert 3 <= held.count(b"\n") < ANSWERS and not (out / "report.md").exists()
+    whole = held[: held.rfind(b"\n") + 1]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    assert answers.read_bytes().startswith(whole) and answers.read_bytes().count(b"\n") == ANSWERS
+    assert (out / "scores.md").read_bytes() == (finished / "scores.md").read_bytes()
+    assert told(out) == told(finished)
+    assert "Not finished" not in (out / "report.md").read_text()
+    assert f"Report: {out / 'report.md'}" in capsys.readouterr().out
+    made = [(out / name).read_bytes() for name in TABLES]
+    report(out)
+    assert [(out / name).read_bytes() for name in TABLES] == made
+
+
+def test_processes_share_the_prompts(loaded, finished: Path, tmp_path: Path) -> None:
+    assert not evaluate(plan(**SMALL), *loaded, tmp_path, rank=1, world_size=3)
+    assert not evaluate(plan(**SMALL), *loaded, tmp_path, rank=0, world_size=3)
+    assert evaluate(plan(**SMALL), *loaded, tmp_path, rank=2, world_size=3), "the last one finds the plan done"
+    shares = [lines(tmp_path / f"answers-{rank}.jsonl") for rank in range(3)]
+    assert sum(map(len, shares)) == ANSWERS and min(map(len, shares)) >= 6
+    assert told(tmp_path) == told(finished)
+    before = [(tmp_path / f"answers-{rank}.jsonl").read_bytes() for rank in range(3)]
+    assert evaluate(plan(**SMALL), *loaded, tmp_path), "one process goes on with what three did"
+    assert [(tmp_path / f"answers-{rank}.jsonl").read_bytes() for rank in range(3)] == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_prompt_has_one_process(world_size: int) -> None:
+    whole = plan("ruler", samples=5, lengths=[100, 200])
+    shares = [whole.items(rank, world_size) for rank in range(world_size)]
+    assert sorted(map(str, itertools.chain(*shares))) == sorted(map(str, whole.items()))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1 + len(whole.items()) // world_size**2
+    for share in shares:
+        assert {item.length for item in share} == {100, 200}, "no process has all the long prompts"
+
+
+def test_report_has_its_pictures(finished: Path) -> None:
+    page = (finished / "report.md").read_text()
+    for name in ("pareto.png", "needle.png", "layers.png", "variance.png"):
+        assert f"]({name})" in page and (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert (finished / "scores.md").read_text().rstrip() in page
+    assert (finished / "times.md").read_text().rstrip() in page
+    scores = (finished / "scores.md").read_text().splitlines()
+    rows = [line.split(" | ")[0] for line in scores[4:7]]
+    assert rows == ["| full", "| asl@64", "| fixed_layer:layer=1@64"], "the full cache stands first"
+    assert scores[4] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 |"
+
+
+def test_without_selection_there_is_no_picture_of_layers(loaded, tmp_path: Path) -> None:
+    evaluate(plan(tasks=["vt"], lengths=[500], samples=1, policies=["snapkv"], budgets=[64]), *loaded, tmp_path)
+    report(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"pareto.png"}
+    assert "needle.png" not in (tmp_path / "report.md").read_text()
+
+
+def test_unfinished_report_says_so(finished: Path, tmp_path: Path) -> None:
+    for name in ("run.json", "prompts-0.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    answers = (finished / "answers-0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers-0.jsonl").write_text("".join(answers[:7]))
+    report(tmp_path)
+    assert f"**Not finished:** {ANSWERS - 7} answers are missing" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "holds results with seed=0, not 1"),
+        ({"sources": Sources(depths=(0.5,))}, "holds results with depths="),
+    ],
+)
+def test_other_results_are_not_mixed_in(loaded, finished: Path, change: dict, words: str) -> None:
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(FlexASLError, match=words):
+        evaluate(plan(**SMALL, **change), *loaded, finished)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_another_chat_template_is_not_mixed_in(loaded, finished: Path) -> None:
+    with pytest.raises(FlexASLError, match="holds results with chat_template="):
+        evaluate(plan(**SMALL), loaded[0], tiny_tokenizer(chat=False), finished)
+
+
+def test_folder_in_use(loaded, tmp_path: Path) -> None:
+    def again(*_: Any) -> None:
+        evaluate(plan(**SMALL), *loaded, tmp_path)
+
+    with pytest.raises(FlexASLError, match="is in use by another evaluation"):
+        evaluate(plan(**SMALL), *loaded, tmp_path, on_progress=again)
+
+
+def test_damaged_results(loaded, finished: Path, tmp_path: Path) -> None:
+    for name in ("run.json", "answers-0.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    answers = tmp_path / "answers-0.jsonl"
+    first, rest = answers.read_text().split("\n", 1)
+    answers.write_text(f"{first[:50]}\n{rest}")
+    with pytest.raises(FlexASLError, match=r"answers-0\.jsonl, line 1 is damaged"):
+        report(tmp_path)
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FlexASLError, match="holds no evaluation"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policies": ["fixed_layer:layer=9"]}, "layer=9 is not a layer of this model"),
+        ({"policies": ["asl:max_layer=6"]}, "max_layer=6 is beyond the model"),
+        ({"lengths": [1020]}, r"1020 tokens.*context of 1024 tokens"),
+        ({"lengths": [40]}, r"task='needle': length=40 is too short; give at least \d+ tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model_never_runs(
+    loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, words: str
+) -> None:
+    monkeypatch.setattr(run, "answer", None)
+    with pytest.raises(FlexASLError, match=words):
+        evaluate(plan(**(SMALL | change)), *loaded, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "rulers"], "suite='rulers' is not known; give one of ruler, infinitebench, niah, quick"),
+        (["--tasks", "needle,nidle"], "task='nidle' is not known; give one of needle, niah_single_1,"),
+        (["--tasks", "qa_2"], "task='qa_2' needs questions in HotpotQA's format; give such a file with --qa-file"),
+        (["--tasks", "math_find"], "task='math_find' needs InfiniteBench's file math_find.jsonl; give its folder with"),
+        (["--policies", "asl,best"], "policy='best' is not known; give one of asl, "),
+        (
+            ["--policies", "asl:layer=3"],
+            "policy='asl:layer=3': layer is no setting of asl; its settings are kv_budget,",
+        ),
+        (["--policies", "asl:select_tokens=3"], "select_tokens is no setting of asl; --budget sets it"),
+        (["--policies", "asl:tau"], "policy='asl:tau': 'tau' is no setting; give name=value"),
+        (["--policies", "asl:tau=2"], "tau=2"),
+        (["--policies", "full:layer=2"], "policy='full:layer=2' is the unpatched model"),
+        (["--policies", "asl,,full"], "policies='asl,,full' has an empty entry"),
+        (["--lengths", "1q"], "length=1q is no number of tokens; give one such as 4096 or 4k"),
+        (["--lengths", "0"], "length=0 is no number of tokens; give a whole number of at least 1"),
+        (["--budget", "many"], "budget=many is no amount"),
+        (["--budget", "16"], "select_tokens=16 does not exceed window=32"),
+        (["--samples", "0"], "samples=0 is too few"),
+        (["--depths", "deep"], "depths='deep' are no shares of the document"),
+        (["--haystack", "none.txt"], "none.txt does not exist"),
+        (["--qa-file", "none.json"], "none.json does not exist"),
+        (["--infinitebench", "none"], "infinitebench=none is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr(run, "load_model", None)
+    assert words in refused(capsys, *arguments)
+
+
+def test_suite_leaves_out_what_lacks_a_file() -> None:
+    checked = plan("ruler")
+    assert len(checked.tasks) == 11 and set(checked.left_out) == {"qa_1", "qa_2"}
+    assert "--qa-file" in checked.left_out["qa_1"]
+    assert checked.settings[0].label == "full" and len(checked.settings) == 1 + 3 * 2
+
+
+def test_policies_on_a_command_line() -> None:
+    given = parse_policies("asl:tau=0.3,min_layer=10, fixed_layer:layer=2,paper,full")
+    assert given == ["asl:tau=0.3,min_layer=10", "fixed_layer:layer=2", "paper", "full"]
+    full, asl, fixed, paper = plan(policies=given, budgets=[0.25]).settings
+    assert (full.policy, full.config) == (None, None)
+    assert asl.config == flexasl.ASLConfig(select_tokens=0.25, tau=0.3, min_layer=10) and asl.policy.name == "asl"
+    assert fixed.policy.layer == 2 and fixed.config == flexasl.ASLConfig(select_tokens=0.25)
+    assert paper.config == flexasl.ASLConfig.paper(select_tokens=0.25) and paper.label == "paper@0.25"
+    every = plan(policies=list(flexasl.policies.POLICIES), budgets=[64]).settings
+    assert len(every) == len(flexasl.policies.POLICIES), "each by its name, and the full cache once"
+
+
+def test_lengths_on_a_command_line() -> None:
+    assert parse_lengths("1k,1.5K, 4096") == [1024, 1536, 4096]
+
+
+def report_of(prompt: int, layer: int | None, kept: tuple[int, ...], **config: Any) -> Report:
+    row = RowReport(
+        prompt_tokens=prompt, kept_tokens=len(kept) or prompt, selected_layer=layer, reason="", kept_positions=kept
+    )
+    sizes = {"kv_tokens": (), "kv_bytes": 0, "kv_bytes_full": 0, "prefill_seconds": 0.0}
+    return Report(policy="asl", config=config, num_layers=6, rows=(row,), **sizes)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
+def test_counted_cost_is_that_of_the_products(family: str) -> None:
+    model = tiny(family)
+    kept = (0, 3, *range(50, 70), *range(150, 200))
+    window = 48 if family == "mistral_sliding" else 10**9
+
+    def count(positions: tuple[int, ...]) -> int:
+        linear = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96  # query and output, key and value, the three of the MLP
+        pairs = sum(0 <= query - key < window for query in positions for key in positions)
+        return 2 * linear * len(positions) + 2 * 2 * 4 * 16 * pairs
+
+    full, few = count(tuple(range(200))), count(kept)
+    share = prefill_share(layer_costs(model), report_of(200, 3, kept))
+    assert share == pytest.approx((4 * full + 2 * few) / (6 * full))
+    assert prefill_share(layer_costs(model), report_of(200, None, ())) == 1
+    assert prefill_share(layer_costs(model), report_of(200, 3, kept, propagate="mask")) == 1
+
+
+def test_stored_prompt_is_what_is_answered(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template may hold today's date: what was stored counts, and not what would be built now."""
+    few = plan(tasks=["passkey"], lengths=[200], samples=1, policies=["full"])
+    evaluate(few, *loaded, tmp_path)
+    prompt = lines(tmp_path / "prompts-0.jsonl")[0]
+    answer = lines(tmp_path / "answers-0.jsonl")[0]["answer"]
+    (tmp_path / "answers-0.jsonl").unlink()
+    shorter = prompt | {"prompt": prompt["prompt"][-100:]}
+    (tmp_path / "prompts-0.jsonl").write_text(json.dumps(shorter) + "\n")
+    monkeypatch.setattr(runner, "build", None)
+    evaluate(few, *loaded, tmp_path)
+    assert lines(tmp_path / "answers-0.jsonl")[0]["answer"] != answer
+
+
+def test_import_is_light() -> None:
+    code = "import flexasl, sys; print('flexasl.evaluation' in sys.modules); import flexasl.evaluation; "
+    code += "print([name for name in ('transformers', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["False", "[]"]
