@@ -1,0 +1,196 @@
+"""Which models work, found out by trying a tiny one of each kind; `docs/models.md` is the result.
+
+`FLEXASL_WRITE_DOCS=1 pytest tests/test_models.py` writes the page anew.
+"""
+
+import os
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, GREEDY, LAYERS, MOE, SHAPE, SLIDING, SMALL, left_padded, prompts, tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import flexasl
+from flexasl import UnsupportedError
+from flexasl.integrations.transformers import models as supported
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+GPT = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
+
+TRIED: dict[str, dict] = {
+    "apertus": {},
+    "arcee": {},
+    "biogpt": {},
+    "bitnet": {},
+    "bloom": {"n_layer": LAYERS, "n_head": 4},
+    "codegen": {**GPT, "rotary_dim": 8},
+    "cohere": {},
+    "diffllama": {},
+    "doge": {},
+    "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "exaone4": SLIDING,
+    "falcon": {"alibi": False},
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {},
+    "gpt_bigcode": GPT,
+    "gptj": {**GPT, "rotary_dim": 8},
+    "granitemoe": {},
+    "jamba": {},
+    "lfm2": {},
+    "llama4_text": {},
+    "mamba": {},
+    "minimax": {},
+    "ministral3": {},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmoe": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "persimmon": {},
+    "phi": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_next": {},
+    "recurrent_gemma": {},
+    "seed_oss": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    "vaultgemma": SLIDING,
+}
+"""Model types that no other test covers, with what their configuration needs to be tiny."""
+
+
+def model_of(kind):
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **(SHAPE | MOE | TRIED[kind]))
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config).eval().requires_grad_(False)
+
+
+def outcome(kind):
+    """None where the model works patched, else the sentence with which it is refused."""
+    model, batch = model_of(kind), left_padded(prompts(70, 41))
+    try:
+        patch = flexasl.patch(model, SMALL.replace(select_tokens=1.0))
+    except UnsupportedError as error:
+        return str(error)
+    real = batch["attention_mask"].bool()
+    with patch:
+        whole = model(**batch).logits[real]
+        answer = model.generate(**batch, max_new_tokens=6, **GREEDY).sequences
+    torch.testing.assert_close(whole, model(**batch).logits[real], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, **GREEDY).sequences, answer)
+    with flexasl.patch(model, SMALL.replace(kv_budget=16)) as patch:
+        together = model.generate(**batch, max_new_tokens=6, **GREEDY).sequences[:, 70:]
+        rows = patch.report.rows
+        for index, row in enumerate(prompts(70, 41)):
+            assert torch.equal(model.generate(row[None], max_new_tokens=6, **GREEDY).sequences[0, -6:], together[index])
+            assert patch.report.rows[0].kept_positions == rows[index].kept_positions and rows[index].kept_tokens == 24
+    return None
+
+
+found: dict[str, str | None] = {}
+
+
+@pytest.mark.parametrize("kind", TRIED)
+def test_a_model_by_structure_works_or_is_refused_with_the_reason(kind):
+    found[kind] = outcome(kind)
+    if found[kind] is not None:
+        assert found[kind].count("\n") == 0
+        model = model_of(kind)
+        with pytest.raises(UnsupportedError):
+            flexasl.patch(model)
+        assert not hasattr(model, "flexasl_patch") and model.config._attn_implementation != "flexasl"
+
+
+def test_the_families_in_the_other_tests_are_those_called_supported():
+    assert {tiny(family).config.model_type for family in FAMILIES} == set(supported.SUPPORTED)
+
+
+TEXT = """# Models
+
+Made by `FLEXASL_WRITE_DOCS=1 pytest tests/test_models.py`, which patches a tiny random model of every kind.
+
+## Tested
+
+Keep-all identity, pruned decode against a recomputation without pruning, batches against their rows, later turns and
+generation, in the test matrix:
+
+| model type | what is special |
+| --- | --- |
+{tested}
+
+## Works by structure
+
+Any other model is tried when it is patched: its layers are asked what attention they want; a self-test on 48 tokens then
+compares keep-all with the unpatched model, in a padded batch and for the next token, and dropping tokens with masking
+them out. A model that fails is refused with the reason. These pass, and generate in a batch what they generate row by
+row:
+
+{works}.
+
+## Refused
+
+| model type | why |
+| --- | --- |
+{refused}
+
+## Layers with a sliding window
+
+A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
+them. Where a model has layers of both kinds, only those with full attention vote on the ranking of tokens, and only
+they can be the selection layer: `observe_layers` counts them, and `min_layer` and `max_layer` move to the nearest of them.
+Where all layers slide, all vote, each for the tokens that it sees. Caches of sliding layers keep no more than their
+window.
+"""
+
+
+LEAD = r"^model type '\w+' (\(\w+\) )?(cannot be patched: |is )|; (it cannot be patched|tested models are .*)$"
+"""What every refusal says."""
+
+
+def page():
+    refused = {kind: re.sub(LEAD, "", found[kind]) for kind in TRIED if found[kind] is not None}
+    refused |= {kind: why for kind, why in supported.REFUSED.items() if kind not in TRIED}
+    return TEXT.format(
+        tested="\n".join(f"| {kind} | {', '.join(features(kind))} |" for kind in supported.SUPPORTED),
+        works=textwrap.fill(", ".join(kind for kind in TRIED if found[kind] is None), 118),
+        refused="\n".join(f"| {kind} | {why.replace('|', '/')} |" for kind, why in sorted(refused.items())),
+    )
+
+
+def features(kind):
+    family = next(name for name in FAMILIES if tiny(name).config.model_type == kind)
+    config, special = tiny(family).config, []
+    kinds = getattr(config, "layer_types", None) or []
+    if {"sliding_attention", "full_attention"} <= set(kinds):
+        special.append("sliding and full layers")
+    elif kind in ("mistral", "mixtral", "phi3"):
+        special.append("sliding window, where configured")
+    if getattr(config, "attn_logit_softcapping", None):
+        special.append("soft-capped logits")
+    if kind == "gpt_oss":
+        special.append("attention sinks")
+    if kind == "deepseek_v3":
+        special.append("latent attention: the latent states are cached")
+    if kind in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"):
+        special.append("mixture of experts")
+    if kind == "gpt2":
+        special.append("learned positions")
+    return special
+
+
+def test_the_page_of_models_says_what_was_found():
+    if set(found) != set(TRIED):
+        pytest.skip("needs the other tests of this file")
+    if os.environ.get("FLEXASL_WRITE_DOCS"):
+        PAGE.write_text(page())
+    assert PAGE.read_text() == page(), "write it anew: FLEXASL_WRITE_DOCS=1 pytest tests/test_models.py"
