@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow lint format types bench install clean
+.PHONY: demo check test test-slow fuzz lint format types bench install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# About an hour: 20,000 examples of what must always hold, others each time.
+fuzz: $(INSTALLED)
+	FLEXASL_FUZZ=30 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_invariants.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 settings.register_profile(
     "flexasl", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("fuzz", settings.get_profile("flexasl"), derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "flexasl"))
 
 

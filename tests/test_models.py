@@ -130,7 +130,7 @@ generation, in the test matrix:
 
 ## Works by structure
 
-Any other model is tried when it is patched: its layers are asked what attention they want; a self-test on 48 tokens then
+Any other model is tried when it is patched: its layers are asked what attention they want, and a self-test on 48 tokens
 compares keep-all with the unpatched model, in a padded batch and for the next token, and dropping tokens with masking
 them out. A model that fails is refused with the reason. These pass, and generate in a batch what they generate row by
 row:
@@ -147,7 +147,7 @@ row:
 
 A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
 them. Where a model has layers of both kinds, only those with full attention vote on the ranking of tokens, and only
-they can be the selection layer: `observe_layers` counts them, and `min_layer` and `max_layer` move to the nearest of them.
+they can be the selection layer: `observe_layers` counts them, `min_layer` and `max_layer` move to the nearest of them.
 Where all layers slide, all vote, each for the tokens that it sees. Caches of sliding layers keep no more than their
 window.
 """
