@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow fuzz lint format types bench install clean
+.PHONY: demo check test test-slow fuzz compat lint format types bench install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -21,6 +21,10 @@ test-slow: $(INSTALLED)
 # About an hour: 20,000 examples of what must always hold, others each time.
 fuzz: $(INSTALLED)
 	FLEXASL_FUZZ=30 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_invariants.py
+
+# The integration tests against both ends of the range of transformers in pyproject.toml.
+compat:
+	PYTHON=$(PYTHON) .ci/compat
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,5 +53,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist out .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	rm -rf build dist out .compat .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from flexasl.config import ASLConfig
     from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
     from flexasl.masks import Visibility
-    from flexasl.patching import patch
+    from flexasl.patching import load_cache, patch
     from flexasl.replaying import Replay, replay
     from flexasl.selector import LayerSelector, Selection
 
@@ -26,6 +26,7 @@ __all__ = [
     "Selection",
     "UnsupportedError",
     "Visibility",
+    "load_cache",
     "patch",
     "policies",
     "replay",
@@ -42,6 +43,7 @@ _HOMES = {
     "Selection": "selector",
     "UnsupportedError": "errors",
     "Visibility": "masks",
+    "load_cache": "patching",
     "patch": "patching",
     "replay": "replaying",
 }

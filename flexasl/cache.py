@@ -5,6 +5,7 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -94,6 +95,14 @@ class LayerCache:
         self._length = length
         return self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
 
+    def restore(
+        self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, *, seen: int, uncroppable: int
+    ) -> None:
+        """Remembers these entries, shapes as the properties', without copying them. They may be mapped from a file: new
+        entries find no room and go into larger storage, so nothing is written into tensors that are given here."""
+        self._hold(keys, values, columns, valid)
+        self.seen, self.uncroppable = seen, uncroppable
+
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
         rest."""
@@ -141,6 +150,22 @@ class LayerCache:
         valid = None if self.valid is None else self.valid[rows]
         self._hold(self.keys[rows], self.values[rows], self.columns[rows], valid)
 
+    def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
+        """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs."""
+        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        batch, heads = self.keys.shape[:2]
+        marks = [_marks(cache, heads) for cache in (self, other)]
+        if len(rows) == batch:
+            order = torch.tensor(rows, device=self.keys.device).argsort()
+            self._hold(other.keys[order], other.values[order], marks[1][0][order], marks[1][1][order])
+        else:
+            width, at = max(self.keys.shape[2], other.keys.shape[2]), torch.tensor(rows, device=self.keys.device)
+            held = [_widened(states, width) for states in (self.keys, self.values, *marks[0])]
+            new = [_widened(states, width) for states in (other.keys, other.values, *marks[1])]
+            self._hold(*(mine.index_copy(0, at, its) for mine, its in zip(held, new)))  # type: ignore[arg-type]
+        assert self.columns is not None
+        self.retain(torch.ones_like(self.columns, dtype=torch.bool))
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, without the slack."""
@@ -149,6 +174,21 @@ class LayerCache:
     def _hold(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None) -> None:
         self._keys, self._values, self._columns, self._valid = keys, values, columns, valid
         self._length = keys.shape[2]
+
+
+def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:
+    """Columns and validity of a cache's entries by head: [B, G, N]."""
+    assert cache.columns is not None
+    columns = cache.columns if cache.columns.dim() == 3 else _by_head(cache.columns, heads)
+    if cache.valid is None:
+        return columns, torch.ones_like(columns, dtype=torch.bool)
+    return columns, cache.valid if cache.valid.dim() == 3 else _by_head(cache.valid, heads)
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    """[B, G, N, ...] → [B, G, width, ...], zero (False) on the left."""
+    filler = states.new_zeros(*states.shape[:2], width - states.shape[2], *states.shape[3:])
+    return torch.cat([filler, states], 2)
 
 
 def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:

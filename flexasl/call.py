@@ -7,13 +7,14 @@ D head dim, C width of hidden states.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
+from flexasl.errors import UnsupportedError
 from flexasl.masks import Visibility
 from flexasl.ops import compact_kv, gather_tokens
 from flexasl.packing import Continued, Packed
@@ -89,11 +90,19 @@ class Call:
         valid: Tensor | None,
         *,
         compiled: bool = False,
+        rerun: Callable[[Call, int], Tensor] | None = None,
     ) -> None:
         """columns [B, M] int64 are the new tokens' columns in the sequence; valid [B, columns so far] bool is False at
         padding, None where there is none. Only a prompt can do without caches; with a `Prefill` and caches that hold
         something it is a later turn, which is pruned like a prompt. compiled: layers are graphs, which share what does
-        not differ between them."""
+        not differ between them. rerun(call, layer) runs the model's layers from the first to this one under another
+        call, and returns the last output; policies with a second pass need it."""
+        again = prefill is not None and prefill.packed.rows is not None
+        if prefill is not None and prefill.policy.second_pass and rerun is None and not again:
+            raise UnsupportedError(
+                f"policy {prefill.policy.name!r} reads tokens twice, which this model's adapter cannot do; "
+                "give a policy of one pass, such as 'asl'"
+            )
         self.caches = caches
         self.prefill = prefill
         self.columns = columns
@@ -101,6 +110,7 @@ class Call:
         self._tokens = columns.shape[1]
         self._past = 0 if not caches else caches[0].seen
         self._compiled = compiled
+        self.rerun = rerun
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
         self._started = _clock(columns.device)
@@ -147,6 +157,7 @@ class Call:
             entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups, packed=step.packed)
             if self.caches is not None and cached is not None:
                 self._remember(self.caches[layer], *cached, entries)
+            fresh = self.prefill.fresh
             tokens = self.prefill.advance()
         if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
             self._windows[layer] = step.attention.sliding_window
@@ -154,12 +165,13 @@ class Call:
         if tokens is None:
             return hidden
         self._tables.clear()
-        return gather_tokens(hidden, tokens[None])
+        hidden = gather_tokens(hidden, tokens[None])
+        return self._read_again(layer, fresh, hidden) if self.rerun is not None else hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The last layer's output in the prompt's own shape [B, M, C]: 0 at padding, NaN at tokens that were dropped,
         which have none."""
-        if self.prefill is None:
+        if self.prefill is None or self.prefill.packed.rows is not None:
             return hidden
         prefill, batch = self.prefill, self.columns.shape[0]
         if prefill.dropped is not None:
@@ -173,6 +185,22 @@ class Call:
         full.index_copy_(0, prefill.packed.flat(self._tokens), hidden[0])
         return full.view(batch, self._tokens, -1)
 
+    def _read_again(self, layer: int, rows: list[int], hidden: Tensor) -> Tensor:
+        """The output [1, T, C] of this layer, for which these rows' tokens have been read as if they were the prompt.
+        Caches up to here forget what was read of these rows before."""
+        assert self.prefill is not None and self.rerun is not None
+        prefill = self.prefill.again(rows)
+        caches = None if self.caches is None else [LayerCache(cache.slack) for cache in self.caches[: layer + 1]]
+        states = self.rerun(Call(caches, prefill, self.columns, None, compiled=self._compiled), layer)
+        for mine, own in zip(self.caches or (), caches or ()):
+            mine.replace_rows(rows, own)
+        self.prefill.reread[layer] = rows
+        packed = self.prefill.packed
+        parts, new = list(hidden[0].split(packed.lengths)), states[0].split(prefill.packed.lengths)
+        for row, part in zip(rows, new, strict=True):
+            parts[row] = part
+        return torch.cat(parts)[None]
+
     def _pack(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...] of the prompts as [1, T, ...]."""
         assert self.prefill is not None
@@ -180,7 +208,7 @@ class Call:
         if states.shape[0] == 1 and batch > 1:
             return gather_tokens(states, packed.columns[None])
         states = states.reshape(1, -1, *states.shape[2:])
-        if packed.total == states.shape[1]:
+        if packed.total == states.shape[1] and packed.rows is None:
             return states
         return gather_tokens(states, packed.flat(self._tokens)[None])
 
@@ -272,6 +300,8 @@ def _row_report(prefill: Prefill, row: int) -> RowReport:
         variance=tuple(trace.variance) if trace else (),
         variance_ratio=tuple(trace.variance_ratio) if trace else (),
         kept_positions=tuple(prefill.kept_positions(row).tolist()),
+        layer_tokens=tuple(layer[row] for layer in prefill.ran),
+        reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
     )
 
 

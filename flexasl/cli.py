@@ -1,4 +1,4 @@
-"""The words on a command line: `flexasl ask`, `flexasl demo` and `flexasl eval`."""
+"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo` and `eval`."""
 
 import importlib.util
 import json
@@ -50,23 +50,29 @@ PolicyName = Annotated[str, typer.Option("--policy", help=f"What to prune and wh
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
 DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: that of the stored weights]")]
 AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
+SelectTokens = Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")]
+KVBudget = Annotated[str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")]
+Tau = Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "tau", "policy", "compare")
+"""Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
 
 
 @app.command()
 def ask(
+    context: typer.Context,
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask about the text.")],
     file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Text read before, by flexasl prefill with this model.")] = None,
     model: Model = None,
-    select_tokens: Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")] = None,
-    kv_budget: Annotated[
-        str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")
-    ] = None,
-    tau: Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")] = None,
+    select_tokens: SelectTokens = None,
+    kv_budget: KVBudget = None,
+    tau: Tau = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(help="Picture of the decision to write: .png, .svg or .pdf.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
 ) -> None:
@@ -76,9 +82,11 @@ def ask(
     _check_plot(plot)
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
-    if file is None and sys.stdin.isatty():
-        raise FlexASLError("there is no text to read; give --file, or pipe a text in")
-    text = read_text(file)
+    if cache is not None:
+        _refuse_beside(context, "cache", OF_A_PROMPT)
+        _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, as_json=as_json)
+        return
+    text = _text(file)
     with _progress("loading the model"):
         from flexasl import run
 
@@ -102,6 +110,75 @@ def ask(
     print(pruned.report)
     if plain is not None:
         _print_comparison(pruned, plain, policy)
+
+
+@app.command()
+def prefill(
+    out: Annotated[Path, typer.Option(help="File to write, such as contract.safetensors.")],
+    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    about: Annotated[
+        str, typer.Option(help="What will be asked, in any words: keeps the tokens that matter to it.")
+    ] = "",
+    model: Model = None,
+    select_tokens: SelectTokens = None,
+    kv_budget: KVBudget = None,
+    tau: Tau = None,
+    policy: PolicyName = "asl",
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Read a text once and save what the model remembers, for flexasl ask --cache."""
+    config = _config(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    find_policy(policy)
+    if not out.parent.is_dir():
+        raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
+    text = _text(file)
+    with _progress("loading the model"):
+        from flexasl import run
+
+        _quiet_transformers()
+        loaded, tokenizer = run.load_model(model, dtype, device)
+    ids, notes = run.opening_ids(tokenizer, text, about.strip())
+    run.check_fits(loaded, len(ids), 1)
+    with _progress(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
+        made = run.prefill(loaded, ids, config=config, policy=policy, on_layer=bar.advance)
+    with _progress(f"writing {out}"):
+        made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
+    size = out.stat().st_size
+    if as_json:
+        print(json.dumps({"path": str(out), "bytes": size, "report": made.reports[-1].to_dict()}))
+        return
+    print(made.reports[-1])
+    print(f"saved: {out}, {size / MIB:,.1f} MiB")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="File that flexasl prefill or cache.save wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a saved prompt, and say what is in it and which model it belongs to."""
+    with _progress(f"checking {path}"):
+        from flexasl.saving import VERSION, read
+
+        saved = read(path)
+    rows = saved.layers[0].keys.shape[0]
+    model = {name: saved.model.get(name) for name in ("architecture", "dtype", "shapes", "weights", "settings")}
+    if as_json:
+        facts = {"bytes": path.stat().st_size, "version": VERSION, "flexasl": saved.flexasl, "rows": rows}
+        facts |= {"tokens": saved.seen, "kv_bytes": saved.nbytes, "has_token_ids": saved.token_ids is not None}
+        reports = [report.to_dict() for report in saved.reports]
+        print(json.dumps(facts | {"model": model, "notes": saved.notes, "reports": reports}))
+        return
+    print(f"{path}: {path.stat().st_size / MIB:,.1f} MiB, intact, format {VERSION}, by flexasl {saved.flexasl}")
+    print(f"model: {model['architecture']}, {model['dtype']}, weights {str(model['weights'])[:12]}")
+    ids = "with" if saved.token_ids is not None else "without"
+    print(f"{rows} row{'s' if rows > 1 else ''} of {saved.seen:,} tokens read, {ids} their ids")
+    for name, text in saved.notes.items():
+        print(f"{name}: {text!r}")
+    for report in saved.reports:
+        print(report)
 
 
 @app.command()
@@ -252,6 +329,52 @@ def _amount(name: str, text: str) -> int | float:
     raise FlexASLError(f"--{name.replace('_', '-')} {text} is no amount; give {AMOUNT}")
 
 
+def _text(file: str | None) -> str:
+    if file is None and sys.stdin.isatty():
+        raise FlexASLError("there is no text to read; give --file, or pipe a text in")
+    return read_text(file)
+
+
+def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """Says so where options were given that another one leaves without effect."""
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise FlexASLError(
+                f"--{name.replace('_', '-')} has no effect with --{option}, whose text has been read; leave it out, or "
+                "give it to flexasl prefill"
+            )
+
+
+def _ask_saved(
+    path: Path,
+    question: str,
+    model: str | None,
+    dtype: str | None,
+    device: str,
+    max_new_tokens: int,
+    *,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """`ask` about a text that was read before."""
+    with _progress("loading the model"):
+        from flexasl import run
+
+        _quiet_transformers()
+        loaded, tokenizer = run.load_model(model, dtype, device)
+    with _streamed("reading the question", loaded, quiet=as_json) as (show, advance):
+        said = run.answer_saved(
+            loaded, tokenizer, path, question, max_new_tokens=max_new_tokens, on_text=show, on_layer=advance
+        )
+    if plot is not None and said.report is not None:
+        _write_plot(said.report, plot)
+    if as_json:
+        print(json.dumps(said.to_dict()))
+    elif said.report is not None:
+        print(f"{path}, read before:\n{said.report}")
+
+
 def _answer(
     model: Any,
     tokenizer: Any,
@@ -267,29 +390,38 @@ def _answer(
     """Run once, with a bar over the layers of the prefill, then the answer as it comes."""
     from flexasl import run
 
-    with _progress(f"reading {len(ids):,} tokens", model.config.get_text_config().num_hidden_layers) as bar:
-
-        def show(text: str) -> None:
-            nonlocal begin
-            bar.stop()  # it shares the terminal with the answer
-            print(begin + text, end="", flush=True)
-            begin = ""
-
-        if title and not quiet:
-            begin = f"{title}: {begin}"
-        answer = run.answer(
+    words = f"reading {len(ids):,} tokens"
+    with _streamed(words, model, begin=f"{title}: {begin}" if title else begin, quiet=quiet) as (show, advance):
+        return run.answer(
             model,
             tokenizer,
             ids,
             max_new_tokens=max_new_tokens,
             config=config,
             policy=policy,
-            on_text=(lambda text: None) if quiet else show,
-            on_layer=bar.advance,
+            on_text=show,
+            on_layer=advance,
         )
+
+
+@contextmanager
+def _streamed(
+    words: str, model: Any, *, begin: str = "", quiet: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """What to call with each piece of an answer, which is printed unless quiet, and after each layer before it."""
+    with _progress(words, model.config.get_text_config().num_hidden_layers) as bar:
+
+        def show(text: str) -> None:
+            nonlocal begin
+            if quiet:
+                return
+            bar.stop()  # it shares the terminal with the answer
+            print(begin + text, end="", flush=True)
+            begin = ""
+
+        yield show, bar.advance
     if not quiet:
         print("\n", flush=True)
-    return answer
 
 
 class _Bar:

@@ -47,14 +47,17 @@ class Packed:
         stays: Tensor | None = None,
         gaps: bool = False,
         counts: Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        """gaps: whether tokens are missing within rows; counts: lengths [B] int64 on the host, if there already."""
+        """gaps: whether tokens are missing within rows; counts: lengths [B] int64 on the host, if there already; rows:
+        which rows of the batch these are, if not all."""
         self.lengths = list(lengths)
         self.columns = columns
         self.stays = stays
         self.gaps = gaps
         self.counts = torch.tensor(self.lengths) if counts is None else counts
         """`lengths` as a tensor on the host, which a compiler takes for any lengths."""
+        self.rows = rows
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
@@ -82,8 +85,12 @@ class Packed:
 
     def row_of(self) -> Tensor:
         """The row of each token: [T] int64."""
-        rows = torch.arange(len(self.lengths), device=self.columns.device)
-        counts = self.counts.to(self.columns.device)
+        device = self.columns.device
+        if self.rows is None:
+            rows = torch.arange(len(self.lengths), device=device)
+        else:
+            rows = torch.tensor(self.rows, device=device)
+        counts = self.counts.to(device)
         return rows.repeat_interleave(counts, output_size=self.total)
 
     def flat(self, tokens: int) -> Tensor:

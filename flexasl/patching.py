@@ -1,4 +1,4 @@
-"""`patch`: which adapter serves which model."""
+"""`patch` and `load_cache`: which adapter serves which model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.policies import Policy, find_policy
 
 if TYPE_CHECKING:
-    from flexasl.integrations.transformers import Patch
+    import os
+
+    from flexasl.integrations.transformers import Patch, PrunedCache
 
 
 def patch(
@@ -23,11 +25,12 @@ def patch(
 ) -> Patch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
-    model: a transformers causal decoder in eval mode. config: the settings (default `ASLConfig()`). policy: a name from
-    `flexasl.policies.POLICIES` or an instance. kernel: what computes attention, see `FlexASLAttention`. compile: run
-    decoder layers as compiled graphs, made on the first prompt and the first new token, good for all lengths; such a
-    model gives no gradients. Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for
-    a model that cannot be patched and `ConfigError` for settings that do not fit it; the model is then untouched.
+    model: a transformers causal decoder in eval mode, or a PEFT model around one. config: the settings (default
+    `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what computes attention, see
+    `FlexASLAttention`. compile: run decoder layers as compiled graphs, made on the first prompt and the first new
+    token, good for all lengths; such a model gives no gradients. Returns the patch, whose `report` tells of the last
+    prompt. Raises `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit
+    it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
@@ -36,6 +39,7 @@ def patch(
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
+    model = _without_peft(model)
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         raise UnsupportedError(
@@ -44,3 +48,36 @@ def patch(
     from flexasl.integrations.transformers import Patch
 
     return Patch(model, config or ASLConfig(), chosen, kernel=kernel, compile=compile)
+
+
+def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
+    """A cache that `save` wrote, for `model`, which must be patched and be the one that read the prompt.
+
+    Give it on as `past_key_values`, with the new ids behind `cache.token_ids` and, in a padded batch, ones behind
+    `cache.attention_mask`. On a CPU its tensors are mapped from the file: replace the file, but never write into it,
+    while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not an unchanged cache of
+    this format version or belongs to another model, FileNotFoundError where there is none.
+    """
+    model = _without_peft(model)
+    if not hasattr(model, "flexasl_patch"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is not patched, and a pruned cache can only be read by a patched model; "
+            "call flexasl.patch(model) first"
+        )
+    from flexasl.integrations.transformers.loading import load
+
+    return load(path, model)
+
+
+def _without_peft(model: Any) -> Any:
+    """The model inside a PEFT model, whose adapters are modules of its layers."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    adapter = model.active_peft_config
+    if adapter.is_prompt_learning:
+        raise UnsupportedError(
+            f"{type(model).__name__} has an adapter of type {adapter.peft_type.value}, which puts tokens of its own "
+            "before the prompt; give a model with adapters inside its layers, such as LoRA"
+        )
+    return model.get_base_model()

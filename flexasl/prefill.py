@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from flexasl.errors import UnsupportedError
 from flexasl.ops import kept_slots, top_k_entries, top_p_entries
 from flexasl.packing import Continued, Packed
 from flexasl.policies.base import Policy
-from flexasl.selector import LayerSelector, Selection
+from flexasl.selector import LayerSelector, Selection, StepSelector, budget_of
 
 Observer = Callable[[int, Tensor], None]
 
@@ -53,35 +54,40 @@ class Prefill:
         voters: Sequence[int] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         observer: Observer | None = None,
+        packed: Packed | None = None,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` columns;
         voters are the layers whose ranks count (default: all). reduce sums token scores [R, P] over the processes that
         hold a part of the heads each.
 
         observer(layer, scores [B, G, P]), where given, sees the pooled scores of every layer, and the rule then also
-        runs in rows that are too short to lose a token.
+        runs in rows that are too short to lose a token. packed, where given, are tokens that were selected from these
+        prompts and are read alone; none of them is dropped.
         """
         self.policy = policy
         self.config = config
         self.num_layers = num_layers
         self.lengths = list(lengths)
         self.tokens = max(self.lengths) if tokens is None else tokens
-        self.counts = list(lengths)
-        """Each row's tokens that go on from the current layer."""
         self.device = torch.device(device)
-        self.packed = Packed.left_padded(self.lengths, self.tokens, self.device)
+        self.packed = Packed.left_padded(self.lengths, self.tokens, self.device) if packed is None else packed
         """The tokens that the current layer runs on."""
+        self.counts = list(self.packed.lengths)
+        """Each row's tokens that go on from the current layer."""
         self.selections: dict[int, Selection] = {}
         self.scored: list[int] = []
+        self.ran: list[list[int]] = []
+        """By layer and row, the tokens that the layer ran on."""
+        self.reread: dict[int, list[int]] = {}
+        """By layer, the rows of which all layers up to it have read the selected tokens again."""
         self._observer = observer
         self._reduce = reduce
+        self._voters = voters
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._stays: Tensor | None = None
         self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
-        self.selector = LayerSelector(
-            config, self.lengths, tokens=self.tokens, rows=self._open_rows(), voters=voters, device=self.device
-        )
+        self.selector = self._selector([] if packed is not None else self._open_rows())
 
     def observe(
         self,
@@ -99,9 +105,14 @@ class Prefill:
         Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
         fewer than those of the keys. packed is how keys are laid out, where more than the layer's tokens have them.
         """
-        decides, compresses = self.selector.needs(layer), self._over_budget()
+        self.ran.append(list(self.packed.lengths))
+        decides, compresses = self.selector.needs(layer), self._over_budget(layer)
+        by_position = self.policy.sinks is not None
         if self.packed.width <= self.config.window or not (decides or compresses or self._observer):
             return None
+        groups = key.shape[1] if groups is None else groups
+        if by_position and not (decides or self._observer):
+            return self._entries(layer, self._recency(groups), None)
         undecided = self.selector.rows
         rows = range(len(self.lengths)) if compresses or self._observer else undecided
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
@@ -112,24 +123,25 @@ class Prefill:
         if self._observer is not None:
             self._observer(layer, scores)
         if decides:
-            settled = self.selector.observe(
-                layer, (scores if len(rows) == len(undecided) else scores[undecided]).sum(1)
-            )
-            if self._masks:
-                self._mask_out(layer, settled)
-            else:
-                self._fresh = self.selector.select(layer, settled)
-                self.selections.update((made.row, made) for made in self._fresh)
+            totals = (scores if len(rows) == len(undecided) else scores[undecided]).sum(1)
+            self._decide(layer, totals if self._reduce is None else self._reduce(totals))
         if not compresses:
             return None
+        if by_position:
+            return self._entries(layer, self._recency(groups), None)
         share = None
         if self.config.kv_top_p is not None:
             queries = query.shape[1] // key.shape[1] * self.config.window
             share = packed.scores(*states, sinks=sinks, whole=True) / queries
-        if groups is not None and groups < key.shape[1]:
+        if groups < key.shape[1]:
             scores = scores.unflatten(1, (groups, -1)).sum(2)
             share = None if share is None else share.unflatten(1, (groups, -1)).mean(2)
-        return self._entries(scores, share)
+        return self._entries(layer, scores, share)
+
+    @property
+    def fresh(self) -> list[int]:
+        """Rows that were selected from at this layer; empty again once they have advanced."""
+        return [selection.row for selection in self._fresh]
 
     def advance(self) -> Tensor | None:
         """After a layer: which of its tokens [K] int64 go on to the next one, or None where all do."""
@@ -142,8 +154,8 @@ class Prefill:
         kept = []
         for row, (start, length) in enumerate(zip(before.starts, before.lengths)):
             if row in made:
-                self._count(row)
-                keep = made[row].keep[self.tokens - length :]
+                self.counts[row] = made[row].count
+                keep = made[row].keep[before.columns[start : start + length]]
                 kept.append(start + kept_slots(keep, self.counts[row])[0])
             else:
                 kept.append(torch.arange(start, start + length, device=self.device))
@@ -167,9 +179,9 @@ class Prefill:
         for row, layer in enumerate(self._chosen.tolist()):
             if layer >= 0:
                 assert stays is not None
-                self.selections[row] = Selection(row, layer, stays[row])
+                self.counts[row] = budget_of(self.config, self.lengths[row])
+                self.selections[row] = Selection(row, layer, stays[row], self.counts[row])
                 self.selector.traces[row].cut(layer)
-                self._count(row)
         kept = {}
         for layer in range(min((made.layer + 1 for made in self.selections.values()), default=0), self.num_layers):
             kept[layer] = whole.clone()
@@ -178,10 +190,42 @@ class Prefill:
                     kept[layer][row] = made.keep
         return kept if self.selections else {}
 
+    def again(self, rows: Sequence[int]) -> Prefill:
+        """The prefill of these rows' selected tokens, alone."""
+        starts, lengths = self.packed.starts, [self.packed.lengths[row] for row in rows]
+        own = [self.packed.columns[starts[row] : starts[row] + self.packed.lengths[row]] for row in rows]
+        packed = Packed(lengths, torch.cat(own), gaps=True, rows=rows)
+        prompts = [self.lengths[row] for row in rows]
+        settings: dict[str, Any] = {"tokens": self.tokens, "device": self.device, "voters": self._voters}
+        return Prefill(self.policy, self.config, self.num_layers, prompts, packed=packed, **settings)
+
+    def _decide(self, layer: int, scores: Tensor) -> None:
+        """Takes token scores [R, P] of the undecided rows."""
+        if isinstance(self.selector, StepSelector):
+            self.selector.observe(layer, scores)
+            starts, lengths = self.packed.starts, self.packed.lengths
+            columns = [self.packed.columns[starts[row] : starts[row] + lengths[row]] for row in self.selector.rows]
+            self._fresh = self.selector.select(layer, columns)
+        else:
+            settled = self.selector.observe(layer, scores)
+            if self._masks:
+                self._mask_out(layer, settled)
+                return
+            self._fresh = self.selector.select(layer, settled)
+        self.selections.update((made.row, made) for made in self._fresh)
+
+    def _selector(self, rows: list[int]) -> LayerSelector | StepSelector:
+        steps = {row: self.policy.steps(self.config, self.num_layers, self.lengths[row]) for row in rows}
+        if steps and all(plan is not None for plan in steps.values()):
+            return StepSelector(steps, self.tokens, self.config.window)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"tokens": self.tokens, "voters": self._voters, "device": self.device}
+        return LayerSelector(self.config, self.lengths, rows=rows, **settings)
+
     def _mask_out(self, layer: int, settled: Tensor | None) -> None:
         """Marks what the rows that settled at this layer drop, without looking at which they are."""
         if settled is None:
             return
+        assert isinstance(self.selector, LayerSelector)
         rows = torch.tensor(self.selector.rows, device=self.device)
         now = settled & (self._chosen[rows] < 0)
         stays = self.packed.stays
@@ -197,9 +241,6 @@ class Prefill:
         batch = len(self.lengths)
         padded = marks.new_zeros(batch * self.tokens)
         return padded.index_copy(0, self.packed.flat(self.tokens), marks).view(batch, self.tokens)
-
-    def _count(self, row: int) -> None:
-        self.counts[row] = min(self.config.token_budget(self.lengths[row]), self.lengths[row])
 
     def kept_positions(self, row: int) -> Tensor:
         """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
@@ -217,6 +258,8 @@ class Prefill:
             return f"policy {self.policy.name!r} lets every token through every layer"
         if trace is None:
             return f"the prompt's {length} tokens are within the budget of {config.token_budget(length)}"
+        if isinstance(self.selector, StepSelector):
+            return f"the policy drops tokens step by step, from layer {config.min_layer} to layer {config.max_layer}"
         if config.min_layer == config.max_layer:
             return f"the policy selects at layer {config.max_layer}"
         assert config.tau is not None
@@ -236,23 +279,38 @@ class Prefill:
             row for row, n in enumerate(self.lengths) if n > (self.config.token_budget(n) if least is None else least)
         ]
 
-    def _over_budget(self) -> bool:
-        limit = self._limits()
-        return any(count > most for count, most in zip(self.counts, limit, strict=True))
+    def _over_budget(self, layer: int) -> bool:
+        return any(count > most for count, most in zip(self.counts, self._limits(layer), strict=True))
 
-    def _limits(self) -> list[int]:
+    def _limits(self, layer: int) -> list[int]:
         """Cache entries that each row may keep at this layer; with top-p, its tokens where it has more than the
         budget."""
-        if self.config.kv_top_p is not None:
-            return [self.config.token_budget(n) for n in self.lengths]
-        if self.config.kv_budget is not None:
-            return [min(self.config.cache_budget(n) or n, m) for n, m in zip(self.lengths, self.counts, strict=True)]
-        return self.counts
+        limits = []
+        for row, (prompt, count) in enumerate(zip(self.lengths, self.counts, strict=True)):
+            budget = self.policy.cache_budget(self.config, layer, self.num_layers, prompt)
+            if self.policy.second_pass and row in self.selector.rows:
+                # Its tokens are read again once they are selected.
+                limits.append(count)
+            elif self.config.kv_top_p is not None:
+                limits.append(self.config.token_budget(prompt))
+            else:
+                limits.append(count if budget is None else min(budget, count))
+        return limits
 
-    def _entries(self, scores: Tensor, share: Tensor | None) -> Entries:
+    def _recency(self, groups: int) -> Tensor:
+        """Scores [B, G, P] float32 that rise towards the end, with the first tokens of each row above all."""
+        assert self.policy.sinks is not None
+        tokens, real = self.packed.as_batch()
+        columns = self.packed.columns[tokens].float()
+        first = 0 if real is None else real.int().argmax(1, keepdim=True)
+        place = torch.arange(tokens.shape[1], device=self.device) - first
+        scores = columns.masked_fill(place < self.policy.sinks, torch.inf)[:, : -self.config.window]
+        return scores[:, None].expand(-1, groups, -1).contiguous()
+
+    def _entries(self, layer: int, scores: Tensor, share: Tensor | None) -> Entries:
         """What the cache keeps by scores [B, G, P], or by share [B, G, M] of attention where that is given."""
         lengths, window = self.packed.lengths, self.config.window
-        limits = self._limits()
+        limits = self._limits(layer)
         over = torch.tensor([m > most for m, most in zip(lengths, limits)], device=self.device)
         tokens, real = self.packed.as_batch()
         if share is not None:

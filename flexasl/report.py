@@ -7,12 +7,17 @@ import dataclasses
 import itertools
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flexasl.errors import FlexASLError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 MIB = 2**20
 WIDTH = 100
@@ -44,6 +49,10 @@ class RowReport:
     """Variance over the reference variance, one per layer of `eval_layers`."""
     kept_positions: tuple[int, ...] = ()
     """Prompt positions that were kept, ascending; 0 is the first token that is not padding."""
+    layer_tokens: tuple[int, ...] = ()
+    """Tokens that each layer ran on."""
+    reread_layers: int = 0
+    """How many layers, from the first on, ran a second time, on the kept tokens alone."""
 
     @property
     def pruned(self) -> bool:
@@ -85,6 +94,15 @@ class Report:
         data: dict[str, Any] = _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         data["kv_share"] = self.kv_share
         return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Report:
+        """The inverse of `to_dict`, None for a float being NaN; raises `FlexASLError` for anything else."""
+        data = dict(data) if isinstance(data, dict) else {}
+        data.pop("kv_share", None)
+        rows = data.get("rows")
+        data["rows"] = tuple(_read(RowReport, row) for row in rows) if isinstance(rows, list) else None
+        return _read(cls, data)
 
     def __str__(self) -> str:
         lines = [f"policy {self.policy}, {self.num_layers} layers{self._threshold()}"]
@@ -163,6 +181,47 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+def _read(kind: type[T], data: Any) -> T:
+    """A dataclass of plain fields from a dict; raises `FlexASLError` unless every field is there with its type."""
+    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(data, dict) or set(data) != set(types):
+        raise FlexASLError(f"{kind.__name__} needs the fields {', '.join(types)}, and no others")
+    return kind(**{name: _READERS[types[name]](name, value) for name, value in data.items()})
+
+
+def _number(name: str, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FlexASLError(f"{name}={value!r:.80} is not a number")
+    return float(value)
+
+
+def _of(kind: type) -> Callable[[str, Any], Any]:
+    def read(name: str, value: Any) -> Any:
+        if type(value) is not kind:
+            raise FlexASLError(f"{name}={value!r:.80} is not of type {kind.__name__}")
+        return value
+
+    return read
+
+
+def _many(read: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: tuple(read(name, item) for item in _of(list)(name, value))
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "str": _of(str),
+    "int": _of(int),
+    "int | None": lambda name, value: None if value is None else _of(int)(name, value),
+    "float": _number,
+    "dict[str, Any]": _of(dict),
+    "tuple[int, ...]": _many(_of(int)),
+    "tuple[float, ...]": _many(_number),
+    "tuple[RowReport, ...]": lambda name, value: value if value is not None else _of(list)(name, value),
+}
 
 
 def _wrap(text: str, indent: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""One answer from one model, measured: load, make the prompt, generate with or without pruning."""
+"""One answer from one model, measured: load, make the prompt, generate with or without pruning, at once or later."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from flexasl.report import Report
 from flexasl.text import prompt_ids
 
 WARM_UP_TOKENS = 768
+BEFORE, AFTER = "before question", "after question"
+"""Names of notes in a saved prompt: the text on both sides of the question, which is read with it."""
 
 
 def _nothing(*_: Any) -> None:
@@ -76,6 +78,40 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -
     return prompt_ids(tokenizer, f"{text}\n\n{question}")
 
 
+def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], dict[str, str]]:
+    """Token ids of a prompt up to its question, which is not known yet, and the notes that `closing_ids` needs.
+
+    about: what will be asked, in any words, to stand between the text and the question. The prompt ends with the
+    question as that of `question_ids` does, token for token where the tokenizer has a word end between them.
+    """
+    mark = "[question]"
+    while mark in text + about:
+        mark = f"[{mark}]"
+    body = f"{text}\n\n{about}" if about else text
+    if tokenizer.chat_template is None:
+        whole = f"{body}\n\nQuestion: {mark}\nAnswer:"
+    else:
+        turns = [{"role": "user", "content": f"{body}\n\n{mark}"}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    start, _, after = whole.partition(mark)
+    if whole.count(mark) != 1:
+        raise FlexASLError("the chat template changes the user's message, so that a question cannot be put in later")
+    special = tokenizer.chat_template is None
+    want = _ids(tokenizer, start + "What?" + after, special)
+    # Some tokenizers take line ends with the word before them, some with the word after.
+    cuts = [(start, ""), (start.rstrip(), start[len(start.rstrip()) :])]
+    for head, between in cuts:
+        ids, notes = _ids(tokenizer, head, special), {BEFORE: between, AFTER: after}
+        if ids + closing_ids(tokenizer, notes, "What?") == want:
+            break
+    return ids, notes
+
+
+def closing_ids(tokenizer: Any, notes: Mapping[str, str], question: str, answer_prefix: str = "") -> list[int]:
+    """Token ids of the question, all that comes after it and the start of the answer, to go behind `opening_ids`."""
+    return _ids(tokenizer, notes[BEFORE] + question + notes[AFTER] + answer_prefix, special=False)
+
+
 def check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise FlexASLError, which names both lengths, where prompt and answer are longer than the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -117,6 +153,54 @@ def answer(
     return dataclasses.replace(plain, report=report, kv_bytes=report.kv_bytes)
 
 
+def prefill(
+    model: PreTrainedModel,
+    ids: list[int],
+    *,
+    config: flexasl.ASLConfig | None = None,
+    policy: str | flexasl.policies.Policy = "asl",
+    on_layer: Callable[[], None] = _nothing,
+) -> Any:
+    """Reads a prompt, pruned by the policy: the cache, whose last report tells what was pruned, to be saved."""
+    prompt = torch.tensor([ids], device=model.device)
+    with flexasl.patch(model, config, policy=policy), _layers_watched(model, lambda: False, on_layer), torch.no_grad():
+        return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def answer_saved(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    question: str,
+    *,
+    max_new_tokens: int,
+    answer_prefix: str = "",
+    on_text: Callable[[str], None] = _nothing,
+    on_layer: Callable[[], None] = _nothing,
+) -> Answer:
+    """Greedy answer to a question about a prompt that was read before, from the file of its cache.
+
+    Times are of the question alone; the report is that of the prefill. Raises FlexASLError where the file is not one
+    that `flexasl prefill` wrote with this model.
+    """
+    # The question itself is not pruned, under any policy.
+    with flexasl.patch(model, policy="full"):
+        cache = flexasl.load_cache(path, model)
+        read = cache.token_ids
+        if read is None or len(read) != 1 or not {BEFORE, AFTER} <= set(cache.notes):
+            raise FlexASLError(f"{path} does not say where its question belongs; give one that flexasl prefill wrote")
+        kv_bytes = sum(layer.nbytes for layer in cache.layers)
+        ids = read[0].tolist() + closing_ids(tokenizer, cache.notes, question, answer_prefix)
+        check_fits(model, len(ids), max_new_tokens)
+        said = _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer, cache)
+    report = cache.reports[-1] if cache.reports else None
+    return dataclasses.replace(said, report=report, kv_bytes=kv_bytes)
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
 def _generate(
     model: Any,
     tokenizer: Any,
@@ -124,14 +208,16 @@ def _generate(
     max_new_tokens: int,
     on_text: Callable[[str], None],
     on_layer: Callable[[], None],
+    cache: Any = None,
 ) -> Answer:
     prompt = torch.tensor([ids], device=model.device)
     stream = _Stream(tokenizer, on_text)
-    with _layers_watched(model, stream, on_layer):
+    with _layers_watched(model, lambda: stream.first_token_at > 0, on_layer):
         start = time.perf_counter()
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=stream,
@@ -167,9 +253,11 @@ class _Stream(TextStreamer):
 
 
 @contextmanager
-def _layers_watched(model: PreTrainedModel, stream: _Stream, on_layer: Callable[[], None]) -> Iterator[None]:
+def _layers_watched(
+    model: PreTrainedModel, is_over: Callable[[], bool], on_layer: Callable[[], None]
+) -> Iterator[None]:
     def tell(*_: Any) -> None:
-        if not stream.first_token_at:
+        if not is_over():
             on_layer()
 
     layers = getattr(model.get_decoder(), "layers", [])

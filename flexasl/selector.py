@@ -27,6 +27,8 @@ class Selection:
     layer: int
     keep: Tensor
     """[N] bool over the prompt's slots; padding is False, the window True."""
+    count: int
+    """How many stay."""
 
     @property
     def slots(self) -> Tensor:
@@ -172,7 +174,11 @@ class LayerSelector:
         if not any(fired):
             return []
         keep = self.choose()
-        made = [Selection(row, layer, keep[place]) for place, row in enumerate(self.rows) if fired[place]]
+        made = [
+            Selection(row, layer, keep[place], budget_of(self.config, self.lengths[row]))
+            for place, row in enumerate(self.rows)
+            if fired[place]
+        ]
         self._drop(fired)
         return made
 
@@ -206,8 +212,55 @@ class LayerSelector:
         """Validity [R, N] of the rows' slots, None where there is no padding, and how many prefix tokens each keeps."""
         lengths = [self.lengths[row] for row in self.rows]
         window = self.config.window
-        budget = [max(0, min(self.config.token_budget(n), n) - window) for n in lengths]
+        budget = [max(0, budget_of(self.config, n) - window) for n in lengths]
         starts = torch.tensor([self.tokens - n for n in lengths], device=device)
         padded = any(n < self.tokens for n in lengths)
         valid = torch.arange(self.tokens, device=device) >= starts[:, None] if padded else None
         return valid, torch.tensor(budget, device=device)
+
+
+class StepSelector:
+    """Drops tokens of every row at several layers, each time those that this layer ranks last.
+
+    Like `LayerSelector`, but it decides at layers known beforehand, on the tokens that are left: give `select` their
+    columns.
+    """
+
+    def __init__(self, steps: dict[int, dict[int, int]], tokens: int, window: int) -> None:
+        """steps: by row and layer, how many tokens go on, window included; tokens: N."""
+        self.rows = list(steps)
+        self.traces: dict[int, Trace] = {row: Trace() for row in self.rows}
+        self._steps = steps
+        self._tokens = tokens
+        self._window = window
+        self._scores: Tensor | None = None
+
+    def needs(self, layer: int) -> bool:
+        """Whether a row drops tokens at this layer."""
+        return any(layer in steps for steps in self._steps.values())
+
+    def observe(self, layer: int, scores: Tensor) -> None:
+        """Takes the scores [R, P] float32 of the rows in `rows`, each row's at the right end."""
+        self._scores = scores
+
+    def select(self, layer: int, columns: list[Tensor]) -> list[Selection]:
+        """The selections of all rows that have more tokens, at these columns [M] each, than go on from this layer."""
+        assert self._scores is not None
+        made = []
+        for scores, row, at in zip(self._scores, self.rows, columns, strict=True):
+            count = self._steps[row].get(layer, len(at))
+            if count >= len(at):
+                continue
+            prefix = len(at) - self._window
+            ranks = token_ranks(scores[None, scores.shape[0] - prefix :])
+            budget = torch.tensor([count - self._window], device=at.device)
+            keep = at.new_zeros(self._tokens, dtype=torch.bool)
+            keep[at] = select_tokens(ranks, budget, self._window)[0]
+            made.append(Selection(row, layer, keep, count))
+        self._scores = None
+        return made
+
+
+def budget_of(config: ASLConfig, prompt_tokens: int) -> int:
+    """Tokens that go on from a prompt that is selected from."""
+    return min(config.token_budget(prompt_tokens), prompt_tokens)

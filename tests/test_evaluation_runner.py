@@ -336,12 +336,11 @@ def test_lengths_on_a_command_line() -> None:
     assert parse_lengths("1k,1.5K, 4096") == [1024, 1536, 4096]
 
 
-def report_of(prompt: int, layer: int | None, kept: tuple[int, ...], **config: Any) -> Report:
-    row = RowReport(
-        prompt_tokens=prompt, kept_tokens=len(kept) or prompt, selected_layer=layer, reason="", kept_positions=kept
-    )
+def report_of(prompt: int, ran: tuple[int, ...], kept: tuple[int, ...], reread: int = 0) -> Report:
+    told = {"kept_positions": kept, "layer_tokens": ran, "reread_layers": reread}
+    row = RowReport(prompt_tokens=prompt, kept_tokens=len(kept) or prompt, selected_layer=3, reason="", **told)
     sizes = {"kv_tokens": (), "kv_bytes": 0, "kv_bytes_full": 0, "prefill_seconds": 0.0}
-    return Report(policy="asl", config=config, num_layers=6, rows=(row,), **sizes)
+    return Report(policy="asl", config={}, num_layers=6, rows=(row,), **sizes)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
@@ -356,10 +355,14 @@ def test_counted_cost_is_that_of_the_products(family: str) -> None:
         return 2 * linear * len(positions) + 2 * 2 * 4 * 16 * pairs
 
     full, few = count(tuple(range(200))), count(kept)
-    share = prefill_share(layer_costs(model), report_of(200, 3, kept))
-    assert share == pytest.approx((4 * full + 2 * few) / (6 * full))
-    assert prefill_share(layer_costs(model), report_of(200, None, ())) == 1
-    assert prefill_share(layer_costs(model), report_of(200, 3, kept, propagate="mask")) == 1
+    costs, pruned = layer_costs(model), (200,) * 4 + (len(kept),) * 2
+    assert prefill_share(costs, report_of(200, pruned, kept)) == pytest.approx((4 * full + 2 * few) / (6 * full))
+    assert prefill_share(costs, report_of(200, (200,) * 6, ())) == 1
+    twice = prefill_share(costs, report_of(200, pruned, kept, reread=4))
+    assert twice == pytest.approx((4 * full + 6 * few) / (6 * full))
+    stepwise = prefill_share(costs, report_of(200, (200, 200, 100, 100, *pruned[-2:]), kept))
+    half = count(tuple(range(0, 200, 2)))
+    assert stepwise == pytest.approx((2 * full + 2 * half + 2 * few) / (6 * full))
 
 
 def test_stored_prompt_is_what_is_answered(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

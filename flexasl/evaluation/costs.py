@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexasl.report import Report
+from flexasl.report import Report, RowReport
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,26 @@ def layer_costs(model: Any) -> list[LayerCost]:
 def prefill_share(layers: Sequence[LayerCost], report: Report, row: int = 0) -> float:
     """Operations of a reported prefill, as a share of the full one's.
 
-    Layers up to the selection run on every token, deeper ones on those kept. Embedding, norms and the scoring of tokens
-    are left out; measured seconds hold them.
+    Every layer runs on the tokens that the report says, some a second time on those kept. Embedding, norms and the
+    scoring of tokens are left out; measured seconds hold them.
     """
     told = report.rows[row]
-    every = range(told.prompt_tokens)
-    if told.selected_layer is None or not told.pruned or report.config.get("propagate") == "mask":
-        return 1.0
-    last = told.selected_layer
-    full = {layer: layer.of(every) for layer in set(layers)}
-    kept = {layer: layer.of(told.kept_positions) for layer in set(layers)}
-    spent = sum((full if index <= last else kept)[layer] for index, layer in enumerate(layers))
+    full = {layer: layer.of(range(told.prompt_tokens)) for layer in set(layers)}
+    spent = 0
+    for index, layer in enumerate(layers):
+        count = told.layer_tokens[index]
+        spent += full[layer] if count == told.prompt_tokens else layer.of(_positions(told, count))
+        if index < told.reread_layers:
+            spent += layer.of(told.kept_positions)
     return spent / sum(full[layer] for layer in layers)
+
+
+def _positions(told: RowReport, count: int) -> Sequence[int]:
+    """Where the tokens were that a layer ran on; of an intermediate step only their number is known, which are taken
+    as spread evenly."""
+    if count == told.kept_tokens:
+        return told.kept_positions
+    return [place * told.prompt_tokens // count for place in range(count)]
 
 
 def _layers(decoder: Any, count: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flexasl.config import ASLConfig
@@ -17,12 +18,14 @@ class FixedLayer(Policy):
 
     name = "fixed_layer"
 
-    def __init__(self, layer: int | None = None) -> None:
+    def __init__(self, layer: int | None = None, *, depth: float = 0.5) -> None:
+        """depth: where None is, as a share of the layers."""
         self.layer = layer
+        self.depth = depth
 
     def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         voters = range(num_layers) if voters is None else voters
-        middle = (num_layers - 1) // 2
+        middle = max(0, math.ceil(self.depth * num_layers) - 1)
         layer = min(voters, key=lambda one: abs(one - middle)) if self.layer is None else self.layer
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")

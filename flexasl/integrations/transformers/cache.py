@@ -1,7 +1,14 @@
-"""Layers of transformers' `DynamicCache`."""
+"""transformers' `DynamicCache` with layers of ours, which remembers what it has read and can be saved.
+
+Shapes: B batch, M new tokens, S columns of the sequence so far.
+"""
 
 from __future__ import annotations
 
+import os
+import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +18,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from flexasl.cache import LayerCache
 from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.integrations.transformers.fingerprint import fingerprint
+from flexasl.report import Report
+from flexasl.saving import SavedCache, SavedLayer, write
 
 
 class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
@@ -65,9 +75,154 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
             self.select_rows(rows.repeat_interleave(repeats))
 
 
+class _Reader:
+    """The model that filled a cache, as long as it lives: a copied or pickled cache does not take it along."""
+
+    def __init__(self, model: Any = None) -> None:
+        self.model = (lambda: None) if model is None else weakref.ref(model)
+
+    def __deepcopy__(self, memo: Any) -> _Reader:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Reader, ()
+
+
+class PrunedCache(DynamicCache):
+    """The cache that a patched model makes, or makes of a new `DynamicCache`."""
+
+    layers: list[PrunedCacheLayer]  # type: ignore[assignment]
+    reports: tuple[Report, ...] = ()
+    """Of each prefill, oldest first, with the batch's rows as they were then."""
+    notes: Mapping[str, str] = MappingProxyType({})
+    """Strings that were saved with it."""
+    _ids: list[Tensor] | None = None
+    _read = 0
+    _mask: Tensor | None = None
+    _reader = _Reader()
+
+    def begin(self, layers: list[PrunedCacheLayer]) -> None:
+        """Starts anew, with these layers."""
+        self.layers = layers
+        self.reports, self.notes = (), {}
+        self._ids, self._read, self._mask, self._reader = [], 0, None, _Reader()
+
+    def restore(self, layers: list[PrunedCacheLayer], saved: SavedCache, model: Any) -> None:
+        """Becomes what was saved, with these layers, which hold its entries, for the model that it belongs to."""
+        self.begin(layers)
+        device = layers[0].keys.device if layers[0].keys is not None else None
+        self.reports, self.notes = saved.reports, saved.notes
+        self._ids = None if saved.token_ids is None else [saved.token_ids.to(device)]
+        self._read = saved.seen
+        self._mask = None if saved.attention_mask is None else saved.attention_mask.long().to(device)
+        self._reader = _Reader(model)
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """[B, S] int64: what was read, dropped tokens and padding included; None where the model was given
+        embeddings. A later turn's ids go behind them."""
+        if not self._ids:
+            return None
+        if len(self._ids) > 1:
+            self._ids = [torch.cat(self._ids, 1)]
+        known = self._ids[0][:, : self.get_seq_length()]
+        return known if known.shape[1] == self.get_seq_length() else None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """[B, S] int64, 0 at padding, to be continued like `token_ids`; None for an empty cache."""
+        keys = self.layers[0].keys
+        if keys is None:
+            return None
+        seen = self.get_seq_length()
+        mask = torch.ones(keys.shape[0], seen, dtype=torch.long, device=keys.device)
+        if self._mask is not None:
+            known = self._mask[:, :seen]
+            mask[:, : known.shape[1]] = known
+        return mask
+
+    def record(self, model: Any, ids: Tensor | None, mask: Tensor | None, count: int, report: Report | None) -> None:
+        """Remembers that a model has just read `count` tokens: ids [B, M], and mask [B, S] where it was given one."""
+        past = self.get_seq_length() - count
+        if past > self._read:  # a pass has failed midway
+            self._ids = None
+        elif past < self._read:  # it was cropped since
+            known = self.token_ids
+            self._ids = None if known is None else [known[:, :past]]
+            self._mask = None if self._mask is None else self._mask[:, :past]
+        if ids is None or self._ids is None:
+            self._ids = None
+        else:
+            self._ids.append(ids.clone())
+        self._mask = self._mask if mask is None else mask
+        self._read = past + count
+        if report is not None:
+            self.reports += (report,)
+        if self._reader.model() is not model:
+            self._reader = _Reader(model)
+
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
+        """Writes the cache to a file, for `flexasl.load_cache` with the same model in any process.
+
+        notes: strings to keep with it; those that it was loaded with, where None. The file is there whole or not at
+        all. Raises `FlexASLError` where the cache is empty, its model is gone, or the folder does not exist.
+        """
+        model, lengths = self._reader.model(), {layer.seen for layer in self.layers}
+        if len(lengths) != 1 or 0 in lengths or model is None:
+            what = "is half filled" if len(lengths) > 1 else "has outlived the model that filled it"
+            what = "is empty" if lengths <= {0} else what
+            raise FlexASLError(f"the cache {what}; save it after a prefill, while the model is there")
+        mask = self.attention_mask
+        assert mask is not None
+        saved = SavedCache(
+            layers=tuple(_saved(layer) for layer in self.layers),
+            seen=self.get_seq_length(),
+            token_ids=self.token_ids,
+            attention_mask=None if bool(mask.all()) else mask.bool(),
+            model=fingerprint(model),
+            reports=self.reports,
+            notes=dict(self.notes if notes is None else notes),
+        )
+        write(path, saved)
+
+    def reset(self) -> None:
+        super().reset()
+        self.begin(self.layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        mask = self.attention_mask
+        super().batch_repeat_interleave(repeats)
+        if mask is not None:
+            self._select_rows(torch.arange(mask.shape[0]).repeat_interleave(repeats))
+
+    def _select_rows(self, rows: Tensor) -> None:
+        known = self.token_ids
+        self._ids = self._ids if known is None else [known[rows.to(known.device)]]
+        self._mask = None if self._mask is None else self._mask[rows.to(self._mask.device)]
+
+
+def _saved(layer: PrunedCacheLayer) -> SavedLayer:
+    assert layer.keys is not None and layer.values is not None and layer.columns is not None
+    return SavedLayer(
+        keys=layer.keys,
+        values=layer.values,
+        columns=layer.columns,
+        valid=layer.valid,
+        uncroppable=layer.uncroppable,
+    )
+
+
 def adopt(cache: Any, layers: int, slack: int) -> None:
     """Gives a user's cache layers of ours where it is new; raises `UnsupportedError` where it cannot have them."""
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) not in (DynamicCache, PrunedCache) or cache.offloading:
         raise UnsupportedError(
             f"past_key_values is {'an offloaded' if getattr(cache, 'offloading', False) else 'a'} "
             f"{type(cache).__name__}; a patched model takes a DynamicCache, or none to make its own"
@@ -79,4 +234,6 @@ def adopt(cache: Any, layers: int, slack: int) -> None:
             f"past_key_values holds {cache.get_seq_length()} tokens that were read by an unpatched model; "
             "give a cache that this model returned while patched, or none"
         )
-    cache.layers = [PrunedCacheLayer(slack) for _ in range(layers)]
+    # The user holds this very object, so it becomes what a patched model needs rather than being replaced.
+    cache.__class__ = PrunedCache
+    cache.begin([PrunedCacheLayer(slack) for _ in range(layers)])

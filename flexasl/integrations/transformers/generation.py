@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -22,8 +23,10 @@ BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_c
 def guard_generation(model: PreTrainedModel) -> list[str]:
     """Puts checks in front of the model's ways to generate, on this object only; returns the attributes that it set,
     which are to be deleted again."""
+    # A model loaded from a folder with `custom_generate` has its own on the object.
+    generate = vars(model).get("generate", functools.partial(type(model).generate, model))
     attributes: dict[str, Any] = {
-        "generate": functools.partial(_generate, model),
+        "generate": functools.partial(_generate, model, generate),
         "_supported_generation_modes": list(MODES),
     }
     attributes |= {name: functools.partial(_refuse_batching, name) for name in BATCHING if hasattr(model, name)}
@@ -32,7 +35,7 @@ def guard_generation(model: PreTrainedModel) -> list[str]:
     return list(attributes)
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
 
     def given(name: str) -> Any:
@@ -55,7 +58,23 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 f"{name} is not available on a patched model, because candidates would be read as part of the prompt; "
                 f"give {name}=None (a patched model can be the assistant of another one)"
             )
-    return type(model).generate(model, *args, **kwargs)
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    _refuse_other_beginning(ids, kwargs.get("past_key_values"))
+    return generate(*args, **kwargs)
+
+
+def _refuse_other_beginning(ids: Any, cache: Any) -> None:
+    """Raises `UnsupportedError` where ids [B, N] do not begin with the tokens that a cache has read."""
+    known = getattr(cache, "token_ids", None)
+    if known is None or not isinstance(ids, Tensor) or len(ids) != len(known) or ids.shape[1] < known.shape[1]:
+        return
+    other = (ids[:, : known.shape[1]].to(known.device) != known) & cache.attention_mask.bool()
+    if bool(other.any()):
+        row, column = other.nonzero()[0].tolist()
+        raise UnsupportedError(
+            f"input_ids do not begin with the {known.shape[1]} tokens that past_key_values has read: row {row} differs "
+            f"at token {column}; give cache.token_ids with the new ids behind them"
+        )
 
 
 def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.transformers.placement import input_device, refuse_placement
 
 NAME, RECORDING = "flexasl", "flexasl_recording"
 """Of attention implementations: the one of a patched model, and one that only notes what it is asked for."""
@@ -108,13 +111,14 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     if model.config._attn_implementation == NAME:
         raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
     _refuse_by_name(model)
+    refuse_placement(model, compile)
     decoder = model.get_decoder()
     layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
     if not model.can_generate():
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     if model.training:
         raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
-    if kernel == "flex" and model.device.type == "cpu":
+    if kernel == "flex" and input_device(model).type == "cpu":
         raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedError(
@@ -184,11 +188,12 @@ def _promised(layer: Any, index: int, config: Any) -> dict[str, Any]:
 def _recorded(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The attention that each layer asks for, in order, found out by one run on two tokens, in which it gives zeros."""
     asked: list[dict[str, Any]] = []
+    # Lists among the arguments would be copied on the way by accelerate's hooks; functions are not.
     before = model.config._attn_implementation
     model.set_attn_implementation(RECORDING)
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), flexasl_asked=asked)
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), flexasl_asked=asked.append)
     except Exception as error:
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({type(model).__name__}) is not among those tested, and a trial "
@@ -208,11 +213,11 @@ def _record(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    flexasl_asked: list[dict[str, Any]] | None = None,
+    flexasl_asked: Callable[[dict[str, Any]], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if flexasl_asked is not None:
-        flexasl_asked.append({"scale": scaling, "sliding_window": sliding_window, "softcap": softcap})
+        flexasl_asked({"scale": scaling, "sliding_window": sliding_window, "softcap": softcap})
     batch, heads, count, _ = query.shape
     return value.new_zeros(batch, count, heads, value.shape[-1]), None
 
@@ -221,13 +226,14 @@ AttentionInterface.register(RECORDING, _record)
 AttentionMaskInterface.register(RECORDING, lambda *args, **kwargs: None)
 
 
+@functools.cache
 def _is_tested(version: str) -> bool:
-    """Whether the tests cover this transformers; warns, once a version, where it is newer."""
+    """Whether the tests cover this transformers; warns, once a process, where it is newer."""
     if tuple(map(int, version.split(".")[:2])) <= tuple(map(int, TESTED[1].split("."))):
         return True
     warnings.warn(
         f"transformers {version} is newer than {TESTED[1]}, the last that flexasl was tested with; "
         "every model is checked by a short self-test when it is patched",
-        stacklevel=4,
+        stacklevel=5,
     )
     return False

@@ -21,6 +21,7 @@ from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.models import NAME, find_stack
+from flexasl.integrations.transformers.placement import sum_over_ranks
 from flexasl.packing import Continued
 from flexasl.policies import Policy
 from flexasl.prefill import Prefill, left_padded_lengths
@@ -48,10 +49,13 @@ class Patch:
         """The settings that run on this model, with no default left open."""
         self.compiled = compile
         """Whether decoder layers run as compiled graphs."""
+        self.slack = SLACK if compile else 0
+        """Cache entries that room is made for at a time."""
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
         self._model = model
         self._stack = stack
+        self._reduce = sum_over_ranks(model)
         self._arguments = list(inspect.signature(type(stack.decoder).forward).parameters)[1:]
         check = None if stack.tested else check_by_running(model)
         self._attention_before = model.config._attn_implementation
@@ -62,7 +66,9 @@ class Patch:
             for module in self._regions:
                 module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
         model.set_attn_implementation(NAME)
+        before = dict(vars(model))
         self._guarded = guard_generation(model)
+        self._shadowed = {name: before[name] for name in self._guarded if name in before}
         model.flexasl_patch = self
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True),
@@ -88,6 +94,7 @@ class Patch:
         self._model.set_attn_implementation(self._attention_before)
         for name in (*self._guarded, "flexasl_patch"):
             delattr(self._model, name)
+        vars(self._model).update(self._shadowed)
 
     def __enter__(self) -> Patch:
         return self
@@ -123,8 +130,13 @@ class Patch:
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call: Call = kwargs[CALL]
         call.close()
+        report = None
         if call.prefill is not None:
-            self.report = call.report(self.policy)
+            report = self.report = call.report(self.policy)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and call.caches is not None:
+            ids, count = kwargs.get("input_ids"), call.columns.shape[1]
+            cache.record(self._model, ids, kwargs.get("attention_mask"), count, report)
 
     def _enter_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,6 +144,8 @@ class Patch:
         call: Call = kwargs[CALL]
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         kwargs = dict(zip(self._stack.layer_arguments, args[1:], strict=False)) | kwargs
+        if isinstance(call.rerun, SecondPass):
+            call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
         if index == 0:
             hidden = call.start(hidden)
         step = kwargs[CALL] = call.enter(index, self._stack.attention[index])
@@ -162,7 +176,7 @@ class Patch:
             if not (decoder.config.use_cache if use_cache is None else use_cache):
                 return None
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        adopt(cache, len(self._stack.layers), SLACK if self.compiled else 0)
+        adopt(cache, len(self._stack.layers), self.slack)
         return cache
 
     def _call(
@@ -195,8 +209,26 @@ class Patch:
             tokens=count,
             device=device,
             voters=self._stack.voters,
+            reduce=self._reduce,
         )
-        return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled)
+        again = SecondPass(self._stack.layers) if self.policy.second_pass else None
+        return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
+
+
+class SecondPass:
+    """Runs layers again on what they were given in the first pass, under another call."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.inputs: list[tuple[Tensor | None, dict[str, Any]]] = []
+        """Of each layer so far: hidden states, of the first one only, and keywords."""
+
+    def __call__(self, call: Call, last: int) -> Tensor:
+        hidden: Any = self.inputs[0][0]
+        for layer, (_, kwargs) in zip(self.layers[: last + 1], self.inputs):
+            output = layer(hidden, **(kwargs | {CALL: call}))
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 def attention_forward(

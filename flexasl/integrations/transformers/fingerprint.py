@@ -1,0 +1,79 @@
+"""Which model a saved cache belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexasl.errors import FlexASLError, UnsupportedError
+
+SAMPLE = 64
+"""Numbers of each parameter that are hashed."""
+UNLIKE_MODELS = ("rope", "rotary", "layer_types", "activation", "hidden_act")
+"""Parts of the names of settings that count, although they are no numbers."""
+LIKE_MODELS = ("token_id", "drop", "initializer", "chunk_size")
+"""Parts of the names of numbers that change nothing in what a cache holds."""
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """Architecture, dtype, settings (rotary ones included) and digests of shapes and weights, ready for JSON.
+
+    The same on every device. Weights are known by `SAMPLE` numbers of every parameter, evenly spaced: another training
+    run differs in them, a single changed number may not. Raises `UnsupportedError` where weights are offloaded or
+    split over processes.
+    """
+    shapes, weights = hashlib.sha256(), hashlib.sha256()
+    samples: dict[str, list[Tensor]] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta or (getattr(model, "tp_size", None) or 1) > 1:
+            raise UnsupportedError(
+                f"{type(model).__name__} has its weights offloaded or split over processes, so its fingerprint cannot "
+                "be taken; saved caches need a model that is in one process and in memory"
+            )
+        shapes.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().reshape(-1)
+        # An odd step, so that the sample of a matrix does not keep to one column.
+        samples.setdefault(str(parameter.dtype), []).append(flat[:: flat.numel() // SAMPLE | 1])
+    for dtype in sorted(samples):  # one transfer from the device for each dtype
+        weights.update(torch.cat(samples[dtype]).cpu().view(torch.uint8).numpy().data)
+    return {
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": _settings(model.config.get_text_config(decoder=True)),
+        "shapes": shapes.hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def refuse_other_model(found: dict[str, Any], model: Any, path: str) -> None:
+    """Raises `FlexASLError`, which names the first difference, where a file's fingerprint is not this model's."""
+    mine = fingerprint(model)
+    settings = found.get("settings")
+    if not isinstance(settings, dict):
+        settings = {}
+    # Versions of transformers know different settings: those that both have must agree.
+    parts = [("architecture", "architecture"), ("dtype", "dtype"), ("shapes", "digest of shapes")]
+    pairs = [(words, found.get(name), mine[name]) for name, words in parts]
+    pairs[2:2] = [(name, settings[name], value) for name, value in mine["settings"].items() if name in settings]
+    pairs.append(("digest of weights", found.get("weights"), mine["weights"]))
+    for words, theirs, own in pairs:
+        if theirs != own:
+            raise FlexASLError(
+                f"{path} was saved from another model: its {words} is {theirs!r:.100}, and this model's is "
+                f"{own!r:.100}; load it with the model that read the prompt"
+            )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What the config says that decides what keys and values are, as JSON reads it back."""
+    known = json.loads(json.dumps(config.to_dict(), default=str))
+    counted = {}
+    for name, value in sorted(known.items()):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if any(part in name for part in UNLIKE_MODELS) or (number and not any(part in name for part in LIKE_MODELS)):
+            counted[name] = value
+    return counted

@@ -1,0 +1,74 @@
+"""A saved cache for a patched model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexasl.errors import FlexASLError
+from flexasl.integrations.transformers.cache import PrunedCache, PrunedCacheLayer
+from flexasl.integrations.transformers.fingerprint import refuse_other_model
+from flexasl.integrations.transformers.placement import input_device
+from flexasl.saving import SavedCache, read
+
+
+def load(path: str | os.PathLike[str], model: Any) -> PrunedCache:
+    """The file's cache on the model's device; see `flexasl.load_cache`."""
+    saved = read(path)
+    refuse_other_model(saved.model, model, os.fspath(path))
+    _refuse_misfits(saved, model, os.fspath(path))
+    device = input_device(model)
+    slack = model.flexasl_patch.slack
+    layers = []
+    for entries in saved.layers:
+        layer = PrunedCacheLayer(slack)
+        layer.restore(
+            entries.keys.to(device),
+            entries.values.to(device),
+            entries.columns.to(device),
+            None if entries.valid is None else entries.valid.to(device),
+            seen=saved.seen,
+            uncroppable=entries.uncroppable,
+        )
+        layers.append(layer)
+    cache = PrunedCache()
+    cache.restore(layers, saved, model)
+    return cache
+
+
+def _refuse_misfits(saved: SavedCache, model: Any, path: str) -> None:
+    """Raises `FlexASLError` unless the tensors are such as the model makes."""
+    needed = _made_by(model)
+    found = [(layer.keys, layer.values) for layer in saved.layers]
+    if len(found) != len(needed):
+        raise FlexASLError(f"{path} has {len(found)} layers, and the model {len(needed)}; save the cache again")
+    for index, pair in enumerate(zip(found, needed, strict=True)):
+        theirs, own = ([(states.shape[1], states.shape[3], states.dtype) for states in states_of] for states_of in pair)
+        if theirs != own:
+            raise FlexASLError(
+                f"{path} has other keys and values at layer {index} than the model makes: heads, dims and dtypes are "
+                f"{theirs} where they should be {own}; save the cache again"
+            )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if saved.token_ids is not None and bool((saved.token_ids >= vocabulary).any()):
+        raise FlexASLError(f"{path} has token ids beyond the model's {vocabulary}; save the cache again")
+
+
+@torch.no_grad()
+def _made_by(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of one token at every layer: no config says for all families what they look like."""
+    patch = model.flexasl_patch
+    report = patch.report
+    # A prompt of one token is not worth a graph.
+    eager = torch.compiler.set_stance("force_eager") if patch.compiled else contextlib.nullcontext()
+    try:
+        with eager:
+            ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+            made = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    finally:
+        patch.report = report
+    return [(layer.keys, layer.values) for layer in made.layers]

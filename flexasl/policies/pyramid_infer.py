@@ -1,0 +1,52 @@
+"""Tokens dropped step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flexasl.config import ASLConfig
+from flexasl.errors import ConfigError
+from flexasl.policies.asl_two_pass import one_selection
+from flexasl.policies.base import Policy
+
+
+class PyramidInfer(Policy):
+    """After every layer from `first` on, the tokens that the last ones attend to least are dropped, along a cosine from
+    all of them down to `select_tokens` after layer `last` (after PyramidInfer, arXiv 2405.12532).
+
+    Layers count from 0; None is the second layer, and the last but one. The paper sets each model's shares by hand,
+    falling with depth; the cosine stands for those. A layer's cache holds the tokens that it ran on.
+    """
+
+    name = "pyramid_infer"
+
+    def __init__(self, first: int | None = None, last: int | None = None) -> None:
+        self.first = first
+        self.last = last
+
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        first, last = self._ends(num_layers)
+        if not 0 <= first <= last < num_layers:
+            raise ConfigError(f"first={first} and last={last} are no layers in order; give 0 to {num_layers - 1}")
+        if voters is not None and len(voters) < num_layers:
+            raise ConfigError(
+                f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, voters))} see "
+                "the whole prompt; give another policy"
+            )
+        rule = one_selection(self.name, config).replace(select_on="last", observe_layers=1)
+        return rule.replace(min_layer=first, max_layer=last).resolve(num_layers)
+
+    def steps(self, config: ASLConfig, num_layers: int, prompt_tokens: int) -> dict[int, int]:
+        first, last = self._ends(num_layers)
+        least = config.token_budget(prompt_tokens)
+        steps = {}
+        for layer in range(first, last + 1):
+            done = (layer - first + 1) / (last - first + 1)
+            share = (1 + math.cos(math.pi * done)) / 2
+            steps[layer] = least + round((prompt_tokens - least) * share)
+        return steps
+
+    def _ends(self, num_layers: int) -> tuple[int, int]:
+        first = min(1, num_layers - 1) if self.first is None else self.first
+        return first, max(first, num_layers - 2) if self.last is None else self.last

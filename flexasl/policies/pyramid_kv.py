@@ -1,0 +1,40 @@
+"""A smaller cache after a full prefill, and the smaller the deeper the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexasl.config import ASLConfig
+from flexasl.errors import ConfigError
+from flexasl.policies.base import Policy
+from flexasl.policies.snapkv import SnapKV
+
+
+class PyramidKV(Policy):
+    """SnapKV with a budget that falls with depth (PyramidKV, arXiv 2406.02069).
+
+    With a mean budget of k entries beside the window, the last layer keeps k / beta and the first 2 k - k / beta, and
+    those between lie on a line, so that the sum is that of SnapKV. `beta` is 20 in the paper's code. Where the prompt
+    is shorter than the budget of the first layers, the sum is smaller.
+    """
+
+    name = "pyramid_kv"
+    prunes_tokens = False
+
+    def __init__(self, beta: float = 20.0) -> None:
+        if not beta >= 1:
+            raise ConfigError(f"beta={beta} would give the last layer more than the mean; give at least 1")
+        self.beta = beta
+
+    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+        if config.kv_top_p is not None:
+            raise ConfigError(f"kv_top_p={config.kv_top_p} sets no budget that could fall with depth; give kv_budget")
+        return SnapKV().resolve(config, num_layers, voters)
+
+    def cache_budget(self, config: ASLConfig, layer: int, num_layers: int, prompt_tokens: int) -> int | None:
+        budget = config.cache_budget(prompt_tokens)
+        assert budget is not None
+        mean = budget - config.window
+        least = mean / self.beta
+        depth = layer / max(1, num_layers - 1)
+        return config.window + max(1, round(2 * mean - least - depth * 2 * (mean - least)))

@@ -1,0 +1,329 @@
+"""A read prompt as one file: safetensors, written whole or not at all, and checked before anything is built from it.
+
+The file is plain safetensors with one fixed place: its header starts with the SHA-256 of all other bytes, so that a
+changed bit anywhere is found. A digest is no signature: every shape, dtype and bound is checked besides, and nothing in
+the file is ever run.
+
+Shapes: B batch, G KV heads, N entries of a layer, D head dim of keys or of values, S columns of the sequence so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flexasl import __version__
+from flexasl.errors import FlexASLError
+from flexasl.report import Report
+
+FORMAT, VERSION = "flexasl cache", "1"
+BEGINNING = b'{"__metadata__":{"digest":"'
+"""Of every header; the digest follows."""
+PLACE, BLANK = 8 + len(BEGINNING), b"0" * 64
+"""Where in the file the digest is, and what stands for it while it is computed."""
+MOST_HEADER_BYTES = 100_000_000
+"""safetensors' own limit."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+STATES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedLayer:
+    """What one layer remembers."""
+
+    keys: Tensor
+    """[B, G, N, D], floating point."""
+    values: Tensor
+    """[B, G, N, D of values], dtype of the keys."""
+    columns: Tensor
+    """[B, N] or [B, G, N] int64: the column that each entry came from, ascending among valid entries."""
+    valid: Tensor | None = None
+    """Bool like `columns`; None where every entry is valid."""
+    uncroppable: int = 0
+    """Columns that cannot be cropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCache:
+    """What a file holds."""
+
+    layers: tuple[SavedLayer, ...]
+    seen: int
+    """S."""
+    token_ids: Tensor | None
+    """[B, S] int64; None where the model was given embeddings."""
+    attention_mask: Tensor | None
+    """[B, S] bool, False at padding; None where there is none."""
+    model: dict[str, Any]
+    """Fingerprint of the model, by the integration that knows it."""
+    reports: tuple[Report, ...]
+    """One for each prefill, oldest first."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Strings that whoever saved it wanted to keep with it."""
+    flexasl: str = __version__
+    """Version of the library that wrote it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(states.nbytes for layer in self.layers for states in (layer.keys, layer.values))
+
+
+class _Damage(Exception):
+    """What is wrong with a file, to be said with its name."""
+
+
+def write(path: str | os.PathLike[str], saved: SavedCache) -> None:
+    """Writes the file beside its place and renames it, so that `path` holds the old file or the new one, whole.
+
+    Memory: one tensor at a time is on the host. Raises `FlexASLError` where the folder does not exist, OSError as the
+    system does.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FlexASLError(f"{path} lies in a folder that does not exist; make {path.parent} first")
+    if path.is_dir():
+        raise FlexASLError(f"{path} is a folder; give the name of a file")
+    # Wider elements first, so that each tensor starts at a multiple of its element's size and can be mapped.
+    tensors = dict(sorted(_tensors(saved).items(), key=lambda item: -item[1].element_size()))
+    header = _header(saved, tensors)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
+        made = Path(folder) / path.name
+        with made.open("wb") as file:
+            digest = hashlib.sha256()
+            for piece in _pieces(header, tensors):
+                digest.update(piece)
+                file.write(piece)
+            file.seek(PLACE)
+            file.write(digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, path)
+    _sync_folder(path.parent)
+
+
+def read(path: str | os.PathLike[str]) -> SavedCache:
+    """The file's content, on the CPU; tensors are mapped, not copied: pages are read when they are used.
+
+    Never write into the tensors' file while they are in use; replacing it, as `write` does, is fine. Raises
+    `FlexASLError` for anything but an unchanged file of this format version, FileNotFoundError where there is none.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a file that cache.save wrote")
+    if not os.path.isfile(path):
+        raise FlexASLError(f"{os.fspath(path)} is not a file; give a file that cache.save wrote")
+    try:
+        metadata = _metadata(path)
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() != metadata:
+                raise _Damage("it was replaced while it was read")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        return _build(_parse(metadata["cache"]), tensors)
+    except _Damage as damage:
+        reason = str(damage)
+    except SafetensorError as error:
+        reason = f"safetensors says {str(error)[:200]}"
+    except (ValueError, RecursionError):  # JSON's
+        reason = "its description cannot be read"
+    raise FlexASLError(f"{os.fspath(path)} is not a saved cache that can be used: {reason}; save it again")
+
+
+def _tensors(saved: SavedCache) -> dict[str, Tensor]:
+    """By name, in no order."""
+    named = {"token_ids": saved.token_ids, "attention_mask": saved.attention_mask}
+    for index, layer in enumerate(saved.layers):
+        parts = {"keys": layer.keys, "values": layer.values, "columns": layer.columns, "valid": layer.valid}
+        named |= {f"layers.{index}.{part}": tensor for part, tensor in parts.items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _header(saved: SavedCache, tensors: dict[str, Tensor]) -> bytes:
+    description = {
+        "flexasl": saved.flexasl,
+        "seen": saved.seen,
+        "uncroppable": [layer.uncroppable for layer in saved.layers],
+        "model": saved.model,
+        "reports": [report.to_dict() for report in saved.reports],
+        "notes": saved.notes,
+    }
+    metadata = {"digest": BLANK.decode(), "format": FORMAT, "version": VERSION, "cache": json.dumps(description)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > MOST_HEADER_BYTES:
+        raise FlexASLError(f"reports and notes take {len(header)} bytes; a file holds at most {MOST_HEADER_BYTES}")
+    return header
+
+
+def _pieces(header: bytes, tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The file's bytes, in order."""
+    yield struct.pack("<Q", len(header))
+    yield header
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The header's strings, once its digest has been found right."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < PLACE + len(BLANK):
+            raise _Damage(f"it has {size} bytes")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view, memoryview(view) as content:
+            (length,) = struct.unpack("<Q", content[:8])
+            if length > min(size - 8, MOST_HEADER_BYTES):
+                raise _Damage(f"its header would have {length} bytes, and it has {size} in all")
+            header = bytes(content[8 : 8 + length])
+            if not header.startswith(BEGINNING):
+                raise _Damage("it was not written by flexasl")
+            entries = _parse(header)
+            metadata: dict[str, Any] = entries["__metadata__"]
+            if metadata.get("format") != FORMAT:
+                raise _Damage("it was not written by flexasl")
+            if metadata.get("version") != VERSION:
+                raise _Damage(
+                    f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {VERSION!r}"
+                )
+            digest = hashlib.sha256(content[:PLACE])
+            digest.update(BLANK)
+            digest.update(content[PLACE + len(BLANK) :])
+    if metadata["digest"] != digest.hexdigest():
+        raise _Damage("it has changed since it was written, or was cut short")
+    if set(metadata) != {"digest", "format", "version", "cache"} or not isinstance(metadata["cache"], str):
+        raise _Damage("its description is not complete")
+    return metadata
+
+
+def _build(description: Any, tensors: dict[str, Tensor]) -> SavedCache:
+    """Checks everything; raises `_Damage`."""
+    kinds = {"flexasl": str, "seen": int, "uncroppable": list, "model": dict, "reports": list, "notes": dict}
+    if not isinstance(description, dict) or set(description) != set(kinds):
+        raise _Damage("its description is not complete")
+    for name, kind in kinds.items():
+        if type(description[name]) is not kind:
+            raise _Damage(f"{name} is a {type(description[name]).__name__}, where it should be {kind.__name__}")
+    seen, uncroppable = description["seen"], description["uncroppable"]
+    if not all(type(count) is int and 0 <= count <= seen for count in uncroppable):
+        raise _Damage(f"uncroppable is not a list of counts from 0 to seen={seen}")
+    if not all(isinstance(text, str) for text in description["notes"].values()):
+        raise _Damage("notes are not all strings")
+    if "layers.0.keys" not in tensors or tensors["layers.0.keys"].dim() != 4:
+        raise _Damage("layers.0.keys are missing or not of four dimensions")
+    batch, dtype = tensors["layers.0.keys"].shape[0], tensors["layers.0.keys"].dtype
+    if batch < 1 or seen < 1 or dtype not in STATES:
+        raise _Damage(f"it holds {batch} rows of {seen} tokens in {dtype}")
+    left = dict(tensors)
+    ids = _whole(left, "token_ids", torch.int64, batch, seen)
+    if ids is not None and bool((ids < 0).any()):
+        raise _Damage("token_ids are not all positive")
+    mask = _whole(left, "attention_mask", torch.bool, batch, seen)
+    layers = tuple(_layer(left, index, (batch, seen, dtype), mask, most) for index, most in enumerate(uncroppable))
+    if not layers or left:
+        raise _Damage(f"tensors {', '.join(sorted(left))[:80]} belong to none of its {len(layers)} layers")
+    try:
+        reports = tuple(map(Report.from_dict, description["reports"]))
+    except FlexASLError as error:
+        raise _Damage(f"a report in it is not one: {error}") from error
+    return SavedCache(
+        layers=layers,
+        seen=seen,
+        token_ids=ids,
+        attention_mask=mask,
+        model=description["model"],
+        reports=reports,
+        notes=description["notes"],
+        flexasl=description["flexasl"],
+    )
+
+
+def _whole(left: dict[str, Tensor], name: str, dtype: torch.dtype, batch: int, seen: int) -> Tensor | None:
+    """Takes a tensor [B, S] away, if it is there."""
+    tensor = left.pop(name, None)
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != (batch, seen)):
+        raise _Damage(f"{name} is {_kind(tensor)}, where {dtype} {[batch, seen]} is needed")
+    return tensor
+
+
+def _layer(
+    left: dict[str, Tensor], index: int, common: tuple[int, int, torch.dtype], mask: Tensor | None, uncroppable: int
+) -> SavedLayer:
+    """Takes a layer's tensors away."""
+    batch, seen, dtype = common
+    parts = {part: left.pop(f"layers.{index}.{part}", None) for part in ("keys", "values", "columns", "valid")}
+    keys, values, columns, valid = parts.values()
+    if keys is None or values is None or columns is None:
+        raise _Damage(f"layer {index} is not complete")
+    for part, states in (("keys", keys), ("values", values)):
+        if states.dtype != dtype or states.dim() != 4 or states.shape[:3] != (batch, *keys.shape[1:3]):
+            raise _Damage(f"layers.{index}.{part} are {_kind(states)}, which fits neither the keys nor other layers")
+    heads, entries = keys.shape[1:3]
+    if columns.dtype != torch.int64 or tuple(columns.shape) not in ((batch, entries), (batch, heads, entries)):
+        raise _Damage(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != columns.shape):
+        raise _Damage(f"layers.{index}.valid is {_kind(valid)}, where the columns are {list(columns.shape)}")
+    if entries > seen or bool(((columns < 0) | (columns >= seen)).any()):
+        raise _Damage(f"layers.{index} has entries from beyond the {seen} tokens that were read")
+    real = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
+    places = columns.masked_fill(~real, -1)
+    if not bool(((places[..., 1:] > places.cummax(-1).values[..., :-1]) | ~real[..., 1:]).all()):
+        raise _Damage(f"layers.{index}.columns do not ascend")
+    if mask is not None:
+        own = mask if columns.dim() == 2 else mask[:, None].expand(-1, heads, -1)
+        if bool((real & ~own.gather(-1, columns)).any()):
+            raise _Damage(f"layers.{index} has entries from padding")
+    return SavedLayer(keys=keys, values=values, columns=columns, valid=valid, uncroppable=uncroppable)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _parse(text: str | bytes) -> Any:
+    return json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_number)
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names must differ: which one counts would be up to the reader."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Damage("its description names something twice")
+    return found
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise _Damage(f"its description has {constant} for a number")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming last through a power cut, where folders can be synced."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
