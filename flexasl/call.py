@@ -111,6 +111,8 @@ class Call:
         self._past = 0 if not caches else caches[0].seen
         self._compiled = compiled
         self.rerun = rerun
+        self.step: LayerStep | None = None
+        """That of the layer that runs, for adapters whose layers take one object all the way down to attention."""
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
         self._started = _clock(columns.device)

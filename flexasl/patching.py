@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,8 @@ from flexasl.policies import Policy, find_policy
 if TYPE_CHECKING:
     import os
 
-    from flexasl.integrations.transformers import Patch, PrunedCache
+    from flexasl.integrations.base import BasePatch
+    from flexasl.integrations.transformers import PrunedCache
 
 
 def patch(
@@ -22,15 +24,15 @@ def patch(
     *,
     kernel: Literal["auto", "flex", "sdpa", "eager"] = "auto",
     compile: bool = False,
-) -> Patch:
+) -> BasePatch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
-    model: a transformers causal decoder in eval mode, or a PEFT model around one. config: the settings (default
-    `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what computes attention, see
-    `FlexASLAttention`. compile: run decoder layers as compiled graphs, made on the first prompt and the first new
-    token, good for all lengths; such a model gives no gradients. Returns the patch, whose `report` tells of the last
-    prompt. Raises `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit
-    it; the model is then untouched.
+    model: a causal decoder in eval mode, of transformers (or a PEFT model around one), torchtune or torchtitan. config:
+    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what
+    computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
+    the first prompt and the first new token, good for all lengths; such a model gives no gradients. Returns the patch,
+    whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and
+    `ConfigError` for settings that do not fit it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
@@ -40,14 +42,32 @@ def patch(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
     model = _without_peft(model)
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        raise UnsupportedError(
-            f"model is a {type(model).__name__}; give a transformers causal language model (a PreTrainedModel)"
-        )
-    from flexasl.integrations.transformers import Patch
+    settings = config or ASLConfig()
+    if _is_a(model, "transformers", "PreTrainedModel"):
+        from flexasl.integrations.transformers import Patch
 
-    return Patch(model, config or ASLConfig(), chosen, kernel=kernel, compile=compile)
+        return Patch(model, settings, chosen, kernel=kernel, compile=compile)
+    others = {
+        "torchtune": ("torchtune.modules", "TransformerDecoder"),
+        "torchtitan": ("torchtitan.models.common.decoder", "Decoder"),
+    }
+    framework = next((name for name, place in others.items() if _is_a(model, *place)), None)
+    if framework is None:
+        raise UnsupportedError(
+            f"model is a {type(model).__name__}; give a transformers causal language model (a PreTrainedModel), a "
+            "torchtune TransformerDecoder or a torchtitan Decoder"
+        )
+    if compile:
+        raise UnsupportedError(f"compile=True is not available for {framework} models; give compile=False")
+    adapter: Any = importlib.import_module(f"flexasl.integrations.{framework}")
+    patched: BasePatch = adapter.Patch(model, settings, chosen, kernel=kernel)
+    return patched
+
+
+def _is_a(model: Any, module: str, name: str) -> bool:
+    """Whether the model is of this class, without importing the module: nobody else can have made such a model."""
+    found = sys.modules.get(module)
+    return found is not None and isinstance(model, getattr(found, name, ()))
 
 
 def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:

@@ -331,12 +331,12 @@ class Prefill:
         return Entries(tokens, None if least == most else valid)
 
 
-def left_padded_lengths(attention_mask: Tensor) -> list[int]:
-    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError` unless padding is on the
-    left."""
+def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") -> list[int]:
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this name,
+    unless padding is on the left."""
     mask = attention_mask.bool()
     if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise UnsupportedError(
-            "attention_mask has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
+            f"{name} has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
         )
     return [int(count) for count in mask.sum(1).tolist()]

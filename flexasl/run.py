@@ -22,6 +22,10 @@ BEFORE, AFTER = "before question", "after question"
 """Names of notes in a saved prompt: the text on both sides of the question, which is read with it."""
 
 
+PROBES = ("What?", "12", "“It”")
+"""Beginnings of questions, to find out where a tokenizer can cut a prompt."""
+
+
 def _nothing(*_: Any) -> None:
     pass
 
@@ -97,12 +101,11 @@ def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], 
     if whole.count(mark) != 1:
         raise FlexASLError("the chat template changes the user's message, so that a question cannot be put in later")
     special = tokenizer.chat_template is None
-    want = _ids(tokenizer, start + "What?" + after, special)
-    # Some tokenizers take line ends with the word before them, some with the word after.
-    cuts = [(start, ""), (start.rstrip(), start[len(start.rstrip()) :])]
-    for head, between in cuts:
+    # Most tokenizers take spaces and line ends with the word after them, some with the mark before them.
+    bare = start.rstrip()
+    for head, between in ((bare, start[len(bare) :]), (start, "")):
         ids, notes = _ids(tokenizer, head, special), {BEFORE: between, AFTER: after}
-        if ids + closing_ids(tokenizer, notes, "What?") == want:
+        if all(ids + closing_ids(tokenizer, notes, x) == _ids(tokenizer, start + x + after, special) for x in PROBES):
             break
     return ids, notes
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import flexasl
+from flexasl.cache import LayerCache
 
 VOCAB, LAYERS, HEADS, GROUPS = 199, 6, 4, 2
 
@@ -78,6 +79,9 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTraine
     config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
     # The grouped products of experts that transformers takes by default know no float64.
     settings = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    if "attn_logit_softcapping" in extra:
+        # The default of transformers 5.17, SDPA, forgets the soft-cap.
+        settings["attn_implementation"] = "eager"
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).eval().requires_grad_(False)
 
 
@@ -111,27 +115,45 @@ def recompute(
     columns: per layer the cached columns [1, N_l] or [1, G, N_l] after generation; kept: the prompt positions that
     go on below `selected_layer`. Queries of the prompt see the prompt; those after it see what the layer's cache holds.
     """
-    total = ids.shape[1]
+    windows = [sliding_window(model, layer) for layer in range(len(columns))]
+    with _layer_masks(model, pruned_masks(ids.shape[1], prompt, columns, selected_layer, kept, windows)):
+        return model(ids, use_cache=False).logits
+
+
+def pruned_masks(
+    total: int,
+    prompt: int,
+    columns: list[torch.Tensor],
+    selected_layer: int | None,
+    kept: torch.Tensor,
+    windows: list[int | None],
+    heads: int = HEADS,
+) -> list[torch.Tensor]:
+    """Per layer [1, H, N, N]: 0 where a pruned run lets a query see a key, -inf elsewhere; arguments as `recompute`'s."""
     at = torch.arange(total)
     causal = at[None] <= at[:, None]
     on = torch.ones(total, dtype=torch.bool)
     on[:prompt] = False
     on[kept] = True
     masks = []
-    for layer, held in enumerate(columns):
+    for layer, (held, window) in enumerate(zip(columns, windows, strict=True)):
         held = held.expand(1, held.shape[-1])[None] if held.dim() == 2 else held
         stored = torch.zeros(held.shape[1], total, dtype=torch.bool)
         stored.scatter_(1, held[0], True)
         seen = on if selected_layer is not None and layer > selected_layer else torch.ones_like(on)
-        window = sliding_window(model, layer)
         near = causal if window is None else causal & (at[None] > at[:, None] - window)
         allowed = (near & seen[None])[None].repeat(held.shape[1], 1, 1)
         allowed[:, prompt:] &= stored[:, None]
         allowed |= torch.eye(total, dtype=torch.bool)
-        allowed = allowed.repeat_interleave(HEADS // held.shape[1], 0)[None]
+        allowed = allowed.repeat_interleave(heads // held.shape[1], 0)[None]
         masks.append(torch.where(allowed, 0.0, float("-inf")))
-    with _layer_masks(model, masks):
-        return model(ids, use_cache=False).logits
+    return masks
+
+
+def held_columns(cache: LayerCache) -> torch.Tensor:
+    """Columns that a layer's cache of one row holds, as `recompute` takes them."""
+    assert cache.columns is not None
+    return cache.columns if cache.valid is None else cache.columns.masked_fill(~cache.valid, int(cache.columns.max()))
 
 
 def sliding_window(model: PreTrainedModel, layer: int) -> int | None:

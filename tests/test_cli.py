@@ -1,5 +1,6 @@
 """The command line: what it prints where, what it refuses, and what it leaves behind."""
 
+import copy
 import io
 import json
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from tiny_chat import save_tiny_model, tiny_tokenizer
 
 import flexasl
@@ -111,6 +113,91 @@ def test_keep_all_answers_like_the_unpruned_model(ask) -> None:
     data = json.loads(ask("--json", "--compare", "--select-tokens", "1.0").out)
     assert data["text"] == data["unpruned"]["text"]
     assert data["kv_bytes"] == data["unpruned"]["kv_bytes"]
+
+
+@pytest.fixture
+def saved(flexasl_main, model: str, document: str, tmp_path: Path) -> str:
+    """The document, read by `flexasl prefill`."""
+    path = str(tmp_path / "document.safetensors")
+    status, out, err = flexasl_main(
+        *("prefill", "--file", document, "--out", path, "--model", model),
+        *("--select-tokens", str(SELECT), "--kv-budget", "120", "--about", "Reasons."),
+    )
+    assert (status, err) == (0, "")
+    assert f"{SELECT} kept" in out and out.endswith(f"saved: {path}, {Path(path).stat().st_size / 2**20:,.1f} MiB\n")
+    return path
+
+
+@pytest.mark.parametrize("question", ["Why?", "And how?"])
+def test_ask_about_a_saved_prompt(flexasl_main, model: str, document: str, saved: str, question: str) -> None:
+    options = ["-q", question, "--model", model, "--max-new-tokens", "8"]
+    status, out, err = flexasl_main("ask", "--cache", saved, *options)
+    assert (status, err) == (0, "")
+    data = json.loads(flexasl_main("ask", "--cache", saved, *options, "--json").out)
+    assert out.startswith(f"{data['text']}\n\n{saved}, read before:\npolicy asl") and data["new_tokens"] == 8
+    assert data["kv_bytes"] == data["report"]["kv_bytes"] < data["report"]["kv_bytes_full"]
+
+    loaded, tokenizer = run.load_model(model)
+    text = f"{Path(document).read_text()}\n\nReasons."
+    assert data["prompt_tokens"] == len(run.question_ids(tokenizer, text, question))
+    ids, notes = run.opening_ids(tokenizer, Path(document).read_text(), "Reasons.")
+    with flexasl.patch(loaded, flexasl.ASLConfig(select_tokens=SELECT, kv_budget=120)):
+        cache = loaded(torch.tensor([ids]), use_cache=True).past_key_values
+        whole = torch.tensor([ids + run.closing_ids(tokenizer, notes, question)])
+        out = loaded.generate(whole, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert data["text"] == tokenizer.decode(out[0, whole.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_everything_kept_answers_like_a_prompt_of_its_own(flexasl_main, ask, model, document, tmp_path) -> None:
+    path = str(tmp_path / "whole.safetensors")
+    flexasl_main("prefill", "--file", document, "--out", path, "--model", model, "--policy", "full")
+    done = flexasl_main("ask", "--cache", path, "-q", "Why?", "--model", model, "--max-new-tokens", "8", "--json")
+    assert json.loads(done.out)["text"] == json.loads(ask("--policy", "full", "--json").out)["text"]
+
+
+def test_inspect(flexasl_main, saved: str, document: str) -> None:
+    status, out, err = flexasl_main("inspect", saved)
+    assert (status, err) == (0, "")
+    for words in ("intact, format 1", "LlamaForCausalLM, float32", "1 row of", "about: 'Reasons.'", document, "120"):
+        assert words in out
+    data = json.loads(flexasl_main("inspect", saved, "--json").out)
+    assert data["kv_bytes"] == data["reports"][0]["kv_bytes"] < data["bytes"] == Path(saved).stat().st_size
+    assert data["tokens"] == data["reports"][0]["rows"][0]["prompt_tokens"] and data["has_token_ids"]
+    assert data["model"]["settings"]["num_hidden_layers"] == 6
+
+
+def test_refuses_what_is_no_saved_prompt(flexasl_main, saved: str, model: str, tmp_path: Path) -> None:
+    ask = ("ask", "-q", "Why?", "--model", model, "--cache", saved)
+    for option, value in [("--tau", "0.3"), ("--file", "x.txt"), ("--policy", "asl"), ("--select-tokens", "9")]:
+        assert f"{option} has no effect with --cache" in refused(flexasl_main(*ask, option, value))
+    assert "--compare has no effect with --cache" in refused(flexasl_main(*ask, "--compare"))
+    assert "dtype is 'float32'" in refused(flexasl_main(*ask, "--dtype", "bfloat16"))
+    assert "none does not exist" in refused(flexasl_main("inspect", str(tmp_path / "none")))
+    assert "make none first" in refused(flexasl_main("prefill", "--file", "x.txt", "--out", "none/c.safetensors"))
+    damaged = bytearray(Path(saved).read_bytes())
+    damaged[-1] ^= 1
+    Path(saved).write_bytes(damaged)
+    for command in (ask, ("inspect", saved)):
+        assert "has changed since it was written" in refused(flexasl_main(*command))
+
+
+@pytest.mark.parametrize("about", ["", "Numbers, and what they are for."])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("text", ["A text.", "It ends in a number: 12", "It ends in a line end. \n", "Ünïcode — “…”"])
+def test_a_prompt_without_its_question_is_the_beginning_of_the_prompt(text: str, chat: bool, about: str) -> None:
+    tokenizer = tiny_tokenizer(chat)
+    ids, notes = run.opening_ids(tokenizer, text, about)
+    for question in ("Why?", "12 or 13?", "[question]", "“Où?”"):
+        whole = run.question_ids(tokenizer, f"{text}\n\n{about}" if about else text, question)
+        assert ids + run.closing_ids(tokenizer, notes, question) == whole
+    assert len(ids) >= len(tokenizer(text)["input_ids"]) - 1
+
+
+def test_a_template_that_rewrites_the_message_is_refused() -> None:
+    tokenizer = copy.copy(tiny_tokenizer())
+    tokenizer.chat_template = "{{ messages[0].content[:10] }}"
+    with pytest.raises(flexasl.FlexASLError, match="the chat template changes the user's message"):
+        run.opening_ids(tokenizer, "A text that is longer than that.")
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

@@ -128,6 +128,8 @@ def test_keep_all_is_identity(model, batch, config, amount, policy):
     inputs = columns_in_front(rows, padding)
     real = inputs["attention_mask"].bool()
     plain = model(**inputs, use_cache=True)
+    # transformers' eager attention in float64 gives NaN where a padded query sees nothing, and spreads it.
+    assume(not plain.logits[real].isnan().any())
     with patched(model, config, policy) as patch:
         pruned = model(**inputs, use_cache=True)
     torch.testing.assert_close(pruned.logits[real], plain.logits[real], **CLOSE)
@@ -151,6 +153,7 @@ def test_keep_all_generates_the_same_tokens(model, batch, config):
     rows, padding = batch
     inputs = columns_in_front(rows, padding)
     del inputs["position_ids"]
+    assume(not model(**inputs).logits[:, -1].isnan().any())
     want = model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences
     with patched(model, keep_everything(config, 1.0)):
         assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences, want)

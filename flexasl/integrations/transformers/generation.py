@@ -24,7 +24,8 @@ def guard_generation(model: PreTrainedModel) -> list[str]:
     """Puts checks in front of the model's ways to generate, on this object only; returns the attributes that it set,
     which are to be deleted again."""
     # A model loaded from a folder with `custom_generate` has its own on the object.
-    generate = vars(model).get("generate", functools.partial(type(model).generate, model))
+    ordinary: Any = type(model)
+    generate = vars(model).get("generate", functools.partial(ordinary.generate, model))
     attributes: dict[str, Any] = {
         "generate": functools.partial(_generate, model, generate),
         "_supported_generation_modes": list(MODES),

@@ -66,9 +66,9 @@ class Patch:
             for module in self._regions:
                 module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
         model.set_attn_implementation(NAME)
-        before = dict(vars(model))
+        attributes = dict(vars(model))
         self._guarded = guard_generation(model)
-        self._shadowed = {name: before[name] for name in self._guarded if name in before}
+        self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
         model.flexasl_patch = self
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True),
