@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow fuzz compat lint format types bench install clean
+.PHONY: demo check test test-slow fuzz compat compat-torchtune compat-torchtitan lint format types bench install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -26,6 +26,10 @@ fuzz: $(INSTALLED)
 compat:
 	PYTHON=$(PYTHON) .ci/compat
 
+# The adapters of the other frameworks, each in an environment of its own.
+compat-torchtune compat-torchtitan: compat-%:
+	PYTHON=$(PYTHON) .ci/compat-framework $*
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +45,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -q bench/ops.py --out docs/benchmarks
 	$(BIN)/python -m pytest -q bench/attention.py --out docs/benchmarks
-	for name in decode prefill needle memory; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
+	for name in decode prefill needle memory saved; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
 
 install: $(INSTALLED)
 

@@ -48,7 +48,7 @@ def main() -> None:
                 }
                 for row, answers in rows.items():
                     found.setdefault(f"{name}, {row}", []).extend(answers)
-    heads = ["tokens", "setting", "right", "time to first token, s", "cache, MiB", "file, MiB"]
+    heads = ["tokens", "setting", "right", "cache, MiB", "file, MiB"]
     rows = [[tokens, name, *_summary(done)] for tokens, by_name in results.items() for name, done in by_name.items()]
     body = f"{args.questions} questions about each of {args.documents} documents; about: {ABOUT!r}\n\n"
     write(args.out, "Questions that come after the pruning", body + table(heads, rows), {"results": results})
@@ -99,20 +99,15 @@ def saved(
 def _result(said: run.Answer, fact: Fact, file_bytes: int | None) -> dict[str, Any]:
     return {
         "right": fact.answer in said.text,
-        "seconds": said.first_token_seconds,
         "kv_bytes": said.kv_bytes,
         "file_bytes": file_bytes,
     }
 
 
 def _summary(answers: list[dict[str, Any]]) -> list[str]:
-    middle = {
-        name: statistics.median(answer[name] or 0 for answer in answers)
-        for name in ("seconds", "kv_bytes", "file_bytes")
-    }
-    size = f"{middle['file_bytes'] / 2**20:.0f}" if middle["file_bytes"] else ""
+    cache, file = (statistics.median(answer[name] or 0 for answer in answers) for name in ("kv_bytes", "file_bytes"))
     right = sum(answer["right"] for answer in answers)
-    return [f"{right}/{len(answers)}", f"{middle['seconds']:.2f}", f"{middle['kv_bytes'] / 2**20:.0f}", size]
+    return [f"{right}/{len(answers)}", f"{cache / 2**20:.0f}", f"{file / 2**20:.0f}" if file else ""]
 
 
 def _arguments() -> argparse.Namespace:

@@ -162,7 +162,7 @@ class LayerCache:
             width, at = max(self.keys.shape[2], other.keys.shape[2]), torch.tensor(rows, device=self.keys.device)
             held = [_widened(states, width) for states in (self.keys, self.values, *marks[0])]
             new = [_widened(states, width) for states in (other.keys, other.values, *marks[1])]
-            self._hold(*(mine.index_copy(0, at, its) for mine, its in zip(held, new)))  # type: ignore[arg-type]
+            self._hold(*(mine.index_copy(0, at, its) for mine, its in zip(held, new)))
         assert self.columns is not None
         self.retain(torch.ones_like(self.columns, dtype=torch.bool))
 

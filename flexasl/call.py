@@ -52,7 +52,7 @@ class LayerStep:
         self.cached: tuple[Tensor, Tensor] | None = None
         """What the cache is to remember of a prompt."""
 
-    def update(self, key: Tensor, value: Tensor, *ignored: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *ignored: object, **also: object) -> tuple[Tensor, Tensor]:
         """Takes the layer's new keys and values [B, G, M, D]; returns all that its queries may see [B, G, N, D]."""
         if self.packed is not None:
             self.cached = (key, value)

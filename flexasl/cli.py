@@ -77,13 +77,14 @@ def ask(
     compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
 ) -> None:
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
+    if cache is not None:
+        _refuse_beside(context, "cache", OF_A_PROMPT)
     config = _config(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
     find_policy(policy)
     _check_plot(plot)
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
     if cache is not None:
-        _refuse_beside(context, "cache", OF_A_PROMPT)
         _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, as_json=as_json)
         return
     text = _text(file)

@@ -79,6 +79,10 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     this format version or belongs to another model, FileNotFoundError where there is none.
     """
     model = _without_peft(model)
+    if not _is_a(model, "transformers", "PreTrainedModel"):
+        raise UnsupportedError(
+            f"model is a {type(model).__name__}; saved caches are for transformers causal language models"
+        )
     if not hasattr(model, "flexasl_patch"):
         raise UnsupportedError(
             f"{type(model).__name__} is not patched, and a pruned cache can only be read by a patched model; "

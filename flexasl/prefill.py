@@ -332,8 +332,8 @@ class Prefill:
 
 
 def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") -> list[int]:
-    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this name,
-    unless padding is on the left."""
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this
+    name, unless padding is on the left."""
     mask = attention_mask.bool()
     if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise UnsupportedError(

@@ -20,8 +20,6 @@ from flexasl.text import prompt_ids
 WARM_UP_TOKENS = 768
 BEFORE, AFTER = "before question", "after question"
 """Names of notes in a saved prompt: the text on both sides of the question, which is read with it."""
-
-
 PROBES = ("What?", "12", "“It”")
 """Beginnings of questions, to find out where a tokenizer can cut a prompt."""
 

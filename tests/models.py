@@ -129,7 +129,7 @@ def pruned_masks(
     windows: list[int | None],
     heads: int = HEADS,
 ) -> list[torch.Tensor]:
-    """Per layer [1, H, N, N]: 0 where a pruned run lets a query see a key, -inf elsewhere; arguments as `recompute`'s."""
+    """Per layer [1, H, N, N]: 0 where a pruned run lets a query see a key, else -inf; arguments as `recompute`'s."""
     at = torch.arange(total)
     causal = at[None] <= at[:, None]
     on = torch.ones(total, dtype=torch.bool)

@@ -40,7 +40,11 @@ def want() -> Want:
         logits = model(rows[0][None]).logits[0]
     with flexasl.patch(model, SETTINGS) as patch:
         out = model.generate(
-            prompts, attention_mask=(prompts != PAD).long(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+            prompts,
+            attention_mask=(prompts != PAD).long(),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
         )
     decided = patch.report.rows
     assert all(row.pruned for row in decided)

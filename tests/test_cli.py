@@ -134,7 +134,7 @@ def test_ask_about_a_saved_prompt(flexasl_main, model: str, document: str, saved
     status, out, err = flexasl_main("ask", "--cache", saved, *options)
     assert (status, err) == (0, "")
     data = json.loads(flexasl_main("ask", "--cache", saved, *options, "--json").out)
-    assert out.startswith(f"{data['text']}\n\n{saved}, read before:\npolicy asl") and data["new_tokens"] == 8
+    assert out.lstrip().startswith(f"{data['text']}\n\n{saved}, read before:\npolicy asl") and data["new_tokens"] == 8
     assert data["kv_bytes"] == data["report"]["kv_bytes"] < data["report"]["kv_bytes_full"]
 
     loaded, tokenizer = run.load_model(model)
@@ -252,7 +252,7 @@ def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--policy", "best"], "policy='best' is not known; give one of asl, fixed_layer, snapkv, full"),
+        (["--policy", "best"], "policy='best' is not known; give one of asl, asl_two_pass, fixed_layer"),
         (["--select-tokens", "many"], "--select-tokens many is no amount"),
         (["--select-tokens", "16"], "select_tokens=16"),
         (["--kv-budget", "1.5"], "kv_budget=1.5"),

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import flexasl
 from flexasl import FlexASLError, UnsupportedError, saving
 from flexasl.integrations.transformers import PrunedCache
+from flexasl.policies import POLICIES
 
 PRUNING = {"tokens": SMALL, "tokens and cache": SMALL.replace(kv_budget=16)}
 
@@ -209,7 +210,12 @@ def test_embeddings_have_no_ids_and_can_be_saved_all_the_same(patched, path):
     cache.save(path)
     loaded = flexasl.load_cache(path, patched)
     assert loaded.token_ids is None and loaded.get_seq_length() == 64
-    loaded = patched(ids[:, :1], past_key_values=loaded).past_key_values
+    more, anything = prompts(7, seed=9)[0][None], torch.zeros(1, 64, dtype=torch.long)
+    given = {"attention_mask": torch.ones(1, 71), "past_key_values": copy.deepcopy(loaded)}
+    out = patched.generate(torch.cat([anything, more], 1), max_new_tokens=5, **given, **GREEDY)
+    want = go_on(patched, read_prompt(patched, 64))[1]
+    assert torch.equal(out.sequences[:, 64:], want[:, 64:])
+    loaded = patched(more, past_key_values=loaded).past_key_values
     assert loaded.token_ids is None, "the first ones stay unknown"
 
 
@@ -386,6 +392,17 @@ def test_an_unpatched_model_is_refused(path):
         read_prompt(tiny(), 64).save(path)
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM is not patched.*call flexasl.patch\(model\) first"):
         flexasl.load_cache(path, tiny())
+    with pytest.raises(UnsupportedError, match="model is a Linear; saved caches are for transformers"):
+        flexasl.load_cache(path, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "asl"])
+def test_every_policy(policy, path):
+    model = tiny()
+    with flexasl.patch(model, SMALL.replace(min_layer=None, max_layer=None), policy):
+        cache = read_prompt(model, 64, 50)
+        cache.save(path)
+        assert same(go_on(model, cache), go_on(model, flexasl.load_cache(path, model)))
 
 
 # ---------------------------------------------------------------- files that are not what they were

@@ -364,7 +364,7 @@ def test_refuses_settings_before_touching_the_model():
     count = hooks(model)
     with pytest.raises(flexasl.ConfigError, match="min_layer=9 is beyond the model, which has 6 layers"):
         flexasl.patch(model, ASLConfig(min_layer=9))
-    with pytest.raises(flexasl.FlexASLError, match="policy='best' is not known; give one of asl, fixed_layer"):
+    with pytest.raises(flexasl.FlexASLError, match="policy='best' is not known; give one of asl, asl_two_pass"):
         flexasl.patch(model, policy="best")
     with pytest.raises(flexasl.FlexASLError, match="config=512 is a int"):
         flexasl.patch(model, 512)

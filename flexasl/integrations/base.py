@@ -30,14 +30,18 @@ SLACK = 128
 class BasePatch:
     """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself.
 
-    An adapter's `_enter` makes the call of a pass with `begin` and hands it down to the layers by keyword, whose
-    `_enter_layer` finds it there and calls `enter_layer`.
+    An adapter's `_enter`, a hook before the decoder, makes the call of the pass with `begin` and hands it down by a
+    keyword that reaches attention, where `Call.step` attends.
     """
 
     CALL: str
     """The keyword by which layers take the call."""
     MASK: str
     """The argument that says where padding is."""
+    ARGUMENTS: Sequence[str] = ()
+    """What a layer's forward takes after the hidden states, in order, where the decoder gives it by position."""
+    TABLES: Sequence[str]
+    """Those of a layer's arguments that have an entry per token."""
 
     def __init__(
         self,
@@ -101,6 +105,11 @@ class BasePatch:
         state = "active" if self._handles else "removed"
         return f"<flexasl.Patch {self.policy.name} on {type(self._model).__name__}, {state}>"
 
+    def refuse_training(self) -> None:
+        """Raises `UnsupportedError` where the model has been put into training mode since."""
+        if self._layers[0].training:
+            raise UnsupportedError("the patched model is in training mode; call model.eval() first")
+
     def begin(
         self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
     ) -> Call:
@@ -123,35 +132,45 @@ class BasePatch:
         again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
         return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
 
-    def enter_layer(self, index: int, call: Call, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The layer's input [B, M, C] as it runs on it; kwargs are its other arguments."""
-        if isinstance(call.rerun, SecondPass):
-            call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
-        if index == 0:
-            hidden = call.start(hidden)
-        call.step = call.enter(index, self._attention[index])
-        return hidden
-
-    def leave_layer(self, index: int, call: Call, hidden: Tensor) -> Tensor:
-        """The layer's output as the next layer takes it; the last one's [B, M, C]."""
-        assert call.step is not None
-        hidden = call.leave(index, call.step, hidden)
-        return call.finish(hidden) if index == len(self._layers) - 1 else hidden
+    def end(self, call: Call) -> Report | None:
+        """After the pass: the report, where it was a prompt."""
+        call.close()
+        if call.prefill is None:
+            return None
+        self.report = report = call.report(self.policy)
+        return report
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call: Call = kwargs[self.CALL]
-        call.close()
-        if call.prefill is not None:
-            self.report = call.report(self.policy)
+        self.end(kwargs[self.CALL])
 
-    def _enter_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+    def _enter_layer(
+        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0]
+        kwargs = dict(zip(self.ARGUMENTS, args[1:], strict=False)) | kwargs
+        call: Call = kwargs[self.CALL]
+        if isinstance(call.rerun, SecondPass):
+            call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
+        if index == 0:
+            hidden = call.start(hidden)
+        call.step = call.enter(index, self._attention[index])
+        for name in self.TABLES:
+            states = kwargs.get(name)
+            if states is not None:
+                kwargs[name] = tuple(map(call.table, states)) if isinstance(states, tuple) else call.table(states)
+        return (hidden,), kwargs
 
     def _leave_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.leave_layer(index, kwargs[self.CALL], output)
+        call: Call = kwargs[self.CALL]
+        assert call.step is not None
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = call.leave(index, call.step, hidden)
+        if index == len(self._layers) - 1:
+            hidden = call.finish(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 class SecondPass:
@@ -172,8 +191,9 @@ class SecondPass:
         return hidden
 
 
-def refuse_state(model: Any, kernel: str, device: torch.device) -> None:
-    """Raises `UnsupportedError` where a model of any framework cannot be patched as it is now."""
+def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "patch it before") -> None:
+    """Raises `UnsupportedError` where a model of any framework cannot be patched as it is now; instead is what to do
+    with one that is compiled."""
     kind = type(model).__name__
     if hasattr(model, "flexasl_patch"):
         raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
@@ -182,9 +202,22 @@ def refuse_state(model: Any, kernel: str, device: torch.device) -> None:
     if kernel == "flex" and device.type == "cpu":
         raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedError(f"{kind} is compiled already (its compile() was called); patch it before")
+        raise UnsupportedError(f"{kind} is compiled already (its compile() was called); {instead}")
 
 
-def padding_or_none(valid: Tensor) -> Tensor | None:
-    """None where nothing is padding."""
+def padding(mask: Any, batch: int, columns: int, device: torch.device, name: str) -> Tensor | None:
+    """A mask [batch, columns], 0 at padding, as bool; None where there is no padding. name is the argument's."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != (batch, columns):
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"{name} is {given}; a patched model takes [batch, tokens so far], here {[batch, columns]}"
+        )
+    valid = mask.to(device=device, dtype=torch.bool)
     return None if bool(valid.all()) else valid
+
+
+def restart(positions: Tensor | None) -> bool:
+    """Whether positions [..., M] begin again within a row, as where several documents are packed into one."""
+    return positions is not None and bool((positions.diff(dim=-1) != 1).any())

@@ -19,7 +19,7 @@ from flexasl.cache import LayerCache
 from flexasl.call import Call
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
-from flexasl.integrations.base import SLACK, BasePatch, padding_or_none, refuse_state
+from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
 from flexasl.masks import Visibility
 from flexasl.policies import Policy
 
@@ -31,6 +31,7 @@ class Patch(BasePatch):
     """A patched torchtune decoder."""
 
     CALL = MASK = "mask"
+    TABLES = ("input_pos",)
 
     def __init__(self, model: TransformerDecoder, config: ASLConfig, policy: Policy, *, kernel: Any) -> None:
         _refuse_model(model, kernel)
@@ -58,6 +59,7 @@ class Patch(BasePatch):
     def _enter(
         self, decoder: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.refuse_training()
         tokens = args[0] if args else kwargs["tokens"]
         mask, positions = kwargs.get("mask"), kwargs.get("input_pos")
         caches = [layer.attn.kv_cache for layer in self._layers] if decoder.caches_are_enabled() else None
@@ -69,13 +71,6 @@ class Patch(BasePatch):
         call = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
         positions = call.columns if positions is None else positions.reshape(-1, count)
         return (tokens,), {"mask": call, "input_pos": positions}
-
-    def _enter_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = kwargs["mask"]
-        hidden = self.enter_layer(index, call, args[0], kwargs)
-        return (hidden,), kwargs | {"input_pos": call.table(kwargs["input_pos"])}
 
 
 class PrunedKVCache(LayerCache, KVCache):
@@ -105,12 +100,12 @@ class PrunedKVCache(LayerCache, KVCache):
         return None if self._stood_for is None else self._stood_for()
 
     @property
-    def k_cache(self) -> Tensor | None:  # type: ignore[override]
+    def k_cache(self) -> Tensor | None:
         """[B, G, N, D]: what is held, of N entries."""
         return self.keys
 
     @property
-    def v_cache(self) -> Tensor | None:  # type: ignore[override]
+    def v_cache(self) -> Tensor | None:
         return self.values
 
     @property
@@ -155,8 +150,8 @@ def _refuse_model(model: TransformerDecoder, kernel: str) -> None:
         if type(layer) is not TransformerSelfAttentionLayer or type(layer.attn) is not MultiHeadAttention:
             part = layer if type(layer) is not TransformerSelfAttentionLayer else layer.attn
             raise UnsupportedError(
-                f"layer {index} of {kind} has a {type(part).__name__}; a torchtune decoder can be patched where all "
-                "layers are TransformerSelfAttentionLayer with MultiHeadAttention, as those of llama3, llama3_2 and qwen2"
+                f"layer {index} of {kind} has a {type(part).__name__}; a patched layer is a "
+                "TransformerSelfAttentionLayer with MultiHeadAttention, as in llama3, llama3_2 and qwen2"
             )
         if not layer.attn.is_causal:
             raise UnsupportedError(f"layer {index} of {kind} has is_causal=False; a patched layer reads left to right")
@@ -169,14 +164,12 @@ def _refuse_model(model: TransformerDecoder, kernel: str) -> None:
 
 def _refuse_call(decoder: Any, kwargs: dict[str, Any], tokens: Tensor, caches: list[Any] | None) -> None:
     """Raises before the first layer where the caches or arguments cannot be honoured."""
-    if decoder.training:
-        raise UnsupportedError("the patched model is in training mode; call model.eval() first")
     if kwargs.get("encoder_input") is not None:
         raise UnsupportedError("encoder_input is not available on a patched model, which has no cross-attention")
     if decoder.output_hidden_states:
         raise UnsupportedError(
-            f"output_hidden_states={decoder.output_hidden_states} is not available on a patched model: layers after the "
-            "selection see fewer tokens than those before; set it to []"
+            f"output_hidden_states={decoder.output_hidden_states} is not available on a patched model: layers after "
+            "the selection see fewer tokens than those before; set it to []"
         )
     if caches is None:
         return
@@ -217,7 +210,7 @@ def _validity(mask: Any, batch: int, past: int, count: int) -> Tensor | None:
     causal = all(torch.equal(mask[:, some, :columns], visible.tile(some, slice(None))[:, 0]) for some in tiles)
     if not causal or bool(mask[:, :, columns:].any()):
         raise UnsupportedError(
-            f"mask is not causal over {past} cached and {count} new tokens; give that of torchtune.generation, and call "
-            "model.reset_caches() before a new prompt"
+            f"mask is not causal over {past} cached and {count} new tokens; give that of torchtune.generation, and "
+            "call model.reset_caches() before a new prompt"
         )
-    return padding_or_none(valid.expand(batch, -1))
+    return padding(valid.expand(batch, -1), batch, columns, mask.device, "mask")

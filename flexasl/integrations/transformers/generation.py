@@ -60,7 +60,7 @@ def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
                 f"give {name}=None (a patched model can be the assistant of another one)"
             )
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    _refuse_other_beginning(ids, kwargs.get("past_key_values"))
+    _refuse_other_beginning(ids, kwargs.get("past_key_values", kwargs.get("cache")))
     return generate(*args, **kwargs)
 
 

@@ -16,11 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.base import refuse_state
 from flexasl.integrations.transformers.placement import input_device, refuse_placement
 
 NAME, RECORDING = "flexasl", "flexasl_recording"
 """Of attention implementations: the one of a patched model, and one that only notes what it is asked for."""
-TESTED = ("5.17", "5.23")
+TESTED = ("5.17", "5.24")
 """Oldest and newest transformers that the tests have passed with."""
 SUPPORTED = (
     "cohere2",
@@ -81,6 +82,8 @@ REFUSED = {
     "zamba": HYBRID,
     "zamba2": HYBRID,
 }
+CACHES = ("past_key_values", "cache", "layer_past", "past_key_value")
+"""What the argument that is the cache is called: the first two by models, since 5.24 the second; all by layers."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -116,14 +119,7 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
     if not model.can_generate():
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
-    if model.training:
-        raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
-    if kernel == "flex" and input_device(model).type == "cpu":
-        raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedError(
-            f"{kind} is compiled already (its compile() was called); patch it with compile=True instead"
-        )
+    refuse_state(model, kernel, input_device(model), "patch it with compile=True instead")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not model._can_set_attn_implementation():
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({kind}) is not built as a list of decoder layers over "
@@ -137,7 +133,7 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     config = decoder.config
     layers = list(layers)[: config.num_hidden_layers]
     names = list(inspect.signature(type(layers[0]).forward).parameters)[2:]
-    cache = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
+    cache = next((name for name in CACHES if name in names), None)
     if cache is None:
         raise UnsupportedError(f"layers of {kind} take no cache by a name that is known; it cannot be patched")
     tested = config.model_type in SUPPORTED and _is_tested(transformers.__version__)
