@@ -24,13 +24,14 @@ def main() -> None:
     parser.set_defaults(tokens=LENGTHS)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--unpatched", action="store_true", help="also the unpatched model, once; takes minutes on CPU")
     args = parser.parse_args()
     setting()
     model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
     prompts = [_prompt(tokenizer, tokens, args.device)[0] for tokens in args.tokens]
     batch = _padded(prompts)
     settings: dict[str, dict[str, Any]] = {
-        "unpatched": {},
+        **({"unpatched": {}} if args.unpatched else {}),
         f"select_tokens={args.select_tokens}": {"select_tokens": args.select_tokens},
         f"the same, kv_budget={args.select_tokens}": {
             "select_tokens": args.select_tokens,
@@ -40,7 +41,6 @@ def main() -> None:
     rows, data = [], []
     for name, changes in settings.items():
         patch = flexasl.patch(model, flexasl.ASLConfig(**changes)) if changes else None
-        # Unpatched, the batch is padded to its longest row and takes minutes: once is enough to compare with.
         pairs = [_pair(model, prompts, batch, turn) for turn in range(args.pairs if changes else 1)]
         same = ""
         if patch is not None:
