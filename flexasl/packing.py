@@ -139,7 +139,7 @@ class Packed:
     ) -> Tensor:
         """Window scores of some rows, by query [1, H, T, D] and key [1, G, T, D]: [rows, G, width - W] float32, each
         row's at the right end; 0 where a row has no such token. With `whole` [rows, G, width]."""
-        wide = self.width - (0 if settings.get("whole") else scoring.window)
+        wide = max(0, self.width - (0 if settings.get("whole") else scoring.window))
         found = []
         for run, some, count in self._runs_of(rows):
             if run.length <= scoring.window:
@@ -229,7 +229,7 @@ class Continued:
         **settings: Any,
     ) -> Tensor:
         """As `Packed.scores`, of the new tokens alone."""
-        wide = self.packed.width - (0 if settings.get("whole") else scoring.window)
+        wide = max(0, self.packed.width - (0 if settings.get("whole") else scoring.window))
         found = []
         for run, some, count in self.packed._runs_of(rows):
             if run.length <= scoring.window:

@@ -53,8 +53,10 @@ class Patch(BasePatch):
             own._attention_call = function
             del own.setup_cache
             if isinstance(own.kv_cache, PrunedKVCache):
-                own.kv_cache = own.kv_cache.replaced()
-                own.cache_enabled = own.cache_enabled and own.kv_cache is not None
+                before = own.kv_cache.replaced()
+                del own.kv_cache  # where it is None it was no module
+                own.kv_cache = before
+                own.cache_enabled = own.cache_enabled and before is not None
 
     def _enter(
         self, decoder: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]

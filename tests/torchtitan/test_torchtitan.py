@@ -18,6 +18,7 @@ from torchtitan.config import OverrideConfig
 from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.llama3 import llama3_configs
+from torchtitan.models.qwen3 import qwen3_configs
 from two_ranks import CONFIGS, WAYS, batch, run
 
 import flexasl
@@ -221,8 +222,16 @@ def test_a_decoder_built_through_torchtitans_overrides():
         model(prompt, attention_masks=KVCache(model))
 
 
-def test_a_decoder_with_flex_attention():
-    model = llama3_configs["debugmodel"](attn_backend="flex").build().eval().requires_grad_(False)
+@pytest.mark.parametrize(
+    "config",
+    [
+        llama3_configs["debugmodel"](attn_backend="flex"),
+        qwen3_configs["debugmodel_moe"](attn_backend="flex", moe_comm_backend="standard"),
+    ],
+    ids=["llama3", "qwen3_moe"],
+)
+def test_decoders_as_torchtitan_builds_them(config):
+    model = config.build().eval().requires_grad_(False)
     model.init_states()
     with flexasl.patch(model, SMALL) as patch:
         generate(model, prompts(64)[0][None], max_new_tokens=3)
@@ -307,7 +316,8 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(two_ranks.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    places = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]

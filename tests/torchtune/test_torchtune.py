@@ -234,7 +234,7 @@ def state(model):
 
 
 def test_remove_restores_the_model_exactly():
-    model, prompt = tiny(), prompts(64)[0][None]
+    model, prompt = tiny.__wrapped__(), prompts(64)[0][None]
     want, before = model(prompt), state(model)
     with pytest.raises(RuntimeError, match="mine"), flexasl.patch(model, SMALL):
         model.setup_caches(1, torch.float32, decoder_max_seq_len=ROOM)

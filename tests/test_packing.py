@@ -1,0 +1,123 @@
+"""Packed rows against the same rows one by one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexasl import FlexASLAttention, Scoring, Visibility
+from flexasl.packing import Continued, Packed, packed_attention
+
+HEADS, GROUPS, DIM = 4, 2, 8
+SCORING = Scoring(window=3, kernel_size=3)
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=5) | st.just([7, 7, 7]) | st.just([5, 5, 2, 2, 2])
+attentions = st.builds(
+    FlexASLAttention,
+    scale=st.sampled_from([None, 0.3]),
+    sliding_window=st.sampled_from([None, 4]),
+    softcap=st.sampled_from([None, 3.0]),
+)
+
+
+def states(total, seed=0, entries=None):
+    generator = torch.Generator().manual_seed(seed)
+    heads = (HEADS, GROUPS, GROUPS) if entries is None else (GROUPS, GROUPS)
+    return [torch.randn(1, count, total, DIM, generator=generator, dtype=torch.float64) for count in heads]
+
+
+def some_columns(lengths, tokens, seed):
+    """Ascending columns of each row, of which the last is the prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(tokens - 1, generator=generator)[: length - 1].sort().values for length in lengths]
+    return torch.cat([torch.cat([row, torch.tensor([tokens - 1])]) for row in rows])
+
+
+@settings(max_examples=60)
+@given(lengths=lengths, attention=attentions, gaps=st.booleans(), masked=st.booleans(), sinks=st.booleans())
+def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, masked, sinks):
+    packed = Packed.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    if gaps:
+        packed = Packed(lengths, some_columns(lengths, 40, 1), gaps=True)
+    if masked:
+        packed = packed.masked(torch.arange(packed.total) % 3 != 1)
+    query, key, value = states(packed.total)
+    extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
+    out = packed.attend(attention, query, key, value, extra)
+    scores = packed.scores(attention, query, key, SCORING, range(len(lengths)), sinks=extra)
+    assert scores.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
+    for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
+        own = slice(start, start + length)
+        at = packed.columns[None, own]
+        stays = None if packed.stays is None else packed.stays[None, own]
+        parts = [tensor[:, :, own] for tensor in (query, key, value)]
+        want = attention(*parts, Visibility(at, at, stays), sinks=extra)
+        torch.testing.assert_close(out[:, :, own], want)
+        if length > 3:
+            want = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, valid=stays, positions=at, sinks=extra)
+            torch.testing.assert_close(scores[row, :, scores.shape[2] - length + 3 :], want[0])
+        assert not scores[row, :, : scores.shape[2] - max(0, length - 3)].any()
+
+
+@settings(max_examples=40)
+@given(
+    lengths=lengths,
+    attention=attentions,
+    entries=st.integers(1, 9),
+    by_head=st.booleans(),
+    padded=st.booleans(),
+    sinks=st.booleans(),
+)
+def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entries, by_head, padded, sinks):
+    batch, past = len(lengths), 12
+    packed = Packed.left_padded(lengths, max(lengths), torch.device("cpu"))
+    query, key, value = states(packed.total)
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch, GROUPS, entries) if by_head else (batch, entries)
+    columns = torch.rand(*shape[:-1], past, generator=generator).argsort(-1)[..., :entries].sort(-1).values
+    valid = torch.rand(shape, generator=generator) < 0.7 if padded else None
+    held = [torch.randn(batch, GROUPS, entries, DIM, generator=generator, dtype=torch.float64) for _ in range(2)]
+    extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
+    turn = Continued(packed, columns, valid, past)
+    joined = [turn.join(kept, new) for kept, new in zip(held, (key, value), strict=True)]
+    out = turn.attend(attention, query, *joined, extra)
+    scores = turn.scores(attention, query, joined[0], SCORING, range(batch), sinks=extra)
+    for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
+        own = slice(start, start + length)
+        new = packed.columns[None, own] + past
+        keys, values = (
+            torch.cat([kept[row : row + 1], part[:, :, own]], 2) for kept, part in zip(held, (key, value), strict=True)
+        )
+        for group in range(GROUPS):
+            heads, place = slice(2 * group, 2 * group + 2), (row, group) if by_head else (row,)
+            at = torch.cat([columns[place][None], new], 1)
+            seen = None
+            if padded:
+                seen = torch.cat([valid[place][None], torch.ones_like(new, dtype=torch.bool)], 1)
+            mine = None if extra is None else extra[heads]
+            parts = query[:, heads, own], keys[:, group : group + 1], values[:, group : group + 1]
+            want = attention(*parts, Visibility(new, at, seen), sinks=mine)
+            torch.testing.assert_close(out[:, heads, own], want)
+            if length > 3:
+                settings = {"valid": seen, "positions": at, "sinks": mine}
+                want = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **settings)[0, 0, entries:]
+                torch.testing.assert_close(scores[row, group, scores.shape[2] - length + 3 :], want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_node_of_a_graph_is_a_sound_op(masked):
+    packed = Packed.left_padded([6, 4, 4], 6, torch.device("cpu"))
+    stays = torch.arange(14) % 3 != 1 if masked else None
+    query, key, value = (tensor.float() for tensor in states(14))
+    arguments = (query, key, value, packed.counts, packed.columns, False, stays, None, None, 3, None, "auto")
+    torch.library.opcheck(packed_attention, arguments)
+    want = packed.masked(stays).attend(FlexASLAttention(sliding_window=3), query, key, value)
+    torch.testing.assert_close(packed_attention(*arguments), want)
+
+
+def test_rows_as_a_padded_batch_and_back():
+    packed = Packed.left_padded([3, 5, 1], 6, torch.device("cpu"))
+    tokens, real = packed.as_batch()
+    assert tokens[real].tolist() == list(range(9)) and real.sum(1).tolist() == [3, 5, 1]
+    assert packed.flat(6).tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 17]
+    assert packed.row_of().tolist() == [0] * 3 + [1] * 5 + [2]
+    assert Packed.left_padded([4, 4], 4, torch.device("cpu")).as_batch()[1] is None
