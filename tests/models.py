@@ -172,6 +172,7 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 def _layer_masks(model: PreTrainedModel, masks: list[torch.Tensor]):
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+
     def with_mask(mask):
         def hook(layer, args, kwargs):
             # GPT-2 gives its layers cache and mask by position.

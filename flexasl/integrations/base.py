@@ -110,6 +110,19 @@ class BasePatch:
         if self._layers[0].training:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
 
+    def past(self, caches: Sequence[LayerCache] | None, batch: int) -> int:
+        """Columns that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
+        if not caches:
+            return 0
+        seen, keys = caches[0].seen, caches[0].keys
+        if any(cache.seen != seen for cache in caches):
+            raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
+        if keys is not None and keys.shape[0] != batch:
+            raise UnsupportedError(
+                f"the batch has {batch} rows where KV caches hold {keys.shape[0]}; give as many, or new caches"
+            )
+        return seen
+
     def begin(
         self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
     ) -> Call:

@@ -72,7 +72,7 @@ class Patch(BasePatch):
         _refuse_call(decoder, positions, cache)
         batch, count = tokens.shape
         caches = cache.layers if isinstance(cache, KVCache) else None
-        past = 0 if caches is None else caches[0].seen
+        past = self.past(caches, batch)
         given = cache.validity(past + count) if isinstance(cache, KVCache) else cache
         valid = padding(given, batch, past + count, tokens.device, self.MASK)
         call = self.begin(caches, valid, batch, count, tokens.device)

@@ -67,9 +67,9 @@ class Patch(BasePatch):
         caches = [layer.attn.kv_cache for layer in self._layers] if decoder.caches_are_enabled() else None
         if caches is not None and (mask is None or positions is None):
             return None  # which torchtune refuses
-        _refuse_call(decoder, kwargs, tokens, caches)
         batch, count = tokens.shape
-        past = 0 if caches is None else caches[0].seen
+        past = self.past(caches, batch)
+        _refuse_call(decoder, kwargs, tokens, caches)
         call = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
         positions = call.columns if positions is None else positions.reshape(-1, count)
         return (tokens,), {"mask": call, "input_pos": positions}
@@ -176,11 +176,8 @@ def _refuse_call(decoder: Any, kwargs: dict[str, Any], tokens: Tensor, caches: l
     if caches is None:
         return
     first, (batch, count) = caches[0], tokens.shape
-    if any(cache.seen != first.seen for cache in caches):
-        raise UnsupportedError("KV caches are half filled by a pass that failed; call model.reset_caches() first")
-    held = first.batch_size if first.keys is None else first.keys.shape[0]
-    if batch > held or (first.keys is not None and batch != held):
-        raise FlexASLError(f"tokens has {batch} rows where KV caches are for {held}; set them up anew")
+    if batch > first.batch_size:
+        raise FlexASLError(f"tokens has {batch} rows where KV caches are for {first.batch_size}; set them up anew")
     if first.seen + count > first.max_seq_len:
         raise FlexASLError(
             f"the sequence has {first.seen + count} tokens where KV caches were set up for {first.max_seq_len}; "

@@ -256,6 +256,22 @@ def test_half_precision():
     assert cache.layers[0].keys.dtype == torch.bfloat16 and patch.report.rows[0].kept_tokens == 24
 
 
+def test_refuses_caches_that_do_not_fit():
+    model, prompt = tiny("llama3"), prompts(64)[0][None]
+    with flexasl.patch(model, SMALL):
+        cache = KVCache(model)
+        model(prompt, attention_masks=cache)
+        with pytest.raises(UnsupportedError, match="the batch has 2 rows where KV caches hold 1; give as many"):
+            model(prompt[:, :1].repeat(2, 1), attention_masks=cache)
+        handle = model.layers["4"].register_forward_hook(lambda *_: 1 / 0)
+        cache = KVCache(model)
+        with pytest.raises(ZeroDivisionError):
+            model(prompt, attention_masks=cache)
+        handle.remove()
+        with pytest.raises(UnsupportedError, match="KV caches are half filled by a pass that failed"):
+            model(prompt, attention_masks=cache)
+
+
 def test_refuses_models():
     def refuses(model, message, **settings):
         with pytest.raises(UnsupportedError, match=message):

@@ -90,10 +90,11 @@ class Patch(BasePatch):
         tokens = kwargs["input_ids"] if embeds is None else embeds
         batch, count = tokens.shape[:2]
         cache = self._cache(decoder, kwargs)
-        past = 0 if cache is None else cache.get_seq_length()
+        caches = None if cache is None else cache.layers
+        past = self.past(caches, batch)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[CALL] = self.begin(None if cache is None else cache.layers, valid, batch, count, tokens.device)
+        kwargs[CALL] = self.begin(caches, valid, batch, count, tokens.device)
         return (), kwargs
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
