@@ -108,7 +108,7 @@ def test_block_masks_leave_out_what_nobody_sees():
     assert (causal.kv_num_blocks.sum(), causal.full_kv_num_blocks.sum()) == (8, 28)
     pruned = torch.zeros(1024, dtype=torch.bool)
     pruned[:10] = pruned[900:] = True
-    sparse = Selection(0, 3, pruned).block_mask()
+    sparse = Selection(0, 3, pruned, 134).block_mask()
     assert sparse.kv_num_blocks.sum() + sparse.full_kv_num_blocks.sum() == 8 + 7
 
 
