@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def setting() -> dict[str, str]:
     torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "hardware": cuda or f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": f"{torch_and_python}, transformers {transformers.__version__}",
         "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
@@ -56,6 +57,13 @@ def write(out: Path | None, title: str, body: str, data: dict[str, Any]) -> None
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text)
         out.with_suffix(".json").write_text(json.dumps({"setting": where, **data}, indent=1) + "\n")
+
+
+def _command() -> str:
+    """As one types it: pytest by name, paths from here."""
+    program, *rest = sys.argv
+    program = "pytest" if "pytest" in program else f"python {os.path.relpath(program)}"
+    return " ".join([program, *(os.path.relpath(one) if os.path.isabs(one) else one for one in rest)])
 
 
 def _processor() -> str:
