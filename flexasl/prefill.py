@@ -111,15 +111,15 @@ class Prefill:
         if self.packed.width <= self.config.window or not (decides or compresses or self._observer):
             return None
         groups = key.shape[1] if groups is None else groups
-        if by_position and not (decides or self._observer):
-            return self._entries(layer, self._recency(groups), None)
         undecided = self.selector.rows
-        rows = range(len(self.lengths)) if compresses or self._observer else undecided
+        every = (compresses and not by_position) or self._observer is not None
+        rows = range(len(self.lengths)) if every else undecided
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
         states = (attention, query, key, scoring, rows)
         packed = self.packed if packed is None else packed
-        scores = packed.scores(*states, sinks=sinks)
-        self.scored.append(layer)
+        if decides or every:
+            scores = packed.scores(*states, sinks=sinks)
+            self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
         if decides:

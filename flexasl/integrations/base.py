@@ -123,6 +123,10 @@ class BasePatch:
             )
         return seen
 
+    def is_prompt(self, past: int, count: int) -> bool:
+        """Whether so many new tokens after so many columns are read as a prompt, which may be pruned."""
+        return past == 0 or (count > 1 and self.config.later_turns == "prune")
+
     def begin(
         self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
     ) -> Call:
@@ -130,7 +134,7 @@ class BasePatch:
         bool is False at padding, None where there is none."""
         past = caches[0].seen if caches else 0
         columns = torch.arange(past, past + count, device=device).expand(batch, -1)
-        if past > 0 and (count == 1 or self.config.later_turns == "keep"):
+        if not self.is_prompt(past, count):
             return Call(caches, None, columns, valid, compiled=self.compiled)
         prefill = Prefill(
             self.policy,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,20 +199,12 @@ def _recorded(model: PreTrainedModel) -> list[dict[str, Any]]:
     return asked
 
 
-def _record(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    flexasl_asked: Callable[[dict[str, Any]], None] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    if flexasl_asked is not None:
-        flexasl_asked({"scale": scaling, "sliding_window": sliding_window, "softcap": softcap})
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **asked: Any) -> tuple[Tensor, None]:
+    """transformers' attention interface, giving zeros [B, M, H, D]."""
+    note = asked.get("flexasl_asked")
+    if note is not None:
+        names = {"scale": "scaling", "sliding_window": "sliding_window", "softcap": "softcap"}
+        note({ours: asked.get(theirs) for ours, theirs in names.items()})
     batch, heads, count, _ = query.shape
     return value.new_zeros(batch, count, heads, value.shape[-1]), None
 

@@ -138,8 +138,7 @@ class Patch(BasePatch):
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
             )
-        prompts = past == 0 or (count > 1 and self.config.later_turns == "prune")
-        if prompts and valid is None and restart(position_ids):
+        if self.is_prompt(past, count) and valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
 
 
