@@ -72,6 +72,24 @@ class LayerStep:
         self.scored = (query, key, sinks)
         return self.packed.attend(self.attention, query, key, value, sinks)
 
+    def in_groups(self, run: Callable[[slice], Tensor]) -> Tensor:
+        """A layer's output [1, T, C] for packed prompts, some rows at a time: run(tokens) gives it for these tokens."""
+        packed, outputs, scored, cached = self.packed, [], [], []
+        assert isinstance(packed, Packed)
+        for tokens, group in packed.groups():
+            self.packed = group
+            outputs.append(run(tokens))
+            assert self.scored is not None
+            scored.append(self.scored)
+            cached.append(self.cached)
+        self.packed = packed
+        queries, keys, sinks = zip(*scored)
+        self.scored = torch.cat(queries, 2), torch.cat(keys, 2), sinks[0]
+        if self.cached is not None:
+            new, values = zip(*cached)
+            self.cached = self.scored[1] if new[0] is keys[0] else torch.cat(new, 2), torch.cat(values, 2)
+        return torch.cat(outputs, 1)
+
 
 class Call:
     """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next.

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.masks import Visibility
 
+GROUP = 2048
+"""Tokens that several rows may have together where a layer runs on some rows at a time; a longer row runs alone."""
+
 
 class Run(NamedTuple):
     """Neighbouring rows of one length, which can be seen as a batch."""
@@ -62,6 +65,7 @@ class Packed:
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
         self._visible: dict[int, Visibility] = {}
+        self._groups: list[tuple[slice, Packed]] = []
 
     @classmethod
     def left_padded(cls, lengths: Sequence[int], tokens: int, device: torch.device) -> Packed:
@@ -82,6 +86,17 @@ class Packed:
             else:
                 runs.append(Run(row, 1, self.starts[row], length))
         return runs
+
+    def groups(self) -> list[tuple[slice, Packed]]:
+        """Neighbouring rows of at most `GROUP` tokens, or a longer row alone: where its tokens are, and those rows as
+        `Packed`; made once."""
+        if not self._groups:
+            firsts = [0]
+            for row, (start, length) in enumerate(zip(self.starts, self.lengths)):
+                if row > firsts[-1] and start + length - self.starts[firsts[-1]] > GROUP:
+                    firsts.append(row)
+            self._groups = [self._group(*some) for some in zip(firsts, [*firsts[1:], len(self.lengths)])]
+        return self._groups
 
     def row_of(self) -> Tensor:
         """The row of each token: [T] int64."""
@@ -175,6 +190,12 @@ class Packed:
                 every = len(wanted) == run.rows
                 found.append((run, slice(None) if every else torch.tensor(wanted), len(wanted)))
         return found
+
+    def _group(self, first: int, stop: int) -> tuple[slice, Packed]:
+        lengths = self.lengths[first:stop]
+        tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
+        stays = None if self.stays is None else self.stays[tokens]
+        return tokens, Packed(lengths, self.columns[tokens], stays, self.gaps)
 
     def _is_one_plain_row(self, attention: FlexASLAttention) -> bool:
         return len(self.lengths) == 1 and not self._masks(attention, Run(0, 1, 0, self.total))

@@ -163,13 +163,14 @@ def test_keep_all_generates_the_same_tokens(model, batch, config):
 
 
 @examples(100)
-@given(model=models, batch=batches(), config=rules(), policy=policies)
-def test_a_row_is_alone(model, batch, config, policy):
+@given(model=models, batch=batches(), config=rules(), policy=policies, group=st.sampled_from([1, 60, 2048]))
+def test_a_row_is_alone(model, batch, config, policy, group):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[3] * len(rows), seed=7))
     width = padding + max(map(len, rows))
-    with patched(model, config, policy) as patch:
+    with patched(model, config, policy) as patch, pytest.MonkeyPatch.context() as context:
+        context.setattr("flexasl.packing.GROUP", group)
         logits, cache = decode(model, rows, padding, more)
         together = patch.report.rows
         for index, ids in enumerate(rows):

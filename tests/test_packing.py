@@ -1,5 +1,7 @@
 """Packed rows against the same rows one by one."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +58,25 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
             want = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, valid=stays, positions=at, sinks=extra)
             torch.testing.assert_close(scores[row, :, scores.shape[2] - length + 3 :], want[0])
         assert not scores[row, :, : scores.shape[2] - max(0, length - 3)].any()
+
+
+@settings(max_examples=60)
+@given(lengths=lengths, most=st.integers(1, 40), masked=st.booleans())
+def test_groups_are_whole_rows_in_order_and_no_larger_than_they_must_be(lengths, most, masked):
+    packed = Packed.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    if masked:
+        packed = packed.masked(torch.arange(packed.total) % 3 != 1)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("flexasl.packing.GROUP", most)
+        groups = packed.groups()
+    assert [length for _, group in groups for length in group.lengths] == lengths
+    at = torch.arange(packed.total)
+    assert torch.equal(torch.cat([at[tokens] for tokens, _ in groups]), at)
+    for tokens, group in groups:
+        assert group.total <= most or len(group.lengths) == 1
+        assert torch.equal(group.columns, packed.columns[tokens])
+        assert torch.equal(group.stays, packed.stays[tokens]) if masked else group.stays is None
+    assert all(one.total + other.lengths[0] > most for (_, one), (_, other) in itertools.pairwise(groups))
 
 
 @settings(max_examples=40)

@@ -1,6 +1,7 @@
 """Patched transformers models of every family against unpatched ones and against a recomputation without pruning."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextS
 import flexasl
 from flexasl import ASLConfig, UnsupportedError
 from flexasl.call import LayerStep
+from flexasl.packing import Packed
 
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {
@@ -258,6 +260,63 @@ def test_one_prompt_leaves_no_trace_on_the_next():
         again = model(second)
     assert patch.report.rows == rows
     assert torch.equal(torch.nan_to_num(fresh.logits), torch.nan_to_num(again.logits))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_take_rows_in_groups(family, monkeypatch):
+    model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, 8, seed=1)
+    config = SMALL.replace(kv_budget=16)
+    with flexasl.patch(model, config) as patch:
+        want = model(**left_padded(rows), use_cache=True)
+        report = patch.report
+        monkeypatch.setattr("flexasl.packing.GROUP", 80)
+        sizes = attended(monkeypatch)
+        got = model(**left_padded(rows), use_cache=True)
+        assert sizes[:3] == [[90], [61, 9], [33, 8]]
+        assert patch.report.rows == report.rows and patch.report.kv_bytes == report.kv_bytes
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5, equal_nan=True)
+    for mine, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        assert torch.equal(mine.columns, other.columns)
+        torch.testing.assert_close(mine.keys, other.keys, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine.values, other.values, rtol=0, atol=1e-5)
+
+
+def attended(monkeypatch):
+    """Rows' lengths of each attention from now on."""
+    sizes, attend = [], Packed.attend
+
+    def seen(packed, *args):
+        sizes.append(packed.lengths)
+        return attend(packed, *args)
+
+    monkeypatch.setattr(Packed, "attend", seen)
+    return sizes
+
+
+def test_hooks_on_layers_see_all_rows(monkeypatch):
+    monkeypatch.setattr("flexasl.packing.GROUP", 80)
+    model, seen, inside = tiny(), [], []
+    layer = model.model.layers[0]
+    with flexasl.patch(model, SMALL):
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])),
+            layer.register_forward_hook(lambda _, args, output: seen.append(output.shape[1])),
+            layer.mlp.register_forward_hook(lambda _, args, output: inside.append(output.shape[1])),
+        ]
+        model(**left_padded(prompts(90, 61, 9, 33)))
+        for handle in handles:
+            handle.remove()
+    assert seen == [193, 193]
+    assert inside == [90, 70, 33]
+
+
+def test_remove_puts_back_a_forward_of_another_library():
+    model = copy.deepcopy(tiny())
+    layer = model.model.layers[2]
+    mine = layer.forward = functools.partial(type(layer).forward, layer)
+    flexasl.patch(model, SMALL).remove()
+    assert layer.forward is mine
+    assert "forward" not in vars(model.model.layers[1])
 
 
 def hooks(model):

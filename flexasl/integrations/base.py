@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.call import Call
+from flexasl.call import Call, LayerStep
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
+from flexasl.packing import Packed
 from flexasl.policies import Policy
 from flexasl.prefill import Prefill, left_padded_lengths
 from flexasl.report import Report
@@ -68,6 +69,8 @@ class BasePatch:
         self._voters = voters
         self._reduce = reduce
         self._handles: list[RemovableHandle] = []
+        self._forwards: list[Any] = []
+        """What each layer has of its own in the place of its class's forward."""
 
     def hook(self, decoder: nn.Module) -> None:
         """Puts the hooks on decoder and layers, which makes the patch active."""
@@ -78,6 +81,8 @@ class BasePatch:
             before, after = functools.partial(self._enter_layer, index), functools.partial(self._leave_layer, index)
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            self._forwards.append(vars(layer).get("forward"))
+            layer.forward = functools.partial(self._run_layer, layer.forward)
 
     def remove(self) -> None:
         """Makes the model exactly what it was; a second call does nothing."""
@@ -86,6 +91,10 @@ class BasePatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
         self.restore()
         del self._model.flexasl_patch
 
@@ -180,6 +189,30 @@ class BasePatch:
                 kwargs[name] = tuple(map(call.table, states)) if isinstance(states, tuple) else call.table(states)
         return (hidden,), kwargs
 
+    def _run_layer(self, forward: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward. On CPU it takes a batch of prompts some rows at a time, because the C library gives
+        memory from 32 MiB on back to the system, and each of its pages costs again when it is asked for."""
+        step = self._step(kwargs)
+        plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
+        if not plain or not isinstance(step.packed, Packed) or len(step.packed.groups()) == 1:
+            return forward(hidden, *args, **kwargs)
+        output: Any = None
+
+        def run(tokens: slice) -> Tensor:
+            nonlocal output
+            own = {name: _rows(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
+            output = forward(hidden[:, tokens], *args, **kwargs | own)
+            return output[0] if isinstance(output, tuple) else output
+
+        joined = step.in_groups(run)
+        return (joined, *output[1:]) if isinstance(output, tuple) else joined
+
+    def _step(self, kwargs: dict[str, Any]) -> LayerStep:
+        """The step of the layer whose forward is given these."""
+        step = kwargs[self.CALL].step
+        assert step is not None
+        return step
+
     def _leave_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call: Call = kwargs[self.CALL]
         assert call.step is not None
@@ -188,6 +221,10 @@ class BasePatch:
         if index == len(self._layers) - 1:
             hidden = call.finish(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _rows(table: Any, tokens: slice) -> Any:
+    return tuple(states[:, tokens] for states in table) if isinstance(table, tuple) else table[:, tokens]
 
 
 class SecondPass:

@@ -99,8 +99,10 @@ def test_pruned_decode_equals_recompute(name, pruning):
     torch.testing.assert_close(logits, model(out[:, :-1])[:, 66:], **CLOSE)
 
 
+@pytest.mark.parametrize("group", [80, 2048])
 @pytest.mark.parametrize("pruning", PRUNING)
-def test_a_row_is_alone(pruning):
+def test_a_row_is_alone(pruning, group, monkeypatch):
+    monkeypatch.setattr("flexasl.packing.GROUP", group)
     model, rows = tiny("llama3"), prompts(90, 61, 9, 33, seed=1)
     with flexasl.patch(model, PRUNING[pruning]) as patch:
         out, logits, _ = greedy(model, left_padded(rows), 6)

@@ -114,6 +114,10 @@ class Patch(BasePatch):
         held = None if call.caches is None else call.step
         return args, kwargs | {OUTER: call, CALL: call.step, self._stack.cache_argument: held}
 
+    def _step(self, kwargs: dict[str, Any]) -> LayerStep:
+        step: LayerStep = kwargs[CALL]
+        return step
+
     def _leave_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
