@@ -69,8 +69,8 @@ class BasePatch:
         self._voters = voters
         self._reduce = reduce
         self._handles: list[RemovableHandle] = []
-        self._forwards: list[Any] = []
-        """What each layer has of its own in the place of its class's forward."""
+        self._forwards: list[tuple[Any, Any]] = []
+        """Layers whose forward is replaced, and what stood in the place of their class's, None where nothing did."""
 
     def hook(self, decoder: nn.Module) -> None:
         """Puts the hooks on decoder and layers, which makes the patch active."""
@@ -81,8 +81,9 @@ class BasePatch:
             before, after = functools.partial(self._enter_layer, index), functools.partial(self._leave_layer, index)
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
-            self._forwards.append(vars(layer).get("forward"))
-            layer.forward = functools.partial(self._run_layer, layer.forward)
+            if not any(weight.is_meta for weight in layer.parameters()):  # which are loaded for each call
+                self._forwards.append((layer, vars(layer).get("forward")))
+                layer.forward = functools.partial(self._run_layer, layer.forward)
 
     def remove(self) -> None:
         """Makes the model exactly what it was; a second call does nothing."""
@@ -91,7 +92,7 @@ class BasePatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer, forward in zip(self._layers, self._forwards, strict=True):
+        for layer, forward in self._forwards:
             del layer.forward
             if forward is not None:
                 layer.forward = forward
@@ -190,8 +191,8 @@ class BasePatch:
         return (hidden,), kwargs
 
     def _run_layer(self, forward: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward. On CPU it takes a batch of prompts some rows at a time, because the C library gives
-        memory from 32 MiB on back to the system, and each of its pages costs again when it is asked for."""
+        """The layer's forward. On CPU it takes a batch of prompts some rows at a time: memory of 32 MiB or more goes
+        back to the system when a tensor ends, and the next one pays for each page of it again."""
         step = self._step(kwargs)
         plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
         if not plain or not isinstance(step.packed, Packed) or len(step.packed.groups()) == 1:
