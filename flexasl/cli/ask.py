@@ -1,0 +1,144 @@
+"""`flexasl ask`."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexasl.cli.answering import answered, load, print_comparison
+from flexasl.cli.options import (
+    AsJson,
+    Device,
+    DtypeName,
+    KVBudget,
+    Model,
+    PolicyName,
+    SelectTokens,
+    Tau,
+    config_of,
+    text_of,
+)
+from flexasl.cli.terminal import progress_bar, streamed
+from flexasl.errors import FlexASLError
+from flexasl.policies import find_policy
+
+if TYPE_CHECKING:
+    from flexasl.report import Report
+
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "tau", "policy", "compare")
+"""Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
+
+
+def ask(
+    context: typer.Context,
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about the text.")],
+    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Text read before, by flexasl prefill with this model.")] = None,
+    model: Model = None,
+    select_tokens: SelectTokens = None,
+    kv_budget: KVBudget = None,
+    tau: Tau = None,
+    policy: PolicyName = "asl",
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
+) -> None:
+    """Answer a question about a text. Streams the answer, then prints what was pruned."""
+    if cache is not None:
+        _refuse_beside(context, "cache", OF_A_PROMPT)
+    config = config_of(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    find_policy(policy)
+    _check_plot(plot)
+    if not question.strip():
+        raise FlexASLError("--question is empty; give a question")
+    if cache is not None:
+        _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, as_json=as_json)
+        return
+    text = text_of(file)
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl import run
+
+    ids = run.question_ids(tokenizer, text, question)
+    run.check_fits(loaded, len(ids), max_new_tokens)
+    if compare:
+        with progress_bar("warming up"):
+            run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+    pruned = answered(
+        loaded, tokenizer, ids, max_new_tokens, policy, config, quiet=as_json, title=policy if compare else ""
+    )
+    plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned") if compare else None
+    assert pruned.report is not None
+    if plot is not None:
+        _write_plot(pruned.report, plot)
+    if as_json:
+        print(json.dumps(pruned.to_dict() | ({"unpruned": plain.to_dict()} if plain else {})))
+        return
+    print(pruned.report)
+    if plain is not None:
+        print_comparison(pruned, plain, policy)
+
+
+def _ask_saved(
+    path: Path,
+    question: str,
+    model: str | None,
+    dtype: str | None,
+    device: str,
+    max_new_tokens: int,
+    *,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """`ask` about a text that was read before."""
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl import run
+
+    with streamed("reading the question", loaded, quiet=as_json) as (show, advance):
+        said = run.answer_saved(
+            loaded, tokenizer, path, question, max_new_tokens=max_new_tokens, on_text=show, on_layer=advance
+        )
+    if plot is not None and said.report is not None:
+        _write_plot(said.report, plot)
+    if as_json:
+        print(json.dumps(said.to_dict()))
+    elif said.report is not None:
+        print(f"{path}, read before:\n{said.report}")
+
+
+def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """Says so where options were given that another one leaves without effect."""
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise FlexASLError(
+                f"--{name.replace('_', '-')} has no effect with --{option}, whose text has been read; leave it out, or "
+                "give it to flexasl prefill"
+            )
+
+
+def _check_plot(path: Path | None) -> None:
+    """Find out before the model runs whether the picture can be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise FlexASLError(f"--plot {path} has no known format; give a name that ends in {', '.join(PLOT_FORMATS)}")
+    if not path.parent.is_dir():
+        raise FlexASLError(f"--plot {path} lies in a folder that does not exist; make {path.parent} first")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise FlexASLError("--plot needs matplotlib; install it with: pip install 'flexasl[plot]'") from error
+
+
+def _write_plot(report: "Report", path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
+        drawn = Path(folder) / path.name
+        report.plot(drawn)
+        os.replace(drawn, path)

@@ -1,0 +1,52 @@
+"""`flexasl demo`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flexasl.cli.answering import answered, load, print_comparison
+from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, PolicyName, config_of
+from flexasl.cli.terminal import progress_bar
+from flexasl.policies import find_policy
+from flexasl.text import magic_number, needle_prompt, prompt_ids
+
+DEMO_ANSWER_TOKENS = 12
+
+
+def demo(
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the prompt, in tokens.")] = 4000,
+    depth: Annotated[float, typer.Option(min=0, max=1, help="Where the fact is hidden: 0 start, 1 end.")] = 0.4,
+    seed: Annotated[int, typer.Option(help="Chooses the fact and the text around it.")] = 0,
+    select_tokens: Annotated[str, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")] = "512",
+    policy: PolicyName = "asl",
+    model: Model = None,
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+) -> None:
+    """Hide a fact in a long text, ask for it with and without pruning, and compare.
+
+    Exit status 1 if the pruned answer does not contain the fact.
+    """
+    config = config_of(select_tokens=select_tokens)
+    find_policy(policy)
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl import run
+
+    fact = magic_number(seed)
+    run.check_fits(loaded, tokens, DEMO_ANSWER_TOKENS)
+    message = needle_prompt(
+        tokenizer, tokens, depth, fact.needle, fact.question, seed, answer_prefix=fact.answer_prefix
+    )
+    ids = prompt_ids(tokenizer, message, fact.answer_prefix)
+    print(f"Hidden at {depth:.0%} of {len(ids):,} tokens: {fact.needle}\nQuestion: {fact.question}\n")
+    with progress_bar("warming up"):
+        run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+    begin = fact.answer_prefix
+    pruned = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, policy, config, title=policy, begin=begin)
+    plain = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, title="unpruned", begin=begin)
+    print(pruned.report)
+    print_comparison(pruned, plain, policy)
+    if fact.answer not in pruned.text:
+        print(f"flexasl: the pruned answer does not contain {fact.answer}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,86 @@
+"""`flexasl eval`."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexasl.cli.answering import load
+from flexasl.cli.options import Device, DtypeName, Model
+from flexasl.cli.terminal import counted_progress
+from flexasl.errors import FlexASLError
+
+
+def evaluate(
+    suite: Annotated[str, typer.Option(help="Which tasks: quick, niah, ruler or infinitebench.")] = "quick",
+    tasks: Annotated[str | None, typer.Option(help="Tasks by name, of any suite. Default: the suite's.")] = None,
+    policies: Annotated[
+        str, typer.Option(help="What to compare with the full cache, such as asl:tau=0.3,fixed_layer:layer=15,paper.")
+    ] = "asl,fixed_layer,snapkv",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Tokens for the deeper layers: counts or shares, 256,0.25. Default: the suite's."),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens: 1k,4096. Default: the suite's.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts per task and length. Default: the suite's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results, gone on with. Default: out/SUITE.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the prompts.")] = 0,
+    haystack: Annotated[Path | None, typer.Option(help="Text to hide needles in. Default: English prose.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Depths of the needle task. Default: 0,0.25,0.5,0.75,1.")] = None,
+    qa_file: Annotated[
+        list[Path] | None, typer.Option(help="SQuAD or HotpotQA as JSON, for qa_1 and qa_2; once each.")
+    ] = None,
+    infinitebench: Annotated[Path | None, typer.Option(help="Folder with InfiniteBench's <task>.jsonl.")] = None,
+    model: Model = None,
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+) -> None:
+    """Score policies on long-context tasks against the full cache, and draw accuracy over prefill cost.
+
+    Stopped, the same command goes on where it was. Under torchrun, processes share the prompts.
+    """
+    _need_extra()
+    from flexasl import evaluation
+    from flexasl.evaluation import plans
+
+    given = {"depths": plans.parse_depths(depths)} if depths is not None else {}
+    plan = evaluation.plan(
+        suite,
+        tasks=None if tasks is None else plans.parse_names("tasks", tasks),
+        lengths=None if lengths is None else plans.parse_lengths(lengths),
+        samples=samples,
+        policies=plans.parse_policies(policies),
+        budgets=None if budget is None else plans.parse_budgets(budget),
+        seed=seed,
+        sources=evaluation.Sources(
+            haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given
+        ),
+    )
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    for name, needs in plan.left_out.items():
+        if rank == 0:
+            print(f"Left out: {name}, which needs {needs}.", file=sys.stderr)
+    if world_size > 1 and device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    loaded, tokenizer = load(model, dtype, device)
+    folder = out or Path("out") / suite
+    with counted_progress(hidden=rank != 0) as advance:
+        done = evaluation.evaluate(
+            plan, loaded, tokenizer, folder, rank=rank, world_size=world_size, on_progress=advance
+        )
+    if done:  # under torchrun, the last process finds it so
+        path = evaluation.report(folder)
+        print((folder / "scores.md").read_text(encoding="utf-8").partition("\n\n## ")[0])
+        print(f"\nReport: {path}")
+
+
+def _need_extra() -> None:
+    """Find out before the model runs whether the report can be made."""
+    for name in ("matplotlib", "numpy", "rouge_score", "wonderwords"):
+        if importlib.util.find_spec(name) is None:
+            raise FlexASLError(f"flexasl eval needs {name}; install it with: pip install 'flexasl[eval]'")

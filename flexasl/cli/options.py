@@ -1,0 +1,53 @@
+"""Options that commands share, and what they say."""
+
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.policies import POLICIES
+from flexasl.text import read_text
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str | None, typer.Option(help="Model folder or hub id. [default: the embedded SmolLM2-135M-Instruct]")
+]
+PolicyName = Annotated[str, typer.Option("--policy", help=f"What to prune and when: {', '.join(POLICIES)}.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
+DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: that of the stored weights]")]
+AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
+SelectTokens = Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")]
+KVBudget = Annotated[str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")]
+Tau = Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def config_of(tau: float | None = None, **amounts: str | None) -> ASLConfig:
+    """Settings, by options as they were typed; those that were not given are at their defaults."""
+    settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
+    return ASLConfig(**settings if tau is None else settings | {"tau": tau})
+
+
+def _amount(name: str, text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise FlexASLError(f"--{name.replace('_', '-')} {text} is no amount; give {AMOUNT}")
+
+
+def text_of(file: str | None) -> str:
+    """What is to be read: a file's text, or standard input's."""
+    if file is None and sys.stdin.isatty():
+        raise FlexASLError("there is no text to read; give --file, or pipe a text in")
+    return read_text(file)

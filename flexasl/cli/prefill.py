@@ -1,0 +1,62 @@
+"""`flexasl prefill`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexasl.cli.answering import MIB, load
+from flexasl.cli.options import (
+    AsJson,
+    Device,
+    DtypeName,
+    KVBudget,
+    Model,
+    PolicyName,
+    SelectTokens,
+    Tau,
+    config_of,
+    text_of,
+)
+from flexasl.cli.terminal import progress_bar
+from flexasl.errors import FlexASLError
+from flexasl.policies import find_policy
+
+
+def prefill(
+    out: Annotated[Path, typer.Option(help="File to write, such as contract.safetensors.")],
+    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    about: Annotated[
+        str, typer.Option(help="What will be asked, in any words: keeps the tokens that matter to it.")
+    ] = "",
+    model: Model = None,
+    select_tokens: SelectTokens = None,
+    kv_budget: KVBudget = None,
+    tau: Tau = None,
+    policy: PolicyName = "asl",
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Read a text once and save what the model remembers, for flexasl ask --cache."""
+    config = config_of(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    find_policy(policy)
+    if not out.parent.is_dir():
+        raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
+    text = text_of(file)
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl import run
+
+    ids, notes = run.opening_ids(tokenizer, text, about.strip())
+    run.check_fits(loaded, len(ids), 1)
+    with progress_bar(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
+        made = run.prefill(loaded, ids, config=config, policy=policy, on_layer=bar.advance)
+    with progress_bar(f"writing {out}"):
+        made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
+    size = out.stat().st_size
+    if as_json:
+        print(json.dumps({"path": str(out), "bytes": size, "report": made.reports[-1].to_dict()}))
+        return
+    print(made.reports[-1])
+    print(f"saved: {out}, {size / MIB:,.1f} MiB")
