@@ -6,7 +6,7 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor
@@ -102,6 +102,30 @@ class LayerCache:
         entries find no room and go into larger storage, so nothing is written into tensors that are given here."""
         self._hold(keys, values, columns, valid)
         self.seen, self.uncroppable = seen, uncroppable
+
+    @classmethod
+    def stacked(cls, caches: Sequence[LayerCache], slack: int = 0) -> Self:
+        """The rows of several caches of one layer [B, G, N, D], each with its own N, behind one another: shorter ones
+        are padded on the left. They must have read equally many columns. Copies the entries."""
+        entries = [cache.keys.shape[2] for cache in caches if cache.keys is not None]
+        assert len(entries) == len(caches) and len({cache.seen for cache in caches}) == 1
+        made, width = cls(slack), max(entries)
+        marks = [_marks(cache, cache.keys.shape[1]) for cache in caches if cache.keys is not None]
+        columns, valid = (torch.cat([_widened(one, width) for one in each]) for each in zip(*marks, strict=True))
+        if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
+            columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
+        plain = min(entries) == width and all(cache.valid is None for cache in caches)
+        keys = torch.cat([_widened(cache.keys, width) for cache in caches if cache.keys is not None])
+        values = torch.cat([_widened(cache.values, width) for cache in caches if cache.values is not None])
+        made.restore(
+            keys,
+            values,
+            columns,
+            None if plain else valid,
+            seen=caches[0].seen,
+            uncroppable=max(cache.uncroppable for cache in caches),
+        )
+        return made
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
