@@ -106,25 +106,20 @@ class LayerCache:
     @classmethod
     def stacked(cls, caches: Sequence[LayerCache], slack: int = 0) -> Self:
         """The rows of several caches of one layer [B, G, N, D], each with its own N, behind one another: shorter ones
-        are padded on the left. They must have read equally many columns. Copies the entries."""
-        entries = [cache.keys.shape[2] for cache in caches if cache.keys is not None]
-        assert len(entries) == len(caches) and len({cache.seen for cache in caches}) == 1
-        made, width = cls(slack), max(entries)
-        marks = [_marks(cache, cache.keys.shape[1]) for cache in caches if cache.keys is not None]
-        columns, valid = (torch.cat([_widened(one, width) for one in each]) for each in zip(*marks, strict=True))
+        are padded on the left. They must have read equally many columns. Entries are copied, once, into storage that
+        has the slack already."""
+        assert len({cache.seen for cache in caches}) == 1
+        held = [(cache.keys, cache.values) for cache in caches if cache.keys is not None and cache.values is not None]
+        marks = [_marks(cache, keys.shape[1]) for cache, (keys, _) in zip(caches, held, strict=True)]
+        keys, values, columns, valid = (
+            _stacked(parts, slack) for parts in (*zip(*held, strict=True), *zip(*marks, strict=True))
+        )
         if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
             columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
-        plain = min(entries) == width and all(cache.valid is None for cache in caches)
-        keys = torch.cat([_widened(cache.keys, width) for cache in caches if cache.keys is not None])
-        values = torch.cat([_widened(cache.values, width) for cache in caches if cache.values is not None])
-        made.restore(
-            keys,
-            values,
-            columns,
-            None if plain else valid,
-            seen=caches[0].seen,
-            uncroppable=max(cache.uncroppable for cache in caches),
-        )
+        made, length = cls(slack), keys.shape[2] - slack
+        made._hold(keys, values, columns, None if bool(valid[..., :length].all()) else valid)
+        made._length = length
+        made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
         return made
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
@@ -213,6 +208,16 @@ def _widened(states: Tensor, width: int) -> Tensor:
     """[B, G, N, ...] → [B, G, width, ...], zero (False) on the left."""
     filler = states.new_zeros(*states.shape[:2], width - states.shape[2], *states.shape[3:])
     return torch.cat([filler, states], 2)
+
+
+def _stacked(parts: Sequence[Tensor], slack: int) -> Tensor:
+    """[B, G, N, ...] each → [sum of B, G, largest N + slack, ...], zero (False) on the left of shorter ones."""
+    width, one = max(part.shape[2] for part in parts), parts[0]
+    made = one.new_empty(sum(map(len, parts)), one.shape[1], width + slack, *one.shape[3:])
+    for part, rows in zip(parts, made.split([len(part) for part in parts]), strict=True):
+        rows[:, :, : width - part.shape[2]] = 0
+        rows[:, :, width - part.shape[2] : width] = part
+    return made
 
 
 def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:

@@ -37,13 +37,13 @@ def answer_together(
 ) -> list[Said]:
     """The greedy answers to a prompt, one for each setting, as `flexasl.run.answer` gives them one by one."""
     prompt = torch.tensor([ids], device=model.device)
-    memo, read = Memo(len(ids)), []
+    memo = Memo(len(ids))
     with memo.over(costly_modules(decoder_layers(model))):
-        for setting in settings:
-            read.append(_prefill(model, prompt, setting, memo, max_new_tokens))
+        read = [_prefill(model, prompt, setting, memo, max_new_tokens) for setting in settings]
     del memo
-    reports = [report for _, _, report in read]
-    tokens = _decode(model, prompt, [(token, cache) for token, cache, _ in read], max_new_tokens)
+    first, caches, reports = map(list, zip(*read, strict=True))
+    del read
+    tokens = _decode(model, prompt, first, caches, max_new_tokens)
     return [
         Said(tokenizer.decode(new, skip_special_tokens=True).strip(), len(ids), len(new), report)
         for new, report in zip(tokens, reports, strict=True)
@@ -70,19 +70,19 @@ def _prefill(
         return int(out.sequences[0, -1]), out.past_key_values, None if patch is None else patch.report
 
 
-def _decode(model: Any, prompt: Tensor, read: list[tuple[int, Any]], max_new_tokens: int) -> list[Tensor]:
-    """All new tokens [M] of each setting, up to its end-of-sequence token, given the first one and the cache."""
+def _decode(model: Any, prompt: Tensor, first: list[int], caches: list[Any], max_new_tokens: int) -> list[Tensor]:
+    """All new tokens [M] of each setting, up to its end-of-sequence token, given the first one and the cache of the
+    prompt [1, N]. Empties the list of caches, which are large."""
     from flexasl.integrations.transformers.cache import PrunedCache
 
     ends = _end_tokens(model)
-    first = torch.tensor([token for token, _ in read], device=prompt.device)
-    new = list(first[:, None])
-    going = [row for row, (token, _) in enumerate(read) if token not in ends]
+    new = [torch.tensor([token], device=prompt.device) for token in first]
+    going = [row for row, token in enumerate(first) if token not in ends]
     if not going or max_new_tokens == 1:
         return new
-    cache = PrunedCache.stacked([read[row][1] for row in going], slack=max_new_tokens)
-    read.clear()
-    start = torch.cat([prompt.repeat(len(going), 1), first[going, None]], 1)
+    cache = PrunedCache.stacked([caches[row] for row in going], slack=max_new_tokens)
+    caches.clear()
+    start = torch.stack([torch.cat([prompt[0], new[row]]) for row in going])
     with flexasl.patch(model, policy="full"):
         out = model.generate(
             start,
