@@ -6,7 +6,7 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,25 @@ class LayerCache:
         self._hold(keys, values, columns, valid)
         self.seen, self.uncroppable = seen, uncroppable
 
+    @classmethod
+    def stacked(cls, caches: Sequence[LayerCache], slack: int = 0) -> Self:
+        """The rows of several caches of one layer [B, G, N, D], each with its own N, behind one another: shorter ones
+        are padded on the left. They must have read equally many columns. Entries are copied, once, into storage that
+        has the slack already."""
+        assert len({cache.seen for cache in caches}) == 1
+        held = [(cache.keys, cache.values) for cache in caches if cache.keys is not None and cache.values is not None]
+        marks = [_marks(cache, keys.shape[1]) for cache, (keys, _) in zip(caches, held, strict=True)]
+        keys, values, columns, valid = (
+            _stacked(parts, slack) for parts in (*zip(*held, strict=True), *zip(*marks, strict=True))
+        )
+        if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
+            columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
+        made, length = cls(slack), keys.shape[2] - slack
+        made._hold(keys, values, columns, None if bool(valid[..., :length].all()) else valid)
+        made._length = length
+        made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
+        return made
+
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
         rest."""
@@ -189,6 +208,16 @@ def _widened(states: Tensor, width: int) -> Tensor:
     """[B, G, N, ...] → [B, G, width, ...], zero (False) on the left."""
     filler = states.new_zeros(*states.shape[:2], width - states.shape[2], *states.shape[3:])
     return torch.cat([filler, states], 2)
+
+
+def _stacked(parts: Sequence[Tensor], slack: int) -> Tensor:
+    """[B, G, N, ...] each → [sum of B, G, largest N + slack, ...], zero (False) on the left of shorter ones."""
+    width, one = max(part.shape[2] for part in parts), parts[0]
+    made = one.new_empty(sum(map(len, parts)), one.shape[1], width + slack, *one.shape[3:])
+    for part, rows in zip(parts, made.split([len(part) for part in parts]), strict=True):
+        rows[:, :, : width - part.shape[2]] = 0
+        rows[:, :, width - part.shape[2] : width] = part
+    return made
 
 
 def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:

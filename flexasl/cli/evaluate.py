@@ -36,6 +36,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="SQuAD or HotpotQA as JSON, for qa_1 and qa_2; once each.")
     ] = None,
     infinitebench: Annotated[Path | None, typer.Option(help="Folder with InfiniteBench's <task>.jsonl.")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
+    ] = False,
     model: Model = None,
     dtype: DtypeName = None,
     device: Device = "cpu",
@@ -71,7 +74,14 @@ def evaluate(
     folder = out or Path("out") / suite
     with counted_progress(hidden=rank != 0) as advance:
         done = evaluation.evaluate(
-            plan, loaded, tokenizer, folder, rank=rank, world_size=world_size, on_progress=advance
+            plan,
+            loaded,
+            tokenizer,
+            folder,
+            rank=rank,
+            world_size=world_size,
+            together=together,
+            on_progress=advance,
         )
     if done:  # under torchrun, the last process finds it so
         path = evaluation.report(folder)

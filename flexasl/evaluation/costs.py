@@ -41,7 +41,7 @@ def layer_costs(model: Any) -> list[LayerCost]:
     key_dim, value_dim = (getattr(config, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim"))
     experts = getattr(config, "num_experts_per_tok", None) or 1
     costs = []
-    for index, layer in enumerate(_layers(model.get_decoder(), config.num_hidden_layers)):
+    for index, layer in enumerate(decoder_layers(model)):
         weights = 0
         for weight in layer.parameters():
             if weight.dim() == 2:
@@ -50,6 +50,12 @@ def layer_costs(model: Any) -> list[LayerCost]:
                 weights += experts * weight[0].numel()
         costs.append(LayerCost(2 * weights, 2 * heads * (key_dim + value_dim), _window(config, index)))
     return costs
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder's list of layers, whatever its name."""
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    return next(child for child in decoder.children() if type(child).__name__ == "ModuleList" and len(child) == count)
 
 
 def prefill_share(layers: Sequence[LayerCost], report: Report, row: int = 0) -> float:
@@ -75,11 +81,6 @@ def _positions(told: RowReport, count: int) -> Sequence[int]:
     if count == told.kept_tokens:
         return told.kept_positions
     return [place * told.prompt_tokens // count for place in range(count)]
-
-
-def _layers(decoder: Any, count: int) -> Any:
-    """The decoder's list of layers, whatever its name."""
-    return next(child for child in decoder.children() if type(child).__name__ == "ModuleList" and len(child) == count)
 
 
 def _window(config: Any, layer: int) -> int | None:

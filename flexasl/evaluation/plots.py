@@ -22,19 +22,22 @@ COLUMNS = 3
 
 
 def pareto(results: Results) -> Figure:
-    """Score against the cost of the prefill, measured and counted; a line joins the settings that no other beats."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    measured, counted = figure.subplots(1, 2, sharey=True)
+    """Score against the cost of the prefill, measured where it was and counted; a line joins the settings that no other
+    beats."""
+    figure = Figure(figsize=(12 if results.timed else 7.5, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2 if results.timed else 1, sharey=True, squeeze=False)[0]
     scores = {setting: results.score(results.of(setting=setting)) for setting in results.settings}
     seconds, operations = {}, {}
     for setting in results.settings:
         records = results.of(setting=setting)
-        seconds[setting] = statistics.median(results.seconds_share(record) for record in records)
+        if results.timed:
+            seconds[setting] = statistics.median(results.seconds_share(record) for record in records)
         operations[setting] = statistics.fmean(record["counted_prefill"] for record in records)
-    _pareto(measured, "measured: seconds to the first token / full cache", seconds, scores)
-    _pareto(counted, "counted: operations of the prefill / full cache", operations, scores)
-    measured.set_ylabel("score")
-    handles, labels = measured.get_legend_handles_labels()
+    if results.timed:
+        _pareto(panels[0], "measured: seconds to the first token / full cache", seconds, scores)
+    _pareto(panels[-1], "counted: operations of the prefill / full cache", operations, scores)
+    panels[0].set_ylabel("score")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
 

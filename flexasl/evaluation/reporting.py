@@ -16,8 +16,8 @@ RESULTS, SCORES, TIMES, REPORT = "results.jsonl", "scores.md", "times.md", "repo
 def report(out: str | Path) -> Path:
     """Make the report of a folder that `evaluate` has written to, finished or not, and return its path.
 
-    Writes `results.jsonl` (all answers, sorted), `scores.md`, `times.md`, the pictures and `report.md`. `scores.md`
-    does not depend on how long anything took.
+    Writes `results.jsonl` (all answers, sorted), `scores.md`, `times.md` where seconds were measured, the pictures and
+    `report.md`. `scores.md` does not depend on how long anything took.
 
     Raises FlexASLError where the folder holds no answers.
     """
@@ -30,10 +30,11 @@ def report(out: str | Path) -> Path:
     from flexasl.evaluation.tables import Results, score_tables, time_tables
 
     results = Results(records)
-    scores, times = score_tables(results), time_tables(results)
+    scores, times = score_tables(results), time_tables(results) if results.timed else None
     write(out / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in results.records))
     write(out / SCORES, scores)
-    write(out / TIMES, times)
+    if times is not None:
+        write(out / TIMES, times)
     drawn: list[tuple[str, str, str]] = []
     for name, title, caption, draw in (
         ("pareto.png", "Score against prefill cost", "Up and to the left is better.", plots.pareto),
@@ -54,16 +55,16 @@ def report(out: str | Path) -> Path:
 
 
 def _page(
-    run: dict[str, Any], results: Any, prompts: int, scores: str, times: str, drawn: list[tuple[str, str, str]]
+    run: dict[str, Any], results: Any, prompts: int, scores: str, times: str | None, drawn: list[tuple[str, str, str]]
 ) -> str:
     identity, about = run["identity"], run["about"]
     missing = prompts * len(results.settings) - len(results.records)
+    measured = ", or measured in seconds until the first token" if times is not None else ""
     parts = [
         f"# Evaluation of {identity['model']}",
         f"Prompts: {prompts:,}; tasks: {len(results.tasks)}; settings: {len(results.settings)}. `full` is the "
         "unpatched model with its full cache. Scores are means with 95 % bootstrap intervals (fixed seed); answers are "
-        "greedy. Prefill costs are shares of the full one's: counted in operations, or measured in seconds until the "
-        "first token.",
+        f"greedy. Prefill costs are shares of the full one's, counted in operations{measured}.",
     ]
     if missing:
         parts.append(f"**Not finished:** {missing:,} answers are missing, so rows may not be compared yet.")
@@ -74,10 +75,13 @@ def _page(
         "model": f"{identity['model']}, {identity['parameters']:,} parameters, {identity['dtype']}",
         "chat template": "none" if identity["chat_template"] is None else "the tokenizer's, in run.json",
         "seed": identity["seed"],
+        "answers": "all of a prompt at once, without a clock" if identity.get("together") else "one by one",
         "files given": files,
         "run on": f"{about['device']}, {about['processor']}, Python {about['python']}, torch {about['torch']}, "
         f"transformers {about['transformers']}, flexasl {about['flexasl']}",
     }
     rows = "\n".join(f"- {name}: {value}" for name, value in made.items())
-    parts += ["# Scores", scores.rstrip(), "# Measured time", times.rstrip(), "Medians, with quartiles.", "# Made with"]
-    return "\n\n".join([*parts, rows]) + "\n"
+    parts += ["# Scores", scores.rstrip()]
+    if times is not None:
+        parts += ["# Measured time", times.rstrip(), "Medians, with quartiles."]
+    return "\n\n".join([*parts, "# Made with", rows]) + "\n"

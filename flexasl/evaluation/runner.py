@@ -36,11 +36,14 @@ def evaluate(
     *,
     rank: int = 0,
     world_size: int = 1,
+    together: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> bool:
     """Answer what the folder `out` does not hold yet, and return whether the whole plan is answered now.
 
     Of several processes, each with its `rank`, every one answers its share; the whole plan is done when the last is.
+    With `together`, all answers to a prompt are made at once: several times faster, the same but for rounding, and
+    without measured seconds. A folder's answers are all made one way or the other.
     `on_progress` gets the stage, "prompts" or "answers", how many of this process's are done, and how many there are.
 
     Raises FlexASLError, before the model runs, where a policy does not fit the model, a prompt and its answer do not
@@ -56,7 +59,7 @@ def evaluate(
         for length in plan.lengths:
             run.check_fits(model, length, find_task(name).max_new_tokens)
     with held(out, rank):
-        agree(out, _identity(plan, model, tokenizer), _about(model))
+        agree(out, _identity(plan, model, tokenizer, together), _about(model))
         prompts, answers = Journal(out, PROMPTS, rank, prompt_key), Journal(out, ANSWERS, rank, answer_key)
         try:
             items = plan.items(rank, world_size)
@@ -65,7 +68,8 @@ def evaluate(
                 if item not in prompts:
                     sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
                     prompts.append(sample.to_dict())
-            _answer_all(plan, model, tokenizer, items, prompts, answers, on_progress)
+            answer_all = _answer_together if together else _answer_all
+            answer_all(plan, model, tokenizer, items, prompts, answers, on_progress)
         finally:
             prompts.close()
             answers.close()
@@ -105,6 +109,34 @@ def _answer_all(
         on_progress(ANSWERS, len(wanted) - len(missing) + number, len(wanted))
 
 
+def _answer_together(
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    items: list[Item],
+    prompts: Journal,
+    answers: Journal,
+    on_progress: Callable[[str, int, int], None],
+) -> None:
+    from flexasl.evaluation.together import answer_together
+
+    costs = layer_costs(model)
+    missing = {item: [one for one in plan.settings if (item, one.label) not in answers] for item in items}
+    total = len(items) * len(plan.settings)
+    done = total - sum(map(len, missing.values()))
+    on_progress(ANSWERS, done, total)
+    for item, settings in missing.items():
+        if not settings:
+            continue
+        sample = Sample.from_dict(prompts[item])
+        ids = encode(tokenizer, sample.prompt)
+        said = answer_together(model, tokenizer, ids, settings, max_new_tokens=sample.max_new_tokens)
+        # In one go: a batch of other settings may round differently, so a prompt is rather answered whole or not at all
+        answers.append(*(_record(sample, one, answer, costs) for one, answer in zip(settings, said, strict=True)))
+        done += len(settings)
+        on_progress(ANSWERS, done, total)
+
+
 def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost]) -> dict[str, Any]:
     """One line of results. Floats of the report are rounded to six digits, which keeps the files small."""
     record = {
@@ -140,7 +172,7 @@ def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost
     return record
 
 
-def _identity(plan: Plan, model: Any, tokenizer: Any) -> dict[str, Any]:
+def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[str, Any]:
     """What must not change while results are added to a folder."""
     return {
         "model": _name(model),
@@ -149,6 +181,7 @@ def _identity(plan: Plan, model: Any, tokenizer: Any) -> dict[str, Any]:
         "chat_template": tokenizer.chat_template,
         "vocabulary": len(tokenizer),
         "seed": plan.seed,
+        "together": together,
         **plan.sources.fingerprint(),
     }
 

@@ -49,6 +49,11 @@ class Results:
         self.settings = sorted(by_label, key=lambda label: _setting_order(by_label[label]))
         self._full = {_prompt(record): record for record in self.records if record["setting"] == FULL}
 
+    @property
+    def timed(self) -> bool:
+        """Whether seconds were measured, which those are not that were answered together."""
+        return all(record["first_token_seconds"] is not None for record in self.records)
+
     def of(self, **wanted: Any) -> list[Record]:
         """The records with these values."""
         return [record for record in self.records if all(record[name] == value for name, value in wanted.items())]

@@ -65,7 +65,8 @@ class BasePatch:
         """Whether decoder layers run as compiled graphs."""
         self._model = model
         self._layers = list(layers)
-        self._attention = list(attention)
+        self.attention = tuple(attention)
+        """What computes each layer's attention."""
         self._voters = voters
         self._reduce = reduce
         self._handles: list[RemovableHandle] = []
@@ -183,7 +184,7 @@ class BasePatch:
             call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
         if index == 0:
             hidden = call.start(hidden)
-        call.step = call.enter(index, self._attention[index])
+        call.step = call.enter(index, self.attention[index])
         for name in self.TABLES:
             states = kwargs.get(name)
             if states is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -106,6 +106,16 @@ class PrunedCache(DynamicCache):
         self.layers = layers
         self.reports, self.notes = (), {}
         self._ids, self._read, self._mask, self._reader = [], 0, None, _Reader()
+
+    @classmethod
+    def stacked(cls, caches: Sequence[DynamicCache], slack: int = 0) -> PrunedCache:
+        """The rows of several caches that have read prompts of one length, as a batch to decode, with room for `slack`
+        new tokens. Each was filled by one prefill of the model, patched or not."""
+        made = cls()
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        made.begin([PrunedCacheLayer.stacked([_ours(layer) for layer in rows], slack) for rows in layers])
+        made._ids = None
+        return made
 
     def restore(self, layers: list[PrunedCacheLayer], saved: SavedCache, model: Any) -> None:
         """Becomes what was saved, with these layers, which hold its entries, for the model that it belongs to."""
@@ -207,6 +217,16 @@ class PrunedCache(DynamicCache):
         known = self.token_ids
         self._ids = self._ids if known is None else [known[rows.to(known.device)]]
         self._mask = None if self._mask is None else self._mask[rows.to(self._mask.device)]
+
+
+def _ours(layer: Any) -> LayerCache:
+    """A cache layer as one of ours, sharing its tensors. An unpatched model's holds the last columns, without a gap."""
+    if isinstance(layer, LayerCache):
+        return layer
+    made, (batch, _, count, _), seen = LayerCache(), layer.keys.shape, layer.get_seq_length()
+    columns = torch.arange(seen - count, seen, device=layer.keys.device).repeat(batch, 1)
+    made.restore(layer.keys, layer.values, columns, None, seen=seen, uncroppable=seen if count < seen else 0)
+    return made
 
 
 def _saved(layer: PrunedCacheLayer) -> SavedLayer:

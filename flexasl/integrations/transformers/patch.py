@@ -136,7 +136,7 @@ class Patch(BasePatch):
         return cache
 
     def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
-        slides = any(attention.sliding_window is not None for attention in self._attention)
+        slides = any(attention.sliding_window is not None for attention in self.attention)
         if past > 0 and slides and valid is not None and not bool(valid[:, past:].all()):
             raise UnsupportedError(
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
