@@ -37,6 +37,11 @@ app = typer.Typer(
 )
 
 
+class KVDtype(StrEnum):
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -52,9 +57,13 @@ DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: 
 AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
 SelectTokens = Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")]
 KVBudget = Annotated[str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")]
+KVDtypeName = Annotated[
+    KVDtype | None,
+    typer.Option("--kv-dtype", help="Keep the cache in eight bits. [default: the model's number format]"),
+]
 Tau = Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "tau", "policy", "compare")
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "policy", "compare")
 """Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
 
 
@@ -67,6 +76,7 @@ def ask(
     model: Model = None,
     select_tokens: SelectTokens = None,
     kv_budget: KVBudget = None,
+    kv_dtype: KVDtypeName = None,
     tau: Tau = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
@@ -79,7 +89,7 @@ def ask(
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
     if cache is not None:
         _refuse_beside(context, "cache", OF_A_PROMPT)
-    config = _config(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    config = _config(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     _check_plot(plot)
     if not question.strip():
@@ -123,6 +133,7 @@ def prefill(
     model: Model = None,
     select_tokens: SelectTokens = None,
     kv_budget: KVBudget = None,
+    kv_dtype: KVDtypeName = None,
     tau: Tau = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
@@ -130,7 +141,7 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Read a text once and save what the model remembers, for flexasl ask --cache."""
-    config = _config(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    config = _config(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     if not out.parent.is_dir():
         raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
@@ -161,18 +172,18 @@ def inspect(
 ) -> None:
     """Check a saved prompt, and say what is in it and which model it belongs to."""
     with _progress(f"checking {path}"):
-        from flexasl.saving import VERSION, read
+        from flexasl.saving import read
 
         saved = read(path)
     rows = saved.layers[0].keys.shape[0]
     model = {name: saved.model.get(name) for name in ("architecture", "dtype", "shapes", "weights", "settings")}
     if as_json:
-        facts = {"bytes": path.stat().st_size, "version": VERSION, "flexasl": saved.flexasl, "rows": rows}
+        facts = {"bytes": path.stat().st_size, "version": saved.version, "flexasl": saved.flexasl, "rows": rows}
         facts |= {"tokens": saved.seen, "kv_bytes": saved.nbytes, "has_token_ids": saved.token_ids is not None}
         reports = [report.to_dict() for report in saved.reports]
         print(json.dumps(facts | {"model": model, "notes": saved.notes, "reports": reports}))
         return
-    print(f"{path}: {path.stat().st_size / MIB:,.1f} MiB, intact, format {VERSION}, by flexasl {saved.flexasl}")
+    print(f"{path}: {path.stat().st_size / MIB:,.1f} MiB, intact, format {saved.version}, by flexasl {saved.flexasl}")
     print(f"model: {model['architecture']}, {model['dtype']}, weights {str(model['weights'])[:12]}")
     ids = "with" if saved.token_ids is not None else "without"
     print(f"{rows} row{'s' if rows > 1 else ''} of {saved.seen:,} tokens read, {ids} their ids")
@@ -316,9 +327,9 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _config(tau: float | None = None, **amounts: str | None) -> ASLConfig:
+def _config(tau: float | None = None, kv_dtype: Any = None, **amounts: str | None) -> ASLConfig:
     settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
-    return ASLConfig(**settings if tau is None else settings | {"tau": tau})
+    return ASLConfig(tau=tau, kv_dtype=kv_dtype and kv_dtype.value, **settings)
 
 
 def _amount(name: str, text: str) -> int | float:
