@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import flexasl
-from flexasl import FlexASLError, UnsupportedError
+from flexasl import FlexASLError, UnsupportedError, embedded, run
 from flexasl.cache import LayerCache
 from flexasl.quantizing import LARGEST, NUMBERS, dequantize, quantize
+from flexasl.text import magic_number, needle_prompt, prompt_ids
 
 pytest.importorskip("torchao")
 
@@ -302,6 +303,21 @@ def test_a_masked_prompt(kind):
 
 
 @kinds
+def test_quantised_weights_and_a_quantised_cache(kind):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    before, after, ids = copy.deepcopy(tiny()), copy.deepcopy(tiny()), prompts(60)[0][None]
+    quantize_(before, Int8WeightOnlyConfig())
+    with flexasl.patch(before, SMALL.replace(kv_dtype=kind)):
+        want = before.generate(ids, max_new_tokens=8, output_logits=True, **GREEDY)
+    with flexasl.patch(after, SMALL.replace(kv_dtype=kind)):
+        quantize_(after, Int8WeightOnlyConfig())
+        got = after.generate(ids, max_new_tokens=8, output_logits=True, **GREEDY)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+    assert {layer.stored[0].dtype for layer in got.past_key_values.layers} == {NUMBERS[kind]}
+
+
+@kinds
 def test_a_cache_of_the_users_own_and_one_that_is_used_again(kind):
     model, ids = tiny(), prompts(60)[0][None]
     cache = DynamicCache()
@@ -456,3 +472,19 @@ def test_a_quantised_cache_is_refused_where_torchao_is_missing(monkeypatch, tmp_
         pytest.raises(UnsupportedError, match=r"kv_dtype='int8' needs torchao .*pip install 'flexasl\[quant\]'"),
     ):
         flexasl.load_cache(path, model)
+
+
+@pytest.mark.slow
+def test_a_real_model_finds_as_many_sentences():
+    model, tokenizer = embedded.load()
+    found = {kind: 0 for kind in (None, *NUMBERS)}
+    for seed in range(3):
+        fact = magic_number(seed)
+        text = needle_prompt(tokenizer, 1000, (seed + 0.5) / 3, fact.needle, fact.question, seed)
+        ids = prompt_ids(tokenizer, text, fact.answer_prefix)
+        for kind in found:
+            config = flexasl.ASLConfig(select_tokens=256, kv_dtype=kind)
+            said = run.answer(model, tokenizer, ids, max_new_tokens=12, config=config, policy="asl")
+            found[kind] += fact.answer in said.text
+    assert found[None] >= 2
+    assert all(found[kind] >= found[None] - 1 for kind in NUMBERS), found
