@@ -57,12 +57,9 @@ STATES_AND_SCALES = ("keys", "values", "key_scales", "value_scales")
 class SavedLayer:
     """What one layer remembers."""
 
-    keys: Tensor
-    """[B, G, N, D], floating point or of eight bits."""
-    values: Tensor
-    """[B, G, N, D of values], dtype of the keys."""
-    scales: tuple[Tensor, Tensor] | None = None
-    """Of keys and of values in eight bits, [B, G, N, 1] float16."""
+    stored: tuple[Tensor, ...]
+    """Keys [B, G, N, D] and values [B, G, N, D of values] of one dtype, floating point or of eight bits; if of eight
+    bits, then also the scales of both, [B, G, N, 1] float16."""
     columns: Tensor
     """[B, N] or [B, G, N] int64: the column that each entry came from, ascending among valid entries."""
     valid: Tensor | None = None
@@ -71,9 +68,12 @@ class SavedLayer:
     """Columns that cannot be cropped."""
 
     @property
-    def stored(self) -> tuple[Tensor, ...]:
-        """Keys, values and, where there are any, their scales."""
-        return (self.keys, self.values, *(self.scales or ()))
+    def keys(self) -> Tensor:
+        return self.stored[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.stored[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class SavedCache:
     @property
     def version(self) -> str:
         """Of the format that a file of it has."""
-        return SCALED if any(layer.scales is not None for layer in self.layers) else PLAIN
+        return SCALED if any(len(layer.stored) > 2 for layer in self.layers) else PLAIN
 
 
 class _Damage(Exception):
@@ -296,15 +296,16 @@ def _layer(
 ) -> SavedLayer:
     """Takes a layer's tensors away."""
     batch, seen, dtype = common
-    keys, values, columns, valid = (
-        left.pop(f"layers.{index}.{part}", None) for part in ("keys", "values", "columns", "valid")
-    )
-    if keys is None or values is None or columns is None:
+    names = STATES_AND_SCALES[: 2 if name_of(dtype) is None else 4]
+    stored = [part for name in names if (part := left.pop(f"layers.{index}.{name}", None)) is not None]
+    columns, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
+    if columns is None or len(stored) < len(names):
         raise _Damage(f"layer {index} is not complete")
-    for part, states in (("keys", keys), ("values", values)):
-        if states.dtype != dtype or states.dim() != 4 or states.shape[:3] != (batch, *keys.shape[1:3]):
-            raise _Damage(f"layers.{index}.{part} are {_kind(states)}, which fits neither the keys nor other layers")
-    scales = None if name_of(dtype) is None else _scales(left, index, (*keys.shape[:3], 1))
+    keys = stored[0]
+    for name, part in zip(names, stored):
+        kind, dims = (SCALES, (1,)) if name.endswith("scales") else (dtype, part.shape[3:])
+        if part.dtype != kind or part.dim() != 4 or part.shape != (batch, *keys.shape[1:3], *dims):
+            raise _Damage(f"layers.{index}.{name} are {_kind(part)}, which fits neither the keys nor other layers")
     heads, entries = keys.shape[1:3]
     if columns.dtype != torch.int64 or tuple(columns.shape) not in ((batch, entries), (batch, heads, entries)):
         raise _Damage(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
@@ -320,19 +321,7 @@ def _layer(
         own = mask if columns.dim() == 2 else mask[:, None].expand(-1, heads, -1)
         if bool((real & ~own.gather(-1, columns)).any()):
             raise _Damage(f"layers.{index} has entries from padding")
-    return SavedLayer(keys=keys, values=values, scales=scales, columns=columns, valid=valid, uncroppable=uncroppable)
-
-
-def _scales(left: dict[str, Tensor], index: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Takes those of a layer's keys and values away."""
-    found = []
-    for part in STATES_AND_SCALES[2:]:
-        scales = left.pop(f"layers.{index}.{part}", None)
-        if scales is None or scales.dtype != SCALES or scales.shape != shape:
-            given = "missing" if scales is None else _kind(scales)
-            raise _Damage(f"layers.{index}.{part} are {given}, where {SCALES} {list(shape)} are needed")
-        found.append(scales)
-    return found[0], found[1]
+    return SavedLayer(stored=tuple(stored), columns=columns, valid=valid, uncroppable=uncroppable)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -211,11 +211,8 @@ class PrunedCache(DynamicCache):
 
 def _saved(layer: PrunedCacheLayer) -> SavedLayer:
     assert layer.columns is not None
-    keys, values, *scales = layer.stored
     return SavedLayer(
-        keys=keys,
-        values=values,
-        scales=(scales[0], scales[1]) if scales else None,
+        stored=layer.stored,
         columns=layer.columns,
         valid=layer.valid,
         uncroppable=layer.uncroppable,

@@ -49,7 +49,7 @@ def _refuse_misfits(saved: SavedCache, model: Any, path: str) -> list[torch.dtyp
     for index, (layer, made) in enumerate(zip(saved.layers, needed, strict=True)):
         own = [(states.shape[1], states.shape[3], states.dtype) for states in made]
         theirs = [(states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values)]
-        if layer.scales is not None:
+        if len(layer.stored) > 2:  # of eight bits
             theirs = [(heads, dim, dtype) for (heads, dim, _), (_, _, dtype) in zip(theirs, own)]
         if theirs != own:
             raise FlexASLError(
