@@ -47,7 +47,7 @@ def main() -> None:
     for dtype in args.dtypes:
         model, tokenizer = embedded.load(getattr(torch, dtype), args.device)
         with flexasl.patch(model, config):
-            found = _needles(model, tokenizer, args) if "needles" in args.parts else {}
+            found = _needles(model, tokenizer, args) if "needles" in args.parts and dtype in args.needle_dtypes else {}
             timed = _decode(model, tokenizer, args) if "decode" in args.parts else {}
         caches += [{"dtype": dtype, "cache": kind, **timed.get(kind, {}), **found.get(kind, {})} for kind in KINDS]
         if "weights" in args.parts:
@@ -57,8 +57,8 @@ def main() -> None:
         heads = HEADS_OF_CACHES + [f"found at {tokens:,}" for tokens in args.needle_tokens]
         parts += [
             f"Caches, with select_tokens={args.select_tokens}. Bytes and time after a prompt of {args.tokens[0]:,} "
-            "tokens; × is against the same model's own cache. Sentences found, of "
-            f"{args.prompts}, in prompts of so many tokens.",
+            f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so many "
+            f"tokens, and how many of these answers have, over {ANSWER_TOKENS} tokens, not one token that differs.",
             table(heads, [_cache_row(row, args) for row in caches]),
         ]
     if weights:
@@ -71,8 +71,9 @@ def main() -> None:
 
 
 def _needles(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str | None, dict[str, Any]]:
-    """By kind of cache, for each length, in which prompts the sentence was found."""
-    found: dict[str | None, dict[str, Any]] = {kind: {"found": {}} for kind in KINDS}
+    """By kind of cache, for each length, in which prompts the sentence was found, and in which the answer was, token
+    for token, that of the model's own cache."""
+    found: dict[str | None, dict[str, Any]] = {kind: {"found": {}, "same": {}} for kind in KINDS}
     for tokens in args.needle_tokens:
         for seed in track(range(args.prompts), f"{tokens} tokens", disable=None):
             fact, depth = magic_number(seed), (seed + 0.5) / args.prompts
@@ -82,9 +83,10 @@ def _needles(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str |
             ids = torch.tensor([prompt_ids(tokenizer, message, fact.answer_prefix)], device=args.device)
             with torch.no_grad():
                 out = model(ids, logits_to_keep=1)
-            for kind in KINDS:
-                said = tokenizer.decode(_say(model, out.logits, kept_in(out.past_key_values, kind)))
-                found[kind]["found"].setdefault(tokens, []).append(fact.answer in said)
+            said = {kind: _say(model, out.logits, kept_in(out.past_key_values, kind)) for kind in KINDS}
+            for kind, answer in said.items():
+                found[kind]["found"].setdefault(tokens, []).append(fact.answer in tokenizer.decode(answer))
+                found[kind]["same"].setdefault(tokens, []).append(answer == said[None])
     return found
 
 
@@ -166,8 +168,8 @@ def _cache_row(row: dict[str, Any], args: argparse.Namespace) -> list[Any]:
         size, median, own = row["bytes"], statistics.median(row["seconds"]), statistics.median(row["own_seconds"])
         cells[2:5] = [f"{size / 2**20:.1f}", f"{size / row['bytes_bfloat16']:.3f}", f"{median * 1e3:.1f}"]
         cells[5] = f"{median / own:.2f}"
-    found = row.get("found", {})
-    return cells + [f"{sum(found[n])}/{len(found[n])}" if n in found else "" for n in args.needle_tokens]
+    found, same = row.get("found", {}), row.get("same", {})
+    return cells + [f"{sum(found[n])} ({sum(same[n])})" if n in found else "" for n in args.needle_tokens]
 
 
 def _weight_rows(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -190,6 +192,7 @@ def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--needle-dtypes", nargs="+", default=["float32"], help="a CPU reads long in bfloat16")
     parser.add_argument("--prompts", type=int, default=10, help="needles of each length")
     parser.add_argument("--needle-tokens", type=int, nargs="+", default=[1000, 2000])
     parser.add_argument("--weight-tokens", type=int, default=400, help="the prompt that quantised weights read")
