@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow fuzz compat compat-torchtune compat-torchtitan lint format types bench install clean
+.PHONY: demo check test test-slow fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -46,6 +46,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest -q bench/ops.py --out docs/benchmarks
 	$(BIN)/python -m pytest -q bench/attention.py --out docs/benchmarks
 	for name in decode prefill needle memory saved; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
+	$(MAKE) VENV=.compat/quantized bench-quantized
+
+# In an environment of its own, because torchao beside transformers warns of what a machine without a GPU lacks.
+bench-quantized: $(INSTALLED)
+	$(PIP) -e ".[quant]"
+	$(BIN)/python bench/quantized.py --out docs/benchmarks/quantized
 
 install: $(INSTALLED)
 

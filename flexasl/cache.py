@@ -13,101 +13,113 @@ from torch import Tensor
 
 from flexasl.errors import FlexASLError
 from flexasl.ops import compact_kv, kept_slots
+from flexasl.quantizing import dequantize, name_of, primitives, quantize
 
 
 class LayerCache:
     """What one layer remembers. All tensors are None until the first `append`.
 
     With `slack`, storage is made for so many entries more than needed whenever it must grow, so that decode copies
-    nothing but the new entry; without, it holds the entries and no more.
+    nothing but the new entry; without, it holds the entries and no more. kv_dtype `"int8"` or `"fp8"`: keys and values
+    are stored in eight bits, with scales; None: as they come.
     """
 
-    def __init__(self, slack: int = 0) -> None:
+    def __init__(self, slack: int = 0, kv_dtype: str | None = None) -> None:
         self.slack = slack
+        self.begin(kv_dtype)
+
+    def begin(self, kv_dtype: str | None) -> None:
+        """Forgets everything, and stores what comes by this `kv_dtype`; raises `UnsupportedError` where it cannot."""
+        if kv_dtype is not None:
+            primitives(kv_dtype)
+        self.kv_dtype = kv_dtype
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything."""
         self._length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._states: tuple[Tensor, ...] = ()
         self._columns: Tensor | None = None
         self._valid: Tensor | None = None
+        self._dtype: torch.dtype | None = None
         self.seen = 0
         """Columns of the sequence so far, dropped ones included."""
         self.uncroppable = 0
         """Columns that cannot be cropped, because entries that their queries would need again have been dropped."""
 
     @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """Keys and values as they are in memory, [B, G, N, D]; with a `kv_dtype` their scales after them, [B, G, N, 1].
+        Empty before the first `append`."""
+        return tuple(_front(states, 2, self._length) for states in self._states)
+
+    @property
     def keys(self) -> Tensor | None:
-        """[B, G, N, D]."""
-        return _front(self._keys, 2, self._length)
+        """[B, G, N, D] in the model's dtype; made anew each time where there is a `kv_dtype`."""
+        return self._read(0)
 
     @property
     def values(self) -> Tensor | None:
-        """[B, G, N, D]."""
-        return _front(self._values, 2, self._length)
+        """[B, G, N, D], likewise."""
+        return self._read(1)
 
     @property
     def columns(self) -> Tensor | None:
         """[B, N], or [B, G, N] where heads differ, int64: the column of the sequence that each entry came from."""
-        return _front(self._columns, -1, self._length)
+        return None if self._columns is None else _front(self._columns, -1, self._length)
 
     @property
     def valid(self) -> Tensor | None:
         """Bool like `columns`, False at padding; None where there is none."""
-        return _front(self._valid, -1, self._length)
+        return None if self._valid is None else _front(self._valid, -1, self._length)
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
         columns. Columns and valid may also differ by head: [B, G, M]."""
-        if self._keys is None:
-            self.seen += seen
-            self._hold(_owned(keys), _owned(values), columns, valid)
+        states = self._encoded(keys, values)
+        if self._states:
+            self._make_room(columns, valid, seen)
+            self._write(states)
             return
-        count = keys.shape[2]
-        old_keys, old_values = self.extend(columns, valid, seen)
-        old_keys[:, :, -count:], old_values[:, :, -count:] = keys, values
+        self.seen += seen
+        self._dtype = keys.dtype
+        self._hold(tuple(map(_owned, states)), columns, valid)
 
     def extend(self, columns: Tensor, valid: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
-        tensors returned [B, G, N + M, D]."""
-        assert self._keys is not None and self._values is not None and self._columns is not None
-        count = columns.shape[-1]
-        self.seen += seen
-        heads = self._keys.shape[1]
-        if columns.dim() == 3 and self._columns.dim() == 2:
-            self._columns, self._valid = _by_head(self._columns, heads), _by_head(self._valid, heads)
-        elif columns.dim() == 2 and self._columns.dim() == 3:
-            columns, valid = _by_head(columns, heads), _by_head(valid, heads)
-        if valid is not None and self._valid is None:
-            self._valid = torch.ones_like(self._columns, dtype=torch.bool)
-        length = self._length + count
-        if length > self._keys.shape[2]:
-            self._keys, self._values, self._columns = (
-                _grown(held, dim, self._length, length + self.slack)
-                for held, dim in ((self._keys, 2), (self._values, 2), (self._columns, -1))
-            )
-            self._valid = None if self._valid is None else _grown(self._valid, -1, self._length, length + self.slack)
-        self._columns[..., self._length : length] = columns
-        if self._valid is not None:
-            self._valid[..., self._length : length] = True if valid is None else valid
-        self._length = length
-        return self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
+        tensors returned [B, G, N + M, D], and then calls `settle` with these."""
+        self._make_room(columns, valid, seen)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys, values
+
+    def settle(self, keys: Tensor, values: Tensor, count: int) -> None:
+        """Stores the last `count` entries of what `extend` gave, which are in place already without a `kv_dtype`."""
+        if self.kv_dtype is not None:
+            self._write(self._encoded(keys[:, :, -count:], values[:, :, -count:]))
 
     def restore(
-        self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, *, seen: int, uncroppable: int
+        self,
+        stored: Sequence[Tensor],
+        columns: Tensor,
+        valid: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        seen: int,
+        uncroppable: int,
     ) -> None:
-        """Remembers these entries, shapes as the properties', without copying them. They may be mapped from a file: new
-        entries find no room and go into larger storage, so nothing is written into tensors that are given here."""
-        self._hold(keys, values, columns, valid)
-        self.seen, self.uncroppable = seen, uncroppable
+        """Remembers these entries, shapes as the properties', without copying them; dtype is the model's. They may be
+        mapped from a file: new entries find no room and go into larger storage, so nothing is written into tensors that
+        are given here."""
+        self.begin(name_of(stored[0].dtype))
+        self._hold(tuple(stored), columns, valid)
+        self._dtype, self.seen, self.uncroppable = dtype, seen, uncroppable
 
     @classmethod
     def stacked(cls, caches: Sequence[LayerCache], slack: int = 0) -> Self:
         """The rows of several caches of one layer [B, G, N, D], each with its own N, behind one another: shorter ones
         are padded on the left. They must have read equally many columns. Entries are copied, once, into storage that
-        has the slack already."""
+        has the slack already, in the model's dtype whatever they were stored in."""
         assert len({cache.seen for cache in caches}) == 1
         held = [(cache.keys, cache.values) for cache in caches if cache.keys is not None and cache.values is not None]
         marks = [_marks(cache, keys.shape[1]) for cache, (keys, _) in zip(caches, held, strict=True)]
@@ -117,26 +129,26 @@ class LayerCache:
         if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
             columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
         made, length = cls(slack), keys.shape[2] - slack
-        made._hold(keys, values, columns, None if bool(valid[..., :length].all()) else valid)
-        made._length = length
+        made._hold((keys, values), columns, None if bool(valid[..., :length].all()) else valid)
+        made._length, made._dtype = length, keys.dtype
         made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
         return made
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
         rest."""
-        assert self.keys is not None and self.values is not None and self.columns is not None
-        keys, values = compact_kv(self.keys, self.values, slots)
+        assert self.columns is not None
+        stored = self.stored
+        pairs = (compact_kv(*pair, slots) for pair in zip(stored[::2], stored[1::2]))
         columns = self.columns if self.columns.dim() == 3 else self.columns[:, None].expand(-1, slots.shape[1], -1)
-        self._hold(keys, values, columns.gather(2, slots), valid)
+        self._hold(tuple(states for pair in pairs for states in pair), columns.gather(2, slots), valid)
 
     def retain(self, wanted: Tensor) -> None:
         """Keeps the valid entries that are wanted, bool like `columns`; moves two numbers to the host."""
-        assert self.keys is not None
         if self.valid is not None:
             wanted = wanted & self.valid
         if wanted.dim() == 2:
-            wanted = wanted[:, None].expand(-1, self.keys.shape[1], -1)
+            wanted = wanted[:, None].expand(-1, self._states[0].shape[1], -1)
         counts = wanted.sum(-1)
         most, least = torch.stack([counts.max(), counts.min()]).tolist()
         slots, valid = kept_slots(wanted, most)
@@ -144,7 +156,7 @@ class LayerCache:
 
     def crop(self, count: int) -> None:
         """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned."""
-        if self.keys is None or self.values is None or self.columns is None or count == 0:
+        if self.columns is None or count == 0:
             return
         if max(0, self.seen - count) < self.uncroppable:
             raise FlexASLError(
@@ -157,42 +169,96 @@ class LayerCache:
             left = left & self.valid
         used = left.flatten(0, -2).any(0).nonzero()
         length = 0 if len(used) == 0 else int(used[-1]) + 1
-        keys, values = self.keys[:, :, :length].clone(), self.values[:, :, :length].clone()
+        states = tuple(states[:, :, :length].clone() for states in self.stored)
         columns, left = self.columns[..., :length].clone(), left[..., :length]
-        self._hold(keys, values, columns, None if bool(left.all()) else left.clone())
+        self._hold(states, columns, None if bool(left.all()) else left.clone())
 
     def select_rows(self, rows: Tensor) -> None:
         """Keeps the batch rows named, in that order; a row may be named more than once."""
-        if self.keys is None or self.values is None or self.columns is None:
+        if self.columns is None:
             return
-        rows = rows.to(self.keys.device)
+        rows = rows.to(self.columns.device)
         valid = None if self.valid is None else self.valid[rows]
-        self._hold(self.keys[rows], self.values[rows], self.columns[rows], valid)
+        self._hold(tuple(states[rows] for states in self.stored), self.columns[rows], valid)
 
     def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
         """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs."""
-        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
-        batch, heads = self.keys.shape[:2]
-        marks = [_marks(cache, heads) for cache in (self, other)]
+        assert self._states and self.kv_dtype == other.kv_dtype
+        batch, heads = self._states[0].shape[:2]
+        mine, new = ((*cache.stored, *_marks(cache, heads)) for cache in (self, other))
+        at = torch.tensor(rows, device=mine[0].device)
         if len(rows) == batch:
-            order = torch.tensor(rows, device=self.keys.device).argsort()
-            self._hold(other.keys[order], other.values[order], marks[1][0][order], marks[1][1][order])
+            order = at.argsort()
+            held = [states[order] for states in new]
         else:
-            width, at = max(self.keys.shape[2], other.keys.shape[2]), torch.tensor(rows, device=self.keys.device)
-            held = [_widened(states, width) for states in (self.keys, self.values, *marks[0])]
-            new = [_widened(states, width) for states in (other.keys, other.values, *marks[1])]
-            self._hold(*(mine.index_copy(0, at, its) for mine, its in zip(held, new)))
+            width = max(mine[0].shape[2], new[0].shape[2])
+            held = [_widened(states, width) for states in mine]
+            for states, others in zip(held, new):
+                states[at] = _widened(others, width)
+        self._hold(tuple(held[:-2]), *held[-2:])
         assert self.columns is not None
         self.retain(torch.ones_like(self.columns, dtype=torch.bool))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, without the slack."""
-        return sum(held.numel() * held.element_size() for held in (self.keys, self.values) if held is not None)
+        """Bytes of keys and values, with their scales and without the slack."""
+        return sum(states.nbytes for states in self.stored)
 
-    def _hold(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None) -> None:
-        self._keys, self._values, self._columns, self._valid = keys, values, columns, valid
-        self._length = keys.shape[2]
+    @property
+    def nbytes_unquantized(self) -> int:
+        """Bytes that as many entries would take in the model's dtype."""
+        return sum(states.numel() * self._dtype.itemsize for states in self.stored[:2] if self._dtype is not None)
+
+    def _read(self, part: int) -> Tensor | None:
+        if not self._states:
+            return None
+        stored = self.stored
+        if self.kv_dtype is None:
+            return stored[part]
+        assert self._dtype is not None
+        return dequantize(stored[part], stored[part + 2], self._dtype)
+
+    def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """As `stored` would have them."""
+        if self.kv_dtype is None:
+            return keys, values
+        if keys.shape[-1] == values.shape[-1]:  # one call in place of two: for a new token, calls are all the time
+            numbers, scales = quantize(torch.cat([keys, values], 1), self.kv_dtype)
+            return (*numbers.chunk(2, 1), *scales.chunk(2, 1))
+        (keys, key_scales), (values, value_scales) = (quantize(states, self.kv_dtype) for states in (keys, values))
+        return keys, values, key_scales, value_scales
+
+    def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int) -> None:
+        """All of `extend` but the keys and values."""
+        assert self._columns is not None
+        count = columns.shape[-1]
+        self.seen += seen
+        heads = self._states[0].shape[1]
+        if columns.dim() == 3 and self._columns.dim() == 2:
+            self._columns, self._valid = _by_head(self._columns, heads), _by_head(self._valid, heads)
+        elif columns.dim() == 2 and self._columns.dim() == 3:
+            columns, valid = _by_head(columns, heads), _by_head(valid, heads)
+        if valid is not None and self._valid is None:
+            self._valid = torch.ones_like(self._columns, dtype=torch.bool)
+        length = self._length + count
+        if length > self._states[0].shape[2]:
+            most = length + self.slack
+            self._states = tuple(_grown(states, 2, self._length, most) for states in self._states)
+            self._columns = _grown(self._columns, -1, self._length, most)
+            self._valid = None if self._valid is None else _grown(self._valid, -1, self._length, most)
+        self._columns[..., self._length : length] = columns
+        if self._valid is not None:
+            self._valid[..., self._length : length] = True if valid is None else valid
+        self._length = length
+
+    def _write(self, states: tuple[Tensor, ...]) -> None:
+        """Puts these [B, G, M, D or 1] where room was made."""
+        for held, new in zip(self._states, states, strict=True):
+            held[:, :, self._length - new.shape[2] : self._length] = new
+
+    def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None) -> None:
+        self._states, self._columns, self._valid = states, columns, valid
+        self._length = states[0].shape[2]
 
 
 def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:
@@ -220,8 +286,8 @@ def _stacked(parts: Sequence[Tensor], slack: int) -> Tensor:
     return made
 
 
-def _front(held: Tensor | None, dim: int, length: int) -> Tensor | None:
-    return held if held is None or held.shape[dim] == length else held.narrow(dim, 0, length)
+def _front(held: Tensor, dim: int, length: int) -> Tensor:
+    return held if held.shape[dim] == length else held.narrow(dim, 0, length)
 
 
 @overload

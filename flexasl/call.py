@@ -121,12 +121,15 @@ class Call:
                 f"policy {prefill.policy.name!r} reads tokens twice, which this model's adapter cannot do; "
                 "give a policy of one pass, such as 'asl'"
             )
+        self._past = 0 if not caches else caches[0].seen
+        if prefill is not None and self._past == 0:
+            for cache in caches or ():
+                cache.begin(prefill.config.kv_dtype)
         self.caches = caches
         self.prefill = prefill
         self.columns = columns
         self._valid = valid
         self._tokens = columns.shape[1]
-        self._past = 0 if not caches else caches[0].seen
         self._compiled = compiled
         self.rerun = rerun
         self.step: LayerStep | None = None
@@ -179,6 +182,9 @@ class Call:
                 self._remember(self.caches[layer], *cached, entries)
             fresh = self.prefill.fresh
             tokens = self.prefill.advance()
+        elif self.caches is not None:
+            assert step.keys is not None and step.values is not None
+            self.caches[layer].settle(step.keys, step.values, self._tokens)
         if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
             self._windows[layer] = step.attention.sliding_window
             _forget_old(self.caches[layer], step.attention.sliding_window)
@@ -264,10 +270,10 @@ class Call:
         assert prefill is not None
         seconds = _clock(self.columns.device) - self._started
         caches = self.caches or []
-        kept = [cache.keys.shape[2] for cache in caches if cache.keys is not None]
+        kept = [cache.columns.shape[-1] for cache in caches if cache.columns is not None]
         used = sum(cache.nbytes for cache in caches)
         whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
-        full = sum(cache.nbytes // has * had for cache, has, had in zip(caches, kept, whole, strict=True))
+        full = sum(cache.nbytes_unquantized // has * had for cache, has, had in zip(caches, kept, whole, strict=True))
         return Report(
             policy=policy.name,
             config=prefill.config.to_dict(),

@@ -16,6 +16,7 @@ SELECT_ON = ("last", "max")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
 LATER_TURNS = ("keep", "prune")
+KV_DTYPES = ("int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class ASLConfig:
 
     kv_top_p: float | None = None
     """Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`."""
+
+    kv_dtype: Literal["int8", "fp8"] | None = None
+    """How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None, as the
+    model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao."""
 
     tau: float | None = None
     """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
@@ -196,6 +201,7 @@ class ASLConfig:
             "if_never": (*IF_NEVER, None),
             "propagate": PROPAGATE,
             "later_turns": LATER_TURNS,
+            "kv_dtype": (*KV_DTYPES, None),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -75,9 +75,9 @@ class Report:
     kv_tokens: tuple[int, ...]
     """Slots stored after prefill, per row and KV head; one entry per layer."""
     kv_bytes: int
-    """Bytes of keys and values stored after prefill, over all rows and layers."""
+    """Bytes of keys and values stored after prefill, scales included, over all rows and layers."""
     kv_bytes_full: int
-    """Bytes that an unpruned cache would hold, over all rows and layers."""
+    """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
     prefill_seconds: float
     """Wall time of the prefill, in seconds."""
 
@@ -111,9 +111,10 @@ class Report:
         if len(self.rows) > ROWS_IN_FULL:
             more = len(self.rows) - ROWS_IN_FULL
             lines.append(f"... and {more} more row{'s' if more > 1 else ''}")
+        kept_in = self.config.get("kv_dtype")
         lines.append(
             f"KV cache: {self.kv_bytes / MIB:,.1f} MiB of {self.kv_bytes_full / MIB:,.1f} MiB "
-            f"({self.kv_share:.0%} of full)"
+            f"({self.kv_share:.0%} of full)" + (f", kept in {kept_in}" if kept_in else "")
         )
         if self.kv_tokens:
             lines += _wrap(f"KV slots per head: {_runs(self.kv_tokens)}", indent="  ")

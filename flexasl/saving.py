@@ -4,6 +4,8 @@ The file is plain safetensors with one fixed place: its header starts with the S
 changed bit anywhere is found. A digest is no signature: every shape, dtype and bound is checked besides, and nothing in
 the file is ever run.
 
+Format version 2 has scales of keys and values in eight bits; a file without them is of version 1.
+
 Shapes: B batch, G KV heads, N entries of a layer, D head dim of keys or of values, S columns of the sequence so far.
 """
 
@@ -26,9 +28,11 @@ from torch import Tensor
 
 from flexasl import __version__
 from flexasl.errors import FlexASLError
+from flexasl.quantizing import NUMBERS, SCALES, name_of
 from flexasl.report import Report
 
-FORMAT, VERSION = "flexasl cache", "1"
+FORMAT, PLAIN, SCALED = "flexasl cache", "1", "2"
+"""What a file says it is, and the versions of it."""
 BEGINNING = b'{"__metadata__":{"digest":"'
 """Of every header; the digest follows."""
 PLACE, BLANK = 8 + len(BEGINNING), b"0" * 64
@@ -41,25 +45,35 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
-STATES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+STATES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *NUMBERS.values())
+STATES_AND_SCALES = ("keys", "values", "key_scales", "value_scales")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLayer:
     """What one layer remembers."""
 
-    keys: Tensor
-    """[B, G, N, D], floating point."""
-    values: Tensor
-    """[B, G, N, D of values], dtype of the keys."""
+    stored: tuple[Tensor, ...]
+    """Keys [B, G, N, D] and values [B, G, N, D of values] of one dtype, floating point or of eight bits; if of eight
+    bits, then also the scales of both, [B, G, N, 1] float16."""
     columns: Tensor
     """[B, N] or [B, G, N] int64: the column that each entry came from, ascending among valid entries."""
     valid: Tensor | None = None
     """Bool like `columns`; None where every entry is valid."""
     uncroppable: int = 0
     """Columns that cannot be cropped."""
+
+    @property
+    def keys(self) -> Tensor:
+        return self.stored[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.stored[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +98,13 @@ class SavedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(states.nbytes for layer in self.layers for states in (layer.keys, layer.values))
+        """Bytes of keys and values, with their scales."""
+        return sum(states.nbytes for layer in self.layers for states in layer.stored)
+
+    @property
+    def version(self) -> str:
+        """Of the format that a file of it has."""
+        return SCALED if any(len(layer.stored) > 2 for layer in self.layers) else PLAIN
 
 
 class _Damage(Exception):
@@ -137,7 +156,10 @@ def read(path: str | os.PathLike[str]) -> SavedCache:
             if file.metadata() != metadata:
                 raise _Damage("it was replaced while it was read")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        return _build(_parse(metadata["cache"]), tensors)
+        saved = _build(_parse(metadata["cache"]), tensors)
+        if saved.version != metadata["version"]:
+            raise _Damage(f"it calls itself version {metadata['version']} and is of version {saved.version}")
+        return saved
     except _Damage as damage:
         reason = str(damage)
     except SafetensorError as error:
@@ -151,7 +173,7 @@ def _tensors(saved: SavedCache) -> dict[str, Tensor]:
     """By name, in no order."""
     named = {"token_ids": saved.token_ids, "attention_mask": saved.attention_mask}
     for index, layer in enumerate(saved.layers):
-        parts = {"keys": layer.keys, "values": layer.values, "columns": layer.columns, "valid": layer.valid}
+        parts = dict(zip(STATES_AND_SCALES, layer.stored)) | {"columns": layer.columns, "valid": layer.valid}
         named |= {f"layers.{index}.{part}": tensor for part, tensor in parts.items()}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -165,7 +187,7 @@ def _header(saved: SavedCache, tensors: dict[str, Tensor]) -> bytes:
         "reports": [report.to_dict() for report in saved.reports],
         "notes": saved.notes,
     }
-    metadata = {"digest": BLANK.decode(), "format": FORMAT, "version": VERSION, "cache": json.dumps(description)}
+    metadata = {"digest": BLANK.decode(), "format": FORMAT, "version": saved.version, "cache": json.dumps(description)}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name, tensor in tensors.items():
@@ -204,9 +226,10 @@ def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             metadata: dict[str, Any] = entries["__metadata__"]
             if metadata.get("format") != FORMAT:
                 raise _Damage("it was not written by flexasl")
-            if metadata.get("version") != VERSION:
+            if metadata.get("version") not in (PLAIN, SCALED):
                 raise _Damage(
-                    f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {VERSION!r}"
+                    f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {PLAIN!r} "
+                    f"and {SCALED!r}"
                 )
             digest = hashlib.sha256(content[:PLACE])
             digest.update(BLANK)
@@ -273,13 +296,16 @@ def _layer(
 ) -> SavedLayer:
     """Takes a layer's tensors away."""
     batch, seen, dtype = common
-    parts = {part: left.pop(f"layers.{index}.{part}", None) for part in ("keys", "values", "columns", "valid")}
-    keys, values, columns, valid = parts.values()
-    if keys is None or values is None or columns is None:
+    names = STATES_AND_SCALES[: 2 if name_of(dtype) is None else 4]
+    stored = [part for name in names if (part := left.pop(f"layers.{index}.{name}", None)) is not None]
+    columns, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
+    if columns is None or len(stored) < len(names):
         raise _Damage(f"layer {index} is not complete")
-    for part, states in (("keys", keys), ("values", values)):
-        if states.dtype != dtype or states.dim() != 4 or states.shape[:3] != (batch, *keys.shape[1:3]):
-            raise _Damage(f"layers.{index}.{part} are {_kind(states)}, which fits neither the keys nor other layers")
+    keys = stored[0]
+    for name, part in zip(names, stored):
+        kind, dims = (SCALES, (1,)) if name.endswith("scales") else (dtype, part.shape[3:])
+        if part.dtype != kind or part.dim() != 4 or part.shape != (batch, *keys.shape[1:3], *dims):
+            raise _Damage(f"layers.{index}.{name} are {_kind(part)}, which fits neither the keys nor other layers")
     heads, entries = keys.shape[1:3]
     if columns.dtype != torch.int64 or tuple(columns.shape) not in ((batch, entries), (batch, heads, entries)):
         raise _Damage(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
@@ -295,7 +321,7 @@ def _layer(
         own = mask if columns.dim() == 2 else mask[:, None].expand(-1, heads, -1)
         if bool((real & ~own.gather(-1, columns)).any()):
             raise _Damage(f"layers.{index} has entries from padding")
-    return SavedLayer(keys=keys, values=values, columns=columns, valid=valid, uncroppable=uncroppable)
+    return SavedLayer(stored=tuple(stored), columns=columns, valid=valid, uncroppable=uncroppable)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -37,6 +37,7 @@ from flexasl import ASLConfig, ConfigError, policies
         ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool'"),
         ({"variance_reference": "first"}, "variance_reference='first' is not known"),
         ({"select_on": "mean"}, "select_on='mean' is not known"),
+        ({"kv_dtype": "int4"}, "kv_dtype='int4' is not known; give 'int8' or 'fp8' or None"),
         ({"if_never": "raise"}, "if_never='raise' is not known; give 'select' or 'keep' or None"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import sys
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from models import FAMILIES, GREEDY, LAYERS, SMALL, left_padded, prompts, recomp
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
 import flexasl
-from flexasl import ASLConfig, UnsupportedError
+from flexasl import ASLConfig, UnsupportedError, quantizing
 from flexasl.call import LayerStep
 from flexasl.packing import Packed
 
@@ -418,7 +419,7 @@ def test_refuses_models():
         pass
 
 
-def test_refuses_settings_before_touching_the_model():
+def test_refuses_settings_before_touching_the_model(monkeypatch):
     model = tiny()
     count = hooks(model)
     with pytest.raises(flexasl.ConfigError, match="min_layer=9 is beyond the model, which has 6 layers"):
@@ -427,6 +428,10 @@ def test_refuses_settings_before_touching_the_model():
         flexasl.patch(model, policy="best")
     with pytest.raises(flexasl.FlexASLError, match="config=512 is a int"):
         flexasl.patch(model, 512)
+    quantizing._imported.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
+    with pytest.raises(UnsupportedError, match=r"kv_dtype='int8' needs torchao .*: pip install 'flexasl\[quant\]'"):
+        flexasl.patch(model, ASLConfig(kv_dtype="int8"))
     assert hooks(model) == count and model.config._attn_implementation == "sdpa"
 
 

@@ -14,6 +14,7 @@ from flexasl.cli.options import (
     Device,
     DtypeName,
     KVBudget,
+    KVDtypeName,
     Model,
     PolicyName,
     SelectTokens,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from flexasl.report import Report
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "tau", "policy", "compare")
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "policy", "compare")
 """Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
 
 
@@ -41,6 +42,7 @@ def ask(
     model: Model = None,
     select_tokens: SelectTokens = None,
     kv_budget: KVBudget = None,
+    kv_dtype: KVDtypeName = None,
     tau: Tau = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
@@ -53,7 +55,7 @@ def ask(
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
     if cache is not None:
         _refuse_beside(context, "cache", OF_A_PROMPT)
-    config = config_of(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    config = config_of(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     _check_plot(plot)
     if not question.strip():

@@ -17,18 +17,18 @@ def inspect(
 ) -> None:
     """Check a saved prompt, and say what is in it and which model it belongs to."""
     with progress_bar(f"checking {path}"):
-        from flexasl.saving import VERSION, read
+        from flexasl.saving import read
 
         saved = read(path)
     rows = saved.layers[0].keys.shape[0]
     model = {name: saved.model.get(name) for name in ("architecture", "dtype", "shapes", "weights", "settings")}
     if as_json:
-        facts = {"bytes": path.stat().st_size, "version": VERSION, "flexasl": saved.flexasl, "rows": rows}
+        facts = {"bytes": path.stat().st_size, "version": saved.version, "flexasl": saved.flexasl, "rows": rows}
         facts |= {"tokens": saved.seen, "kv_bytes": saved.nbytes, "has_token_ids": saved.token_ids is not None}
         reports = [report.to_dict() for report in saved.reports]
         print(json.dumps(facts | {"model": model, "notes": saved.notes, "reports": reports}))
         return
-    print(f"{path}: {path.stat().st_size / MIB:,.1f} MiB, intact, format {VERSION}, by flexasl {saved.flexasl}")
+    print(f"{path}: {path.stat().st_size / MIB:,.1f} MiB, intact, format {saved.version}, by flexasl {saved.flexasl}")
     print(f"model: {model['architecture']}, {model['dtype']}, weights {str(model['weights'])[:12]}")
     ids = "with" if saved.token_ids is not None else "without"
     print(f"{rows} row{'s' if rows > 1 else ''} of {saved.seen:,} tokens read, {ids} their ids")

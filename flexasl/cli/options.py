@@ -18,6 +18,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class KVDtype(StrEnum):
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 Model = Annotated[
     str | None, typer.Option(help="Model folder or hub id. [default: the embedded SmolLM2-135M-Instruct]")
 ]
@@ -27,14 +32,18 @@ DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: 
 AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
 SelectTokens = Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")]
 KVBudget = Annotated[str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")]
+KVDtypeName = Annotated[
+    KVDtype | None,
+    typer.Option("--kv-dtype", help="Keep the cache in eight bits. [default: the model's number format]"),
+]
 Tau = Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def config_of(tau: float | None = None, **amounts: str | None) -> ASLConfig:
+def config_of(tau: float | None = None, kv_dtype: KVDtype | None = None, **amounts: str | None) -> ASLConfig:
     """Settings, by options as they were typed; those that were not given are at their defaults."""
     settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
-    return ASLConfig(**settings if tau is None else settings | {"tau": tau})
+    return ASLConfig(tau=tau, kv_dtype=None if kv_dtype is None else kv_dtype.value, **settings)
 
 
 def _amount(name: str, text: str) -> int | float:

@@ -12,6 +12,7 @@ from flexasl.cli.options import (
     Device,
     DtypeName,
     KVBudget,
+    KVDtypeName,
     Model,
     PolicyName,
     SelectTokens,
@@ -33,6 +34,7 @@ def prefill(
     model: Model = None,
     select_tokens: SelectTokens = None,
     kv_budget: KVBudget = None,
+    kv_dtype: KVDtypeName = None,
     tau: Tau = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
@@ -40,7 +42,7 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Read a text once and save what the model remembers, for flexasl ask --cache."""
-    config = config_of(select_tokens=select_tokens, kv_budget=kv_budget, tau=tau)
+    config = config_of(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     if not out.parent.is_dir():
         raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")

@@ -22,6 +22,7 @@ from flexasl.errors import UnsupportedError
 from flexasl.packing import Packed
 from flexasl.policies import Policy
 from flexasl.prefill import Prefill, left_padded_lengths
+from flexasl.quantizing import primitives
 from flexasl.report import Report
 
 SLACK = 128
@@ -59,6 +60,8 @@ class BasePatch:
         self.policy = policy
         self.config = policy.resolve(config, len(layers), voters)
         """The settings that run on this model, with no default left open."""
+        if self.config.kv_dtype is not None:
+            primitives(self.config.kv_dtype)
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
         self.compiled = False
@@ -125,12 +128,12 @@ class BasePatch:
         """Columns that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
         if not caches:
             return 0
-        seen, keys = caches[0].seen, caches[0].keys
+        seen, columns = caches[0].seen, caches[0].columns
         if any(cache.seen != seen for cache in caches):
             raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
-        if keys is not None and keys.shape[0] != batch:
+        if columns is not None and columns.shape[0] != batch:
             raise UnsupportedError(
-                f"the batch has {batch} rows where KV caches hold {keys.shape[0]}; give as many, or new caches"
+                f"the batch has {batch} rows where KV caches hold {columns.shape[0]}; give as many, or new caches"
             )
         return seen
 

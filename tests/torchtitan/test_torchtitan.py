@@ -24,6 +24,7 @@ from two_ranks import CONFIGS, WAYS, batch, run
 import flexasl
 from flexasl import ASLConfig, FlexASLError, UnsupportedError, embedded
 from flexasl.integrations.torchtitan import KVCache, PrunedAttention, generate
+from flexasl.quantizing import NUMBERS, dequantize, quantize
 
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {
@@ -135,6 +136,27 @@ def test_caches_take_memory_for_what_they_hold():
     assert sum(states.untyped_storage().nbytes() for states in held) == cache.nbytes == patch.report.kv_bytes
     assert patch.report.kv_bytes_full == 90 * LAYERS * 2 * 2 * 16 * 4
     assert patch.report.kv_tokens[-1] == 16 and cache.seen == 90
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_cache_in_eight_bits_is_one_that_is_rounded_after_each_pass(kind):
+    pytest.importorskip("torchao")
+    model, ids = tiny("llama3").double(), prompts(67)[0][None]
+    want, got = [], []
+    with flexasl.patch(model, SMALL) as patch:
+        plain, before = patch.config, KVCache(model)
+        for at in range(7):
+            want.append(model(ids if at == 0 else ids[:, at : at + 1], attention_masks=before)[:, -1])
+            for layer in before.layers:
+                for states in layer.stored:
+                    states.copy_(dequantize(*quantize(states, kind), states.dtype))
+        full, before = patch.report.kv_bytes_full, KVCache(model)
+    with flexasl.patch(model, plain.replace(kv_dtype=kind)) as patch:
+        for at in range(7):
+            got.append(model(ids if at == 0 else ids[:, at : at + 1], attention_masks=before)[:, -1])
+        assert {layer.stored[0].dtype for layer in before.layers} == {NUMBERS[kind]}, "though it was made before"
+        assert patch.report.kv_bytes_full == full > 5 * patch.report.kv_bytes
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-6, atol=1e-6)
 
 
 def test_logits_of_dropped_tokens_are_nan():

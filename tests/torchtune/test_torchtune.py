@@ -19,6 +19,7 @@ from torchtune.modules.common_utils import delete_kv_caches, disable_kv_cache, l
 
 import flexasl
 from flexasl import ASLConfig, FlexASLError, UnsupportedError, embedded
+from flexasl.quantizing import NUMBERS, dequantize, quantize
 
 VOCAB, WIDTH, GROUPS = 199, 64, 2
 SHAPE = {
@@ -168,6 +169,30 @@ def test_caches_take_memory_for_what_they_hold():
         model(prompt[:, :1], **causal(1, 90, room))
         assert nbytes(held) <= full * (16 + 1 + 128) // room
         assert {cache.size for cache in held} == {91}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_cache_in_eight_bits_is_one_that_is_rounded_after_each_pass(kind):
+    """In float64, where rounding is too small to carry a number of eight bits to the next."""
+    model, batch = tiny("llama3", torch.float64), left_padded(prompts(67, 67))
+    want, got = [], []
+    with flexasl.patch(model, SMALL) as patch, caches(model, 2):
+        plain = patch.config
+        for at in range(7):
+            ids = batch if at == 0 else batch[:, at : at + 1]
+            want.append(model(ids, **causal(ids.shape[1], 0 if at == 0 else 66 + at))[:, -1])
+            for layer in model.layers:
+                for states in layer.attn.kv_cache.stored:
+                    states.copy_(dequantize(*quantize(states, kind), states.dtype))
+        full = patch.report.kv_bytes_full
+    with flexasl.patch(model, plain.replace(kv_dtype=kind)) as patch, caches(model, 2):
+        for at in range(7):
+            ids = batch if at == 0 else batch[:, at : at + 1]
+            got.append(model(ids, **causal(ids.shape[1], 0 if at == 0 else 66 + at))[:, -1])
+        held = [layer.attn.kv_cache for layer in model.layers]
+        assert {cache.stored[0].dtype for cache in held} == {NUMBERS[kind]}
+        assert patch.report.kv_bytes_full == full > 5 * patch.report.kv_bytes
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-6, atol=1e-6)
 
 
 def test_logits_of_dropped_tokens_are_nan():

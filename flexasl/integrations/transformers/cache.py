@@ -47,7 +47,7 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = 0 if self.keys is None else self.keys.shape[2]
+        held = 0 if self.columns is None else self.columns.shape[-1]
         return held + query_length, self.seen - held
 
     def get_max_length(self) -> int:
@@ -70,8 +70,8 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         self.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+        if self.columns is not None:
+            rows = torch.arange(self.columns.shape[0], device=self.columns.device)
             self.select_rows(rows.repeat_interleave(repeats))
 
 
@@ -120,7 +120,7 @@ class PrunedCache(DynamicCache):
     def restore(self, layers: list[PrunedCacheLayer], saved: SavedCache, model: Any) -> None:
         """Becomes what was saved, with these layers, which hold its entries, for the model that it belongs to."""
         self.begin(layers)
-        device = layers[0].keys.device if layers[0].keys is not None else None
+        device = layers[0].columns.device if layers[0].columns is not None else None
         self.reports, self.notes = saved.reports, saved.notes
         self._ids = None if saved.token_ids is None else [saved.token_ids.to(device)]
         self._read = saved.seen
@@ -141,11 +141,11 @@ class PrunedCache(DynamicCache):
     @property
     def attention_mask(self) -> Tensor | None:
         """[B, S] int64, 0 at padding, to be continued like `token_ids`; None for an empty cache."""
-        keys = self.layers[0].keys
-        if keys is None:
+        columns = self.layers[0].columns
+        if columns is None:
             return None
         seen = self.get_seq_length()
-        mask = torch.ones(keys.shape[0], seen, dtype=torch.long, device=keys.device)
+        mask = torch.ones(columns.shape[0], seen, dtype=torch.long, device=columns.device)
         if self._mask is not None:
             known = self._mask[:, :seen]
             mask[:, : known.shape[1]] = known
@@ -230,10 +230,9 @@ def _ours(layer: Any) -> LayerCache:
 
 
 def _saved(layer: PrunedCacheLayer) -> SavedLayer:
-    assert layer.keys is not None and layer.values is not None and layer.columns is not None
+    assert layer.columns is not None
     return SavedLayer(
-        keys=layer.keys,
-        values=layer.values,
+        stored=layer.stored,
         columns=layer.columns,
         valid=layer.valid,
         uncroppable=layer.uncroppable,

@@ -20,17 +20,17 @@ def load(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     """The file's cache on the model's device; see `flexasl.load_cache`."""
     saved = read(path)
     refuse_other_model(saved.model, model, os.fspath(path))
-    _refuse_misfits(saved, model, os.fspath(path))
+    dtypes = _refuse_misfits(saved, model, os.fspath(path))
     device = input_device(model)
     slack = model.flexasl_patch.slack
     layers = []
-    for entries in saved.layers:
+    for entries, dtype in zip(saved.layers, dtypes, strict=True):
         layer = PrunedCacheLayer(slack)
         layer.restore(
-            entries.keys.to(device),
-            entries.values.to(device),
+            [states.to(device) for states in entries.stored],
             entries.columns.to(device),
             None if entries.valid is None else entries.valid.to(device),
+            dtype=dtype,
             seen=saved.seen,
             uncroppable=entries.uncroppable,
         )
@@ -40,14 +40,17 @@ def load(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     return cache
 
 
-def _refuse_misfits(saved: SavedCache, model: Any, path: str) -> None:
-    """Raises `FlexASLError` unless the tensors are such as the model makes."""
+def _refuse_misfits(saved: SavedCache, model: Any, path: str) -> list[torch.dtype]:
+    """Raises `FlexASLError` unless the tensors are such as the model makes, in eight bits or not; returns the dtype
+    that it makes at each layer."""
     needed = _made_by(model)
-    found = [(layer.keys, layer.values) for layer in saved.layers]
-    if len(found) != len(needed):
-        raise FlexASLError(f"{path} has {len(found)} layers, and the model {len(needed)}; save the cache again")
-    for index, pair in enumerate(zip(found, needed, strict=True)):
-        theirs, own = ([(states.shape[1], states.shape[3], states.dtype) for states in states_of] for states_of in pair)
+    if len(saved.layers) != len(needed):
+        raise FlexASLError(f"{path} has {len(saved.layers)} layers, and the model {len(needed)}; save the cache again")
+    for index, (layer, made) in enumerate(zip(saved.layers, needed, strict=True)):
+        own = [(states.shape[1], states.shape[3], states.dtype) for states in made]
+        theirs = [(states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values)]
+        if len(layer.stored) > 2:  # of eight bits
+            theirs = [(heads, dim, dtype) for (heads, dim, _), (_, _, dtype) in zip(theirs, own)]
         if theirs != own:
             raise FlexASLError(
                 f"{path} has other keys and values at layer {index} than the model makes: heads, dims and dtypes are "
@@ -56,6 +59,7 @@ def _refuse_misfits(saved: SavedCache, model: Any, path: str) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if saved.token_ids is not None and bool((saved.token_ids >= vocabulary).any()):
         raise FlexASLError(f"{path} has token ids beyond the model's {vocabulary}; save the cache again")
+    return [keys.dtype for keys, _ in needed]
 
 
 @torch.no_grad()
