@@ -57,8 +57,8 @@ def main() -> None:
         heads = HEADS_OF_CACHES + [f"found at {tokens:,}" for tokens in args.needle_tokens]
         parts += [
             f"Caches, with select_tokens={args.select_tokens}. Bytes and time after a prompt of {args.tokens[0]:,} "
-            f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so many "
-            f"tokens, and how many of these answers have, over {ANSWER_TOKENS} tokens, not one token that differs.",
+            f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so "
+            f"many tokens, and how many of these answers have, over {ANSWER_TOKENS} tokens, not one token that differs.",
             table(heads, [_cache_row(row, args) for row in caches]),
         ]
     if weights:

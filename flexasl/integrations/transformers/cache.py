@@ -225,7 +225,8 @@ def _ours(layer: Any) -> LayerCache:
         return layer
     made, (batch, _, count, _), seen = LayerCache(), layer.keys.shape, layer.get_seq_length()
     columns = torch.arange(seen - count, seen, device=layer.keys.device).repeat(batch, 1)
-    made.restore(layer.keys, layer.values, columns, None, seen=seen, uncroppable=seen if count < seen else 0)
+    stored, uncroppable = (layer.keys, layer.values), seen if count < seen else 0
+    made.restore(stored, columns, None, dtype=layer.keys.dtype, seen=seen, uncroppable=uncroppable)
     return made
 
 
