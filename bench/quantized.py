@@ -58,7 +58,7 @@ def main() -> None:
         parts += [
             f"Caches, with select_tokens={args.select_tokens}. Bytes and time after a prompt of {args.tokens[0]:,} "
             f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so "
-            f"many tokens, and how many of these answers have, over {ANSWER_TOKENS} tokens, not one token that differs.",
+            f"many tokens, and how many of these answers have not one token of {ANSWER_TOKENS} that differs.",
             table(heads, [_cache_row(row, args) for row in caches]),
         ]
     if weights:
