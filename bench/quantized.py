@@ -58,12 +58,8 @@ def main() -> None:
         parts += [
             f"Caches, with select_tokens={args.select_tokens}. Bytes and time after a prompt of {args.tokens[0]:,} "
             f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so "
-<<<<<<< HEAD
-            f"many tokens, and how many of these answers have not one token of {ANSWER_TOKENS} that differs.",
-=======
             f"many tokens; in brackets, answers of {ANSWER_TOKENS} tokens of which none differs from those by that "
             "cache.",
->>>>>>> work-a
             table(heads, [_cache_row(row, args) for row in caches]),
         ]
     if weights:

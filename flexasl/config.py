@@ -60,11 +60,13 @@ class ASLConfig:
     window: int = 32
     """Last prompt tokens, whose queries score the others, and which are always kept."""
 
-    kernel_size: int = 7
-    """Tokens that each score is pooled over; odd."""
+    kernel_size: int | None = None
+    """Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper; 21 with
+    `"peak"`, so that a token is kept together with what stands around it."""
 
-    pooling: Literal["avgpool", "maxpool"] = "avgpool"
-    """How scores are pooled over neighbouring tokens."""
+    pooling: Literal["avgpool", "maxpool"] | None = None
+    """How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in the
+    paper; `"maxpool"` with `"peak"`."""
 
     variance_reference: Literal["initial", "peak"] = "peak"
     """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
@@ -163,13 +165,13 @@ class ASLConfig:
         least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name not in ("window", "kernel_size"):
+            if value is None and name != "window":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name}={value!r} is not a whole number; give an int of at least {minimum}")
             if value < minimum:
                 raise ConfigError(f"{name}={value} is too small; give at least {minimum}")
-        if self.kernel_size % 2 == 0:
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number, so that pooling is centred")
 
     def _resolve_among(self, voters: Sequence[int], num_layers: int) -> ASLConfig:
@@ -195,7 +197,7 @@ class ASLConfig:
 
     def _check_choices(self) -> None:
         choices = {
-            "pooling": POOLINGS,
+            "pooling": (*POOLINGS, None),
             "variance_reference": VARIANCE_REFERENCES,
             "select_on": SELECT_ON,
             "if_never": (*IF_NEVER, None),
