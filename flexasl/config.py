@@ -43,25 +43,25 @@ class ASLConfig:
 
     tau: float | None = None
     """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
-    reference, as in the paper; 0.4 with `"peak"`."""
+    reference, as in the paper; 0.1 with `"peak"`."""
 
     min_layer: int | None = None
-    """First layer at which the variance is taken. None: a third of the layers, but no less than
-    `observe_layers - 1`."""
+    """First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference, three
+    eighths with `"peak"`, but no less than `observe_layers - 1`."""
 
     max_layer: int | None = None
     """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
-    three quarters of the way down with `"peak"`."""
+    seven tenths of the way down with `"peak"`."""
 
     observe_layers: int | None = None
-    """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at
-    least 2."""
+    """Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the paper, 4 with
+    `"peak"`; or a third of a shallow stack, at least 2."""
 
     window: int = 32
     """Last prompt tokens, whose queries score the others, and which are always kept."""
 
     kernel_size: int | None = None
-    """Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper; 21 with
+    """Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper; 25 with
     `"peak"`, so that a token is kept together with what stands around it."""
 
     pooling: Literal["avgpool", "maxpool"] | None = None
@@ -96,7 +96,13 @@ class ASLConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ASLConfig:
         """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
-        settings: dict[str, Any] = {"variance_reference": "initial", "select_on": "last", "if_never": "keep"}
+        settings: dict[str, Any] = {
+            "variance_reference": "initial",
+            "select_on": "last",
+            "if_never": "keep",
+            "kernel_size": 7,
+            "pooling": "avgpool",
+        }
         return cls(**(settings | changes))
 
     def replace(self, **changes: Any) -> ASLConfig:
@@ -130,13 +136,14 @@ class ASLConfig:
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
         if observe is None:
-            observe = min(8, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
+            observe = min(8 if paper else 4, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
         if first is None:
-            first = min(max(num_layers // 3, observe - 1), num_layers - 1, *bounds)
+            start = num_layers // 3 if paper else 3 * num_layers // 8
+            first = min(max(start, observe - 1), num_layers - 1, *bounds)
         if never is None:
             never = "keep" if last is None and paper else "select"
         if last is None:
-            last = num_layers - 1 if paper else max(first, int(0.75 * (num_layers - 1)))
+            last = num_layers - 1 if paper else max(first, 7 * (num_layers - 1) // 10)
         for name, value in (("observe_layers", observe - 1), ("min_layer", first), ("max_layer", last)):
             if value >= num_layers:
                 given = value + 1 if name == "observe_layers" else value
@@ -144,8 +151,13 @@ class ASLConfig:
                 raise ConfigError(
                     f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
                 )
-        tau = (0.3 if paper else 0.4) if self.tau is None else self.tau
-        return self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+        tau = (0.3 if paper else 0.1) if self.tau is None else self.tau
+        made = self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+        return made.pooled() if paper else made.pooled(25, "maxpool")
+
+    def pooled(self, kernel_size: int = 7, pooling: Literal["avgpool", "maxpool"] = "avgpool") -> ASLConfig:
+        """The same settings, with these where pooling is left open: by default what ASL, FastKV and SnapKV publish."""
+        return self.replace(kernel_size=self.kernel_size or kernel_size, pooling=self.pooling or pooling)
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
