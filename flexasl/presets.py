@@ -41,7 +41,9 @@ def fill(config: ASLConfig, kind: ModelKind) -> tuple[ASLConfig, str | None]:
     preset, plain = PRESETS.get(kind), ASLConfig()
     if preset is None or (config.variance_reference, config.select_on) != (plain.variance_reference, plain.select_on):
         return config, None
-    missing = {name: preset.settings[name] for name in OPEN if name in preset.settings and getattr(config, name) is None}
+    missing = {
+        name: preset.settings[name] for name in OPEN if name in preset.settings and getattr(config, name) is None
+    }
     if not missing:
         return config, None
     try:
