@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 
-OPEN = ("min_layer", "max_layer", "tau", "observe_layers")
-"""Settings that a preset may fill in: those that are None unless the user gives them."""
-
 
 class ModelKind(NamedTuple):
     """By what a model is known."""
@@ -25,7 +22,7 @@ class Preset(NamedTuple):
     name: str
     """As reports call it."""
     settings: dict[str, Any]
-    """Values of `OPEN`."""
+    """Some of `min_layer`, `max_layer`, `tau` and `observe_layers`, which are None unless the user gives them."""
 
 
 PRESETS: dict[ModelKind, Preset] = {}
@@ -41,9 +38,7 @@ def fill(config: ASLConfig, kind: ModelKind) -> tuple[ASLConfig, str | None]:
     preset, plain = PRESETS.get(kind), ASLConfig()
     if preset is None or (config.variance_reference, config.select_on) != (plain.variance_reference, plain.select_on):
         return config, None
-    missing = {
-        name: preset.settings[name] for name in OPEN if name in preset.settings and getattr(config, name) is None
-    }
+    missing = {name: value for name, value in preset.settings.items() if getattr(config, name) is None}
     if not missing:
         return config, None
     try:

@@ -57,7 +57,7 @@ def calibrate(
     patch(model, config).remove()
     run.check_fits(model, length, 1)
     asked = [(task, index) for index in range(samples) for task in (*tasks, *([unseen] if unseen else []))]
-    prompts = []
+    prompts: list[Prompt] = []
     for task, index in asked:
         on_progress(PROMPTS, len(prompts), len(asked))
         prompts.append(locate(tokenizer, build(task, tokenizer, length, seed, index, sources)))

@@ -87,13 +87,11 @@ class Calibration:
                 f"`select_tokens={self.config.select_tokens}`, prompts of at most {about['length']:,} tokens, "
                 f"{len(self.candidates)} candidates, the best of which keep {_of(most, self.choosing)} answers. {RULE}",
                 "## On prompts that it was chosen on, and on others",
-                _table(["setting", "answer stays, chosen on", "cost", "answer stays, held out", "cost"], results),
+                _table(["setting", "stays, chosen on", "cost", "stays, held out", "cost"], results),
                 "An answer stays where the selection holds at least 90 % of the tokens that state it. Cost: operations "
                 "of the prefill as a share of the full one's, mean over prompts.",
                 "## By task, chosen settings",
-                _table(
-                    ["task", "answer stays, chosen on", "answer stays, held out", "cost", "layers"], self._by_task()
-                ),
+                _table(["task", "stays, chosen on", "stays, held out", "cost", "layers"], self._by_task()),
             ]
         )
 
@@ -161,13 +159,13 @@ class Calibration:
         axes.set_xlabel("cost: operations of the prefill / full prefill")
         line = [point(one) for one in self.fixed_layers]
         axes.plot(*zip(*line), color=GREY, linewidth=1, marker=".", markersize=3, label="fixed layers", zorder=1)
-        axes.scatter(
-            *zip(*map(point, self.candidates)), s=22, color=BLUE, alpha=0.25, label="candidates", zorder=2, linewidths=0
-        )
+        costs, shares = zip(*map(point, self.candidates))
+        axes.scatter(costs, shares, s=22, color=BLUE, alpha=0.25, linewidths=0, label="candidates", zorder=2)
         marked = (("default", self.default, "s", GREEN), ("paper", self.paper, "^", PURPLE))
         for label, one, marker, color in (*marked, ("chosen", self.chosen, "*", ORANGE)):
             size = 190 if label == "chosen" else 60
-            axes.scatter(*point(one), s=size, marker=marker, color=color, edgecolors="white", label=label, zorder=3)
+            cost, share = point(one)
+            axes.scatter(cost, share, s=size, marker=marker, color=color, edgecolors="white", label=label, zorder=3)
         axes.set_ylim(-0.03, 1.05)
         axes.set_xlim(right=1.02)
         axes.grid(alpha=0.3)

@@ -76,7 +76,7 @@ class BasePatch:
         self.attention = tuple(attention)
         """What computes each layer's attention."""
         self.observer: Observer | None = None
-        """Where set, called with each layer's number and pooled scores [B, G, P] of prompts, of this process's heads."""
+        """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
         self.voters = voters
         """Layers whose ranks count, ascending; None for all."""
         self.reduce = reduce
