@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexasl import policies
     from flexasl.attention import FlexASLAttention, Scoring
+    from flexasl.calibration import Calibration, calibrate
     from flexasl.config import ASLConfig
     from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
     from flexasl.masks import Visibility
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASLConfig",
+    "Calibration",
     "ConfigError",
     "FlexASLAttention",
     "FlexASLError",
@@ -26,6 +28,7 @@ __all__ = [
     "Selection",
     "UnsupportedError",
     "Visibility",
+    "calibrate",
     "load_cache",
     "patch",
     "policies",
@@ -34,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "ASLConfig": "config",
+    "Calibration": "calibration",
     "ConfigError": "errors",
     "FlexASLAttention": "attention",
     "FlexASLError": "errors",
@@ -43,6 +47,7 @@ _HOMES = {
     "Selection": "selector",
     "UnsupportedError": "errors",
     "Visibility": "masks",
+    "calibrate": "calibration",
     "load_cache": "patching",
     "patch": "patching",
     "replay": "replaying",

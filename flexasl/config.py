@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flexasl.errors import ConfigError
@@ -116,11 +119,27 @@ class ASLConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> ASLConfig:
         """The inverse of `to_dict`; an unknown name raises `ConfigError`."""
+        if not isinstance(settings, dict):
+            raise ConfigError(f"settings are a {type(settings).__name__}; give a dict as `to_dict` makes it")
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:
             raise ConfigError(f"{unknown[0]!r} is not a setting of ASLConfig; the settings are {', '.join(names)}")
         return cls(**settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ASLConfig:
+        """The settings in a JSON file, as `to_dict` makes them and `flexasl calibrate` writes them.
+
+        Raises `ConfigError` where the file holds something else, FileNotFoundError where there is none.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a JSON file of settings") from error
+        except (ValueError, ConfigError) as error:  # ConfigError is a ValueError
+            reason = str(error) if isinstance(error, ConfigError) else "it is not JSON"
+            raise ConfigError(f"{os.fspath(path)} holds no settings of ASLConfig: {reason}") from error
 
     def resolve(self, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the

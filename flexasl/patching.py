@@ -41,7 +41,7 @@ def patch(
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
-    model = _without_peft(model)
+    model = without_peft(model)
     settings = config or ASLConfig()
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
@@ -78,7 +78,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not an unchanged cache of
     this format version or belongs to another model, FileNotFoundError where there is none.
     """
-    model = _without_peft(model)
+    model = without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
         raise UnsupportedError(
             f"model is a {type(model).__name__}; saved caches are for transformers causal language models"
@@ -93,7 +93,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     return load(path, model)
 
 
-def _without_peft(model: Any) -> Any:
+def without_peft(model: Any) -> Any:
     """The model inside a PEFT model, whose adapters are modules of its layers."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):

@@ -1,4 +1,4 @@
-"""The decision alone, from recorded queries and keys: for tests, calibration and the curious.
+"""The decision alone, from recorded queries and keys or from recorded scores: for tests, calibration and the curious.
 
 Shapes: L layers, B batch, H query heads, G KV heads, N prompt columns, D head dim, W window, P_b prefix tokens of a
 row.
@@ -6,6 +6,7 @@ row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from flexasl.errors import FlexASLError
 from flexasl.ops import token_ranks
 from flexasl.policies import Policy, find_policy
 from flexasl.prefill import Entries, Prefill, left_padded_lengths
+from flexasl.selector import LayerSelector, Trace
 
 
 @dataclass
@@ -86,13 +88,38 @@ def replay(
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
-            if _is_scored(prefill, row, layer):
+            if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
                 result.scored_layers.append(layer)
             result.kept_indices.append(_kept_indices(prefill, row, scores.get(layer), entries, key.shape[2]))
         prefill.advance()
     for row, result in enumerate(rows):
-        _finish(result, row, prefill, scores)
+        totals = {layer: scores[layer][row].sum(0) for layer in result.scored_layers}
+        _finish(result, prefill.selector.traces.get(row), totals, lengths[row] - rule.window)
+        made = prefill.selections.get(row)
+        if made is not None:
+            result.selected_layer, result.selected = made.layer, prefill.kept_positions(row)
     return rows
+
+
+@torch.no_grad()
+def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, voters: Sequence[int] | None = None) -> Replay:
+    """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads.
+
+    voters are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;
+    `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
+    """
+    layers, prefix = scores.shape
+    rule = (config or ASLConfig()).resolve(layers, voters)
+    selector = LayerSelector(rule, [prefix + rule.window], voters=voters, device=scores.device)
+    result = Replay()
+    for layer in range(layers):
+        if not selector.needs(layer):
+            continue
+        for made in selector.select(layer, selector.observe(layer, scores[layer][None])):
+            result.selected_layer, result.selected = layer, made.slots
+        result.scored_layers.append(layer)
+    _finish(result, selector.traces[0], dict(enumerate(scores)), prefix)
+    return result
 
 
 def _pack(states: Tensor, prefill: Prefill) -> Tensor:
@@ -100,9 +127,8 @@ def _pack(states: Tensor, prefill: Prefill) -> Tensor:
     return states.transpose(0, 1).flatten(1, 2)[:, prefill.packed.flat(prefill.tokens)][None]
 
 
-def _is_scored(prefill: Prefill, row: int, layer: int) -> bool:
-    if row not in prefill.selector.traces or layer not in prefill.scored:
-        return False
+def _counts(prefill: Prefill, row: int, layer: int) -> bool:
+    """Whether the rule could use the layer's ranking, which was taken."""
     made, rule = prefill.selections.get(row), prefill.config
     if rule.min_layer == rule.max_layer:
         return layer == rule.max_layer
@@ -131,16 +157,11 @@ def _kept_indices(
     return heads
 
 
-def _finish(result: Replay, row: int, prefill: Prefill, scores: dict[int, Tensor]) -> None:
-    trace = prefill.selector.traces.get(row)
+def _finish(result: Replay, trace: Trace | None, scores: Mapping[int, Tensor], prefix: int) -> None:
+    """What the rule saw of one row, from its token scores [P or more] by layer."""
     if trace is not None:
         result.eval_layers, result.variance = trace.eval_layers, trace.variance
         result.variance_ratio, result.union_size = trace.variance_ratio, trace.union_size
     if result.scored_layers:
-        prefix = prefill.lengths[row] - prefill.config.window
-        result.scores = torch.stack([scores[layer][row].sum(0)[-prefix:] for layer in result.scored_layers])
+        result.scores = torch.stack([scores[layer][-prefix:] for layer in result.scored_layers])
         result.ranks = token_ranks(result.scores)
-    made = prefill.selections.get(row)
-    if made is not None:
-        result.selected_layer = made.layer
-        result.selected = prefill.kept_positions(row)

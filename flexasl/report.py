@@ -80,6 +80,8 @@ class Report:
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
     prefill_seconds: float
     """Wall time of the prefill, in seconds."""
+    preset: str | None = None
+    """Name of the preset that filled in settings which were left open; None where none did."""
 
     @property
     def kv_share(self) -> float:
@@ -100,12 +102,15 @@ class Report:
         """The inverse of `to_dict`, None for a float being NaN; raises `FlexASLError` for anything else."""
         data = dict(data) if isinstance(data, dict) else {}
         data.pop("kv_share", None)
+        data.setdefault("preset", None)  # of a report that was written before there were presets
         rows = data.get("rows")
         data["rows"] = tuple(_read(RowReport, row) for row in rows) if isinstance(rows, list) else None
         return _read(cls, data)
 
     def __str__(self) -> str:
         lines = [f"policy {self.policy}, {self.num_layers} layers{self._threshold()}"]
+        if self.preset is not None:
+            lines.append(f"settings that were left open: preset {self.preset}")
         for index, row in enumerate(self.rows[:ROWS_IN_FULL]):
             lines += self._row_lines(index, row)
         if len(self.rows) > ROWS_IN_FULL:
@@ -215,6 +220,7 @@ def _many(read: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "str": _of(str),
+    "str | None": lambda name, value: None if value is None else _of(str)(name, value),
     "int": _of(int),
     "int | None": lambda name, value: None if value is None else _of(int)(name, value),
     "float": _number,

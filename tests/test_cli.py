@@ -217,6 +217,65 @@ def test_options_reach_the_configuration(ask) -> None:
     assert data["report"]["rows"][0]["kept_tokens"] == data["prompt_tokens"] // 2
 
 
+def test_settings_from_a_file(ask, flexasl_main, model: str, document: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"select_tokens": 300, "tau": 0.75, "max_layer": 2, "kernel_size": 3}))
+    found = json.loads(ask("--json", "--config", str(file)).out)["report"]["config"]
+    assert (found["tau"], found["max_layer"], found["kernel_size"]) == (0.75, 2, 3)
+    assert found["select_tokens"] == SELECT, "an option wins"
+    out = str(tmp_path / "document.safetensors")
+    options = ["--file", document, "--model", model, "--config", str(file), "--tau", "0.25", "--json"]
+    found = json.loads(flexasl_main("prefill", "--out", out, *options).out)["report"]["config"]
+    assert (found["tau"], found["max_layer"], found["select_tokens"]) == (0.25, 2, 300)
+    both = flexasl_main("ask", "-q", "Why?", "--cache", out, "--config", str(file))
+    assert "--config has no effect with --cache" in refused(both)
+
+
+CALIBRATE = ("--select-tokens", "100", "--length", "400", "--samples", "2", "--tasks", "needle", "--unseen", "passkey")
+
+
+def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "own.json"
+    out.parent.mkdir()
+    status, printed, err = flexasl_main("calibrate", "--out", str(out), "--model", model, *CALIBRATE)
+    assert (status, err) == (0, "")
+    assert printed.startswith("# Calibration of model") and f"Settings: {out}" in printed
+    names = ["own.evidence.json", "own.json", "own.md", "own.png"]
+    assert sorted(file.name for file in out.parent.iterdir()) == names
+    found = flexasl.ASLConfig.load(out)
+    config = json.loads(ask("--json", "--config", str(out)).out)["report"]["config"]
+    assert (config["max_layer"], config["tau"]) == (found.max_layer, found.tau) and found.select_tokens == SELECT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "own.txt"], "out=own.txt does not end in .json"),
+        (["--out", "none/own.json"], "lies in a folder that does not exist"),
+        (["--out", "/proc/own.json"], "--out /proc/own.json cannot be written"),
+        (["--select-tokens", "many"], "--select-tokens many is no amount"),
+        (["--length", "1k,2k"], "--length 1k,2k is several lengths"),
+        (["--model", "./no/such/model"], "is not a folder"),
+        (["--samples", "1"], "samples=1 is too few"),
+        (["--select-tokens", "400"], "select_tokens=400 is not smaller than a prompt"),
+    ],
+)
+def test_calibrate_refuses(
+    flexasl_main, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr("flexasl.calibration.calibrating.record", None)
+    given = ["--out", str(tmp_path / "own.json"), "--model", model, *CALIBRATE, *arguments]
+    assert words in refused(flexasl_main("calibrate", *given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+def test_a_missing_extra_is_one_line(flexasl_main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused(flexasl_main(command, "--out", str(tmp_path / "own.json")))
+    assert f"flexasl {command} needs matplotlib; install it with: pip install 'flexasl[eval]'" in error
+
+
 @pytest.mark.parametrize("arguments", [[], ["--file", "-"]])
 def test_text_from_standard_input(
     flexasl_main, model: str, document: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str]

@@ -124,6 +124,26 @@ def test_dict_round_trip():
         ASLConfig.from_dict({"budget": 3})
 
 
+def test_load(tmp_path):
+    file = tmp_path / "settings.json"
+    config = ASLConfig(select_tokens=0.5, tau=0.2, max_layer=9)
+    file.write_text(json.dumps(config.to_dict()))
+    assert ASLConfig.load(file) == ASLConfig.load(str(file)) == config
+    file.write_text('{"select_tokens": 300}')
+    assert ASLConfig.load(file) == ASLConfig(select_tokens=300), "what is not there is at its default"
+    for text, reason in (
+        ("{", "it is not JSON"),
+        ("[1]", "settings are a list; give a dict"),
+        ('{"budget": 3}', "'budget' is not a setting"),
+        ('{"tau": 7}', "tau=7 is out of range"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"settings.json holds no settings of ASLConfig: {reason}"):
+            ASLConfig.load(file)
+    with pytest.raises(FileNotFoundError, match=r"none.json does not exist; give a JSON file of settings"):
+        ASLConfig.load(tmp_path / "none.json")
+
+
 def test_frozen_and_keyword_only():
     with pytest.raises(AttributeError):
         ASLConfig().tau = 0.1

@@ -332,6 +332,21 @@ def test_policies_on_a_command_line() -> None:
     assert len(every) == len(flexasl.policies.POLICIES), "each by its name, and the full cache once"
 
 
+def test_settings_that_policies_start_from() -> None:
+    base = flexasl.ASLConfig(select_tokens=99, tau=0.7, max_layer=4)
+    given = ["asl", "asl:tau=0.3", "fixed_layer", "paper"]
+    _, asl, own, fixed, paper = plan(policies=given, budgets=[64], config=base).settings
+    assert asl.config == base.replace(select_tokens=64) and own.config == base.replace(select_tokens=64, tau=0.3)
+    assert fixed.config == flexasl.ASLConfig(select_tokens=64) and paper.config.max_layer is None
+
+
+def test_results_of_other_settings_are_not_mixed_in(loaded, tmp_path: Path) -> None:
+    few = {"tasks": ["passkey"], "lengths": [200], "samples": 1, "policies": ["full"]}
+    evaluate(plan(**few), *loaded, tmp_path)
+    with pytest.raises(flexasl.FlexASLError, match=r"holds results with config=.*; give another folder"):
+        evaluate(plan(**few, config=flexasl.ASLConfig(tau=0.3)), *loaded, tmp_path)
+
+
 def test_lengths_on_a_command_line() -> None:
     assert parse_lengths("1k,1.5K, 4096") == [1024, 1536, 4096]
 

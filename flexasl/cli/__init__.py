@@ -1,11 +1,11 @@
-"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo` and `eval`, a file each."""
+"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo`, `eval` and `calibrate`, a file each."""
 
 import os
 import sys
 
 import typer
 
-from flexasl.cli import ask, demo, evaluate, inspect, prefill
+from flexasl.cli import ask, calibrate, demo, evaluate, inspect, prefill
 from flexasl.errors import FlexASLError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ for name, command in (
     ("inspect", inspect.inspect),
     ("demo", demo.demo),
     ("eval", evaluate.evaluate),
+    ("calibrate", calibrate.calibrate),
 ):
     app.command(name)(command)
 

@@ -11,6 +11,7 @@ import typer
 from flexasl.cli.answering import answered, load, print_comparison
 from flexasl.cli.options import (
     AsJson,
+    ConfigFile,
     Device,
     DtypeName,
     KVBudget,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from flexasl.report import Report
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "policy", "compare")
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy", "compare")
 """Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
 
 
@@ -44,6 +45,7 @@ def ask(
     kv_budget: KVBudget = None,
     kv_dtype: KVDtypeName = None,
     tau: Tau = None,
+    config: ConfigFile = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
     device: Device = "cpu",
@@ -55,7 +57,7 @@ def ask(
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
     if cache is not None:
         _refuse_beside(context, "cache", OF_A_PROMPT)
-    config = config_of(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
+    settings = config_of(tau, kv_dtype, config, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     _check_plot(plot)
     if not question.strip():
@@ -71,9 +73,9 @@ def ask(
     run.check_fits(loaded, len(ids), max_new_tokens)
     if compare:
         with progress_bar("warming up"):
-            run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+            run.warm_up(loaded, tokenizer, ids, config=settings, policy=policy)
     pruned = answered(
-        loaded, tokenizer, ids, max_new_tokens, policy, config, quiet=as_json, title=policy if compare else ""
+        loaded, tokenizer, ids, max_new_tokens, policy, settings, quiet=as_json, title=policy if compare else ""
     )
     plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned") if compare else None
     assert pruned.report is not None

@@ -1,6 +1,5 @@
 """`flexasl eval`."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Annotated
 import typer
 
 from flexasl.cli.answering import load
-from flexasl.cli.options import Device, DtypeName, Model
+from flexasl.cli.options import ConfigFile, Device, DtypeName, Model, need_extra
 from flexasl.cli.terminal import counted_progress
-from flexasl.errors import FlexASLError
+from flexasl.config import ASLConfig
 
 
 def evaluate(
@@ -28,6 +27,7 @@ def evaluate(
         str | None, typer.Option(help="Prompt lengths in tokens: 1k,4096. Default: the suite's.")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Prompts per task and length. Default: the suite's.")] = None,
+    config: ConfigFile = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results, gone on with. Default: out/SUITE.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the prompts.")] = 0,
     haystack: Annotated[Path | None, typer.Option(help="Text to hide needles in. Default: English prose.")] = None,
@@ -47,7 +47,7 @@ def evaluate(
 
     Stopped, the same command goes on where it was. Under torchrun, processes share the prompts.
     """
-    _need_extra()
+    need_extra("eval", "matplotlib", "numpy", "rouge_score", "wonderwords")
     from flexasl import evaluation
     from flexasl.evaluation import plans
 
@@ -60,6 +60,7 @@ def evaluate(
         policies=plans.parse_policies(policies),
         budgets=None if budget is None else plans.parse_budgets(budget),
         seed=seed,
+        config=None if config is None else ASLConfig.load(config),
         sources=evaluation.Sources(
             haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given
         ),
@@ -87,10 +88,3 @@ def evaluate(
         path = evaluation.report(folder)
         print((folder / "scores.md").read_text(encoding="utf-8").partition("\n\n## ")[0])
         print(f"\nReport: {path}")
-
-
-def _need_extra() -> None:
-    """Find out before the model runs whether the report can be made."""
-    for name in ("matplotlib", "numpy", "rouge_score", "wonderwords"):
-        if importlib.util.find_spec(name) is None:
-            raise FlexASLError(f"flexasl eval needs {name}; install it with: pip install 'flexasl[eval]'")

@@ -1,7 +1,9 @@
 """Options that commands share, and what they say."""
 
+import importlib.util
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,13 +39,29 @@ KVDtypeName = Annotated[
     typer.Option("--kv-dtype", help="Keep the cache in eight bits. [default: the model's number format]"),
 ]
 Tau = Annotated[float | None, typer.Option(help="Variance ratio below which ranks have settled, in (0, 1].")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="JSON of settings, as flexasl calibrate writes it; options win over it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def config_of(tau: float | None = None, kv_dtype: KVDtype | None = None, **amounts: str | None) -> ASLConfig:
-    """Settings, by options as they were typed; those that were not given are at their defaults."""
+def config_of(
+    tau: float | None = None, kv_dtype: KVDtype | None = None, file: Path | None = None, **amounts: str | None
+) -> ASLConfig:
+    """Settings, by options as they were typed; those that were not given are the file's, or at their defaults."""
     settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
-    return ASLConfig(tau=tau, kv_dtype=None if kv_dtype is None else kv_dtype.value, **settings)
+    if tau is not None:
+        settings["tau"] = tau
+    if kv_dtype is not None:
+        settings["kv_dtype"] = kv_dtype.value
+    return (ASLConfig() if file is None else ASLConfig.load(file)).replace(**settings)
+
+
+def need_extra(command: str, *names: str) -> None:
+    """Find out before the model runs whether the packages of the extra `eval` are there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise FlexASLError(f"flexasl {command} needs {name}; install it with: pip install 'flexasl[eval]'")
 
 
 def _amount(name: str, text: str) -> int | float:

@@ -9,6 +9,7 @@ import typer
 from flexasl.cli.answering import MIB, load
 from flexasl.cli.options import (
     AsJson,
+    ConfigFile,
     Device,
     DtypeName,
     KVBudget,
@@ -36,13 +37,14 @@ def prefill(
     kv_budget: KVBudget = None,
     kv_dtype: KVDtypeName = None,
     tau: Tau = None,
+    config: ConfigFile = None,
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Read a text once and save what the model remembers, for flexasl ask --cache."""
-    config = config_of(tau, kv_dtype, select_tokens=select_tokens, kv_budget=kv_budget)
+    settings = config_of(tau, kv_dtype, config, select_tokens=select_tokens, kv_budget=kv_budget)
     find_policy(policy)
     if not out.parent.is_dir():
         raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
@@ -53,7 +55,7 @@ def prefill(
     ids, notes = run.opening_ids(tokenizer, text, about.strip())
     run.check_fits(loaded, len(ids), 1)
     with progress_bar(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
-        made = run.prefill(loaded, ids, config=config, policy=policy, on_layer=bar.advance)
+        made = run.prefill(loaded, ids, config=settings, policy=policy, on_layer=bar.advance)
     with progress_bar(f"writing {out}"):
         made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
     size = out.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,15 +65,31 @@ def prefill_share(layers: Sequence[LayerCost], report: Report, row: int = 0) -> 
     Every layer runs on the tokens that the report says, some a second time on those kept. Embedding, norms and the
     scoring of tokens are left out; measured seconds hold them.
     """
-    told = report.rows[row]
-    full = {layer: layer.of(range(told.prompt_tokens)) for layer in set(layers)}
+    return row_share(layers, report.rows[row])
+
+
+def row_share(layers: Sequence[LayerCost], told: RowReport) -> float:
+    """As `prefill_share`, of one row: its `prompt_tokens`, `kept_positions`, `layer_tokens` and `reread_layers`."""
+    known: dict[tuple[LayerCost, int], int] = {}  # most layers cost the same
+
+    def cost(layer: LayerCost, count: int) -> int:
+        if count == told.prompt_tokens:
+            return _full(layer, count)
+        if (layer, count) not in known:
+            known[layer, count] = layer.of(_positions(told, count))
+        return known[layer, count]
+
     spent = 0
     for index, layer in enumerate(layers):
-        count = told.layer_tokens[index]
-        spent += full[layer] if count == told.prompt_tokens else layer.of(_positions(told, count))
+        spent += cost(layer, told.layer_tokens[index])
         if index < told.reread_layers:
-            spent += layer.of(told.kept_positions)
-    return spent / sum(full[layer] for layer in layers)
+            spent += cost(layer, told.kept_tokens)
+    return spent / sum(_full(layer, told.prompt_tokens) for layer in layers)
+
+
+@functools.lru_cache(maxsize=1024)
+def _full(layer: LayerCost, tokens: int) -> int:
+    return layer.of(range(tokens))
 
 
 def _positions(told: RowReport, count: int) -> Sequence[int]:

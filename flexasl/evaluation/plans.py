@@ -55,6 +55,8 @@ class Plan:
     """The unpatched model first."""
     seed: int
     sources: Sources
+    config: ASLConfig | None = None
+    """Settings that policies of adaptive selection start from, where some were given."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that need a file which was not given, and what they need."""
 
@@ -76,13 +78,15 @@ def plan(
     policies: Sequence[str] = ("asl", "fixed_layer", "snapkv"),
     budgets: Sequence[int | float] | None = None,
     seed: int = 0,
+    config: ASLConfig | None = None,
     sources: Sources | None = None,
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
     A policy is a name of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
     `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or a
-    share of the prompt. The unpatched model is always in the plan; `full` names it.
+    share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start from
+    config, where it is given; their own settings and the budget win over it.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
@@ -103,9 +107,10 @@ def plan(
         tasks=chosen,
         lengths=lengths,
         samples=samples,
-        settings=_settings(policies, budgets),
+        settings=_settings(policies, budgets, config),
         seed=seed,
         sources=sources,
+        config=config,
         left_out=left_out,
     )
 
@@ -174,7 +179,7 @@ def _tasks(
     return tuple(name for name in suite if name not in lacking), lacking
 
 
-def _settings(policies: Iterable[str], budgets: Sequence[int | float]) -> tuple[Setting, ...]:
+def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASLConfig | None) -> tuple[Setting, ...]:
     settings = {FULL: Setting(label=FULL)}
     for spec in policies:
         name, _, rest = spec.partition(":")
@@ -184,11 +189,13 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float]) -> tuple[
             continue
         for budget in budgets:
             label = f"{spec}@{budget}"
-            settings[label] = _setting(label, spec, name, _given(spec, rest), budget)
+            settings[label] = _setting(label, spec, name, _given(spec, rest), budget, base)
     return tuple(settings.values())
 
 
-def _setting(label: str, spec: str, name: str, given: dict[str, Any], budget: int | float) -> Setting:
+def _setting(
+    label: str, spec: str, name: str, given: dict[str, Any], budget: int | float, base: ASLConfig | None
+) -> Setting:
     if name != PAPER and name not in POLICIES:
         known = ", ".join(dict.fromkeys([*POLICIES, PAPER]))
         raise FlexASLError(f"policy={name!r} is not known; give one of {known}")
@@ -199,8 +206,11 @@ def _setting(label: str, spec: str, name: str, given: dict[str, Any], budget: in
         if key not in (*own, *shared):
             hint = "--budget sets it" if key == "select_tokens" else f"its settings are {', '.join(own + shared)}"
             raise FlexASLError(f"policy={spec!r}: {key} is no setting of {name}; {hint}")
-    make = ASLConfig.paper if name == PAPER else ASLConfig
-    config = make(select_tokens=budget, **{key: value for key, value in given.items() if key not in own})
+    settings = {key: value for key, value in given.items() if key not in own} | {"select_tokens": budget}
+    if name == PAPER:
+        config = ASLConfig.paper(**settings)
+    else:
+        config = (base if base is not None and kind.takes_presets else ASLConfig()).replace(**settings)
     policy = kind(**{key: value for key, value in given.items() if key in own})
     return Setting(label=label, policy=policy, config=config, spec=spec, budget=budget)
 

@@ -175,13 +175,14 @@ def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost
 def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[str, Any]:
     """What must not change while results are added to a folder."""
     return {
-        "model": _name(model),
+        "model": model_name(model),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": tokenizer.chat_template,
         "vocabulary": len(tokenizer),
         "seed": plan.seed,
         "together": together,
+        "config": None if plan.config is None else plan.config.to_dict(),
         **plan.sources.fingerprint(),
     }
 
@@ -196,7 +197,7 @@ def _about(model: Any) -> dict[str, Any]:
     }
 
 
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
     """The model's hub id, or the last part of its folder."""
     path = Path(model.name_or_path)
     return path.name if path.is_absolute() or path.exists() else model.name_or_path

@@ -5,6 +5,7 @@ Shapes: B batch, M new tokens, C width of hidden states, T tokens of all prompts
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -21,7 +22,8 @@ from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.packing import Packed
 from flexasl.policies import Policy
-from flexasl.prefill import Prefill, left_padded_lengths
+from flexasl.prefill import Observer, Prefill, left_padded_lengths
+from flexasl.presets import ModelKind, fill
 from flexasl.quantizing import primitives
 from flexasl.report import Report
 
@@ -55,9 +57,12 @@ class BasePatch:
         *,
         voters: Sequence[int] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        kind: ModelKind | None = None,
     ) -> None:
-        """voters and reduce: as for `Prefill`."""
+        """voters and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none."""
         self.policy = policy
+        config, self.preset = fill(config, kind) if policy.takes_presets and kind is not None else (config, None)
+        """The name of the preset that filled in settings, None where none did."""
         self.config = policy.resolve(config, len(layers), voters)
         """The settings that run on this model, with no default left open."""
         if self.config.kv_dtype is not None:
@@ -70,8 +75,12 @@ class BasePatch:
         self._layers = list(layers)
         self.attention = tuple(attention)
         """What computes each layer's attention."""
-        self._voters = voters
-        self._reduce = reduce
+        self.observer: Observer | None = None
+        """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
+        self.voters = voters
+        """Layers whose ranks count, ascending; None for all."""
+        self.reduce = reduce
+        """Sums token scores [R, P] over the processes that hold a part of the heads each; None where one holds all."""
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[Any, Any]] = []
         """Layers whose forward is replaced, and what stood in the place of their class's, None where nothing did."""
@@ -157,8 +166,9 @@ class BasePatch:
             [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK),
             tokens=count,
             device=device,
-            voters=self._voters,
-            reduce=self._reduce,
+            voters=self.voters,
+            reduce=self.reduce,
+            observer=self.observer,
         )
         again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
         return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
@@ -168,7 +178,7 @@ class BasePatch:
         call.close()
         if call.prefill is None:
             return None
-        self.report = report = call.report(self.policy)
+        self.report = report = dataclasses.replace(call.report(self.policy), preset=self.preset)
         return report
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

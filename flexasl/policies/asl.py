@@ -12,6 +12,7 @@ class ASL(Policy):
     """Selects tokens once, at the first layer at which their ranking has settled (ASL, arXiv 2601.07667)."""
 
     name = "asl"
+    takes_presets = True
 
     def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         return config.resolve(num_layers, voters)

@@ -18,6 +18,7 @@ class ASLTwoPass(Policy):
     """
 
     name = "asl_two_pass"
+    takes_presets = True
     second_pass = True
 
     def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:

@@ -17,6 +17,9 @@ class Policy(ABC):
     """Whether hidden states are dropped after some layer; where False only the cache shrinks, or nothing."""
     second_pass: ClassVar[bool] = False
     """Whether the layers up to the selection read the selected tokens again, alone, as if they were the prompt."""
+    takes_presets: ClassVar[bool] = False
+    """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may
+    fill them in."""
     sinks: int | None = None
     """Cache entries by position: the first so many and the last; None where they go by attention."""
 

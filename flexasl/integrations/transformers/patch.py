@@ -22,6 +22,7 @@ from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
 from flexasl.integrations.transformers.placement import sum_over_ranks
 from flexasl.packing import Continued
 from flexasl.policies import Policy
+from flexasl.presets import ModelKind
 
 CALL, OUTER = "flexasl_call", "flexasl_outer_call"
 """Keywords: what goes down to attention, the `Call` first and inside a layer its `LayerStep`; and there the `Call`."""
@@ -43,7 +44,10 @@ class Patch(BasePatch):
     def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
         stack = find_stack(model, kernel, compile)
         reduce = sum_over_ranks(model)
-        super().__init__(model, stack.layers, stack.attention, config, policy, voters=stack.voters, reduce=reduce)
+        text = model.config.get_text_config(decoder=True)
+        kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
+        settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
+        super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
         self.compiled = compile
         self.slack = SLACK if compile else 0
