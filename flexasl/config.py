@@ -19,6 +19,8 @@ SELECT_ON = ("last", "max")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
 LATER_TURNS = ("keep", "prune")
+PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
+"""Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
 KV_DTYPES = ("int8", "fp8")
 
 
@@ -172,11 +174,12 @@ class ASLConfig:
                 )
         tau = (0.3 if paper else 0.1) if self.tau is None else self.tau
         made = self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
-        return made.pooled() if paper else made.pooled(25, "maxpool")
+        return made.pooled(PUBLISHED_POOLING if paper else OWN_POOLING)
 
-    def pooled(self, kernel_size: int = 7, pooling: Literal["avgpool", "maxpool"] = "avgpool") -> ASLConfig:
-        """The same settings, with these where pooling is left open: by default what ASL, FastKV and SnapKV publish."""
-        return self.replace(kernel_size=self.kernel_size or kernel_size, pooling=self.pooling or pooling)
+    def pooled(self, pooling: tuple[int, str] = PUBLISHED_POOLING) -> ASLConfig:
+        """The same settings, with these where `kernel_size` and `pooling` are left open."""
+        size, how = pooling
+        return self.replace(kernel_size=self.kernel_size or size, pooling=self.pooling or how)
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
