@@ -45,7 +45,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -q bench/ops.py --out docs/benchmarks
 	$(BIN)/python -m pytest -q bench/attention.py --out docs/benchmarks
-	for name in decode prefill needle memory saved; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
+	for name in decode prefill memory saved pooling; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
 	$(MAKE) VENV=.compat/quantized bench-quantized
 
 # In an environment of its own, because torchao beside transformers warns of what a machine without a GPU lacks.
