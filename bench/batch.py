@@ -1,13 +1,14 @@
 """Prefill of a batch of prompts of different lengths, beside the sum of what its rows take alone.
 
-Turns alternate, and ratios are medians of pairs, because machines are shared. The tokens that follow are compared too:
-each row's must equal its solo run's.
+Turns alternate, and ratios are medians of pairs, because machines are shared; for the same reason the processor's
+seconds stand beside the wall's. The tokens that follow are compared too: each row's must equal its solo run's.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from prefill import _prefill, _prompt
@@ -17,6 +18,12 @@ import flexasl
 from flexasl import embedded
 
 LENGTHS = [200, 400, 800, 1200, 1800, 2400, 3200, 4000]
+
+
+class Seconds(NamedTuple):
+    wall: float
+    processor: float
+    """Of all threads."""
 
 
 def main() -> None:
@@ -46,9 +53,9 @@ def main() -> None:
         if patch is not None:
             same = f"{_same(model, prompts, batch, args.new_tokens)} of {len(prompts)}"
             patch.remove()
-        share = statistics.median(together / alone for together, alone in pairs)
-        medians = [f"{statistics.median(pair[side] for pair in pairs):.2f}" for side in (0, 1)]
-        rows.append([name, *medians, f"{share:.3f}", same])
+        shares = [statistics.median(one / all_ for one, all_ in zip(*clock)) for clock in _clocks(pairs)]
+        medians = [f"{statistics.median(side):.2f}" for side in _clocks(pairs)[0]]
+        rows.append([name, *medians, *(f"{share:.3f}" for share in shares), same])
         data.append({"settings": name, "pairs": pairs, "same": same})
     title = f"A batch of {len(prompts)} prompts, {min(args.tokens):,} to {max(args.tokens):,} tokens"
     heads = [
@@ -56,20 +63,27 @@ def main() -> None:
         "batch, s",
         "rows one by one, s",
         "batch / sum",
+        "of processor time",
         f"rows with the same {args.new_tokens} tokens",
     ]
     write(args.out, title, table(heads, rows), {"tokens": args.tokens, "rows": data})
 
 
-def _pair(model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], turn: int) -> tuple[float, float]:
-    """Seconds of the batch's prefill, and of its rows' one by one; who goes first alternates."""
-    seconds = {}
+def _pair(
+    model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], turn: int
+) -> tuple[Seconds, Seconds]:
+    """The batch's prefill, and its rows' one by one; who goes first alternates."""
+    taken = {}
     for together in (turn % 2 == 0, turn % 2 == 1):
-        if together:
-            seconds[together] = _prefill(model, **batch)
-        else:
-            seconds[together] = sum(_prefill(model, ids[None]) for ids in prompts)
-    return seconds[True], seconds[False]
+        started = time.process_time()
+        wall = _prefill(model, **batch) if together else sum(_prefill(model, ids[None]) for ids in prompts)
+        taken[together] = Seconds(wall, time.process_time() - started)
+    return taken[True], taken[False]
+
+
+def _clocks(pairs: list[tuple[Seconds, Seconds]]) -> list[tuple[list[float], list[float]]]:
+    """By clock, all batches' seconds and all those of rows alone."""
+    return [([batch[clock] for batch, _ in pairs], [alone[clock] for _, alone in pairs]) for clock in (0, 1)]
 
 
 def _same(model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], count: int) -> int:

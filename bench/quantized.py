@@ -58,7 +58,8 @@ def main() -> None:
         parts += [
             f"Caches, with select_tokens={args.select_tokens}. Bytes and time after a prompt of {args.tokens[0]:,} "
             f"tokens; × is against the same model's own cache. Sentences found, of {args.prompts}, in prompts of so "
-            f"many tokens, and how many of these answers have not one token of {ANSWER_TOKENS} that differs.",
+            f"many tokens; in brackets, answers of {ANSWER_TOKENS} tokens of which none differs from those by that "
+            "cache.",
             table(heads, [_cache_row(row, args) for row in caches]),
         ]
     if weights:
@@ -154,7 +155,7 @@ def _weights(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[
             if row["prefill"][0] < SLOW:
                 with patching(row):
                     row["prefill"].append(_prefill(models[row["weights"]], ids))
-    for _ in range(TURNS):
+    for _ in range(TURNS // 2):
         for row, step in zip(rows, steps, strict=True):
             with patching(row):
                 step()
@@ -195,7 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--needle-dtypes", nargs="+", default=["float32"], help="a CPU reads long in bfloat16")
     parser.add_argument("--prompts", type=int, default=10, help="needles of each length")
     parser.add_argument("--needle-tokens", type=int, nargs="+", default=[1000, 2000])
-    parser.add_argument("--weight-tokens", type=int, default=400, help="the prompt that quantised weights read")
+    parser.add_argument("--weight-tokens", type=int, default=256, help="the prompt that quantised weights read")
     parser.add_argument("--pairs", type=int, default=3, help="prefills of each kind")
     parser.set_defaults(tokens=[4000])
     return parser.parse_args()

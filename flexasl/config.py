@@ -19,6 +19,8 @@ SELECT_ON = ("last", "max")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
 LATER_TURNS = ("keep", "prune")
+PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
+"""Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
 KV_DTYPES = ("int8", "fp8")
 
 
@@ -46,28 +48,30 @@ class ASLConfig:
 
     tau: float | None = None
     """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
-    reference, as in the paper; 0.4 with `"peak"`."""
+    reference, as in the paper; 0.1 with `"peak"`."""
 
     min_layer: int | None = None
-    """First layer at which the variance is taken. None: a third of the layers, but no less than
-    `observe_layers - 1`."""
+    """First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference, three
+    eighths with `"peak"`, but no less than `observe_layers - 1`."""
 
     max_layer: int | None = None
     """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
-    three quarters of the way down with `"peak"`."""
+    seven tenths of the way down with `"peak"`."""
 
     observe_layers: int | None = None
-    """Layers whose ranks the variance is taken over. None: 8, as in the paper, or a third of a shallow stack, at
-    least 2."""
+    """Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the paper, 4 with
+    `"peak"`; or a third of a shallow stack, at least 2."""
 
     window: int = 32
     """Last prompt tokens, whose queries score the others, and which are always kept."""
 
-    kernel_size: int = 7
-    """Tokens that each score is pooled over; odd."""
+    kernel_size: int | None = None
+    """Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper; 25 with
+    `"peak"`, so that a token is kept together with what stands around it."""
 
-    pooling: Literal["avgpool", "maxpool"] = "avgpool"
-    """How scores are pooled over neighbouring tokens."""
+    pooling: Literal["avgpool", "maxpool"] | None = None
+    """How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in the
+    paper; `"maxpool"` with `"peak"`."""
 
     variance_reference: Literal["initial", "peak"] = "peak"
     """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
@@ -97,7 +101,13 @@ class ASLConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ASLConfig:
         """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
-        settings: dict[str, Any] = {"variance_reference": "initial", "select_on": "last", "if_never": "keep"}
+        settings: dict[str, Any] = {
+            "variance_reference": "initial",
+            "select_on": "last",
+            "if_never": "keep",
+            "kernel_size": 7,
+            "pooling": "avgpool",
+        }
         return cls(**(settings | changes))
 
     def replace(self, **changes: Any) -> ASLConfig:
@@ -147,13 +157,14 @@ class ASLConfig:
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
         if observe is None:
-            observe = min(8, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
+            observe = min(8 if paper else 4, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
         if first is None:
-            first = min(max(num_layers // 3, observe - 1), num_layers - 1, *bounds)
+            start = num_layers // 3 if paper else 3 * num_layers // 8
+            first = min(max(start, observe - 1), num_layers - 1, *bounds)
         if never is None:
             never = "keep" if last is None and paper else "select"
         if last is None:
-            last = num_layers - 1 if paper else max(first, int(0.75 * (num_layers - 1)))
+            last = num_layers - 1 if paper else max(first, 7 * (num_layers - 1) // 10)
         for name, value in (("observe_layers", observe - 1), ("min_layer", first), ("max_layer", last)):
             if value >= num_layers:
                 given = value + 1 if name == "observe_layers" else value
@@ -161,8 +172,14 @@ class ASLConfig:
                 raise ConfigError(
                     f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
                 )
-        tau = (0.3 if paper else 0.4) if self.tau is None else self.tau
-        return self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+        tau = (0.3 if paper else 0.1) if self.tau is None else self.tau
+        made = self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
+        return made.pooled(PUBLISHED_POOLING if paper else OWN_POOLING)
+
+    def pooled(self, pooling: tuple[int, str] = PUBLISHED_POOLING) -> ASLConfig:
+        """The same settings, with these where `kernel_size` and `pooling` are left open."""
+        size, how = pooling
+        return self.replace(kernel_size=self.kernel_size or size, pooling=self.pooling or how)
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
@@ -182,13 +199,13 @@ class ASLConfig:
         least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name not in ("window", "kernel_size"):
+            if value is None and name != "window":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name}={value!r} is not a whole number; give an int of at least {minimum}")
             if value < minimum:
                 raise ConfigError(f"{name}={value} is too small; give at least {minimum}")
-        if self.kernel_size % 2 == 0:
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number, so that pooling is centred")
 
     def _resolve_among(self, voters: Sequence[int], num_layers: int) -> ASLConfig:
@@ -214,7 +231,7 @@ class ASLConfig:
 
     def _check_choices(self) -> None:
         choices = {
-            "pooling": POOLINGS,
+            "pooling": (*POOLINGS, None),
             "variance_reference": VARIANCE_REFERENCES,
             "select_on": SELECT_ON,
             "if_never": (*IF_NEVER, None),

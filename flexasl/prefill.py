@@ -114,6 +114,7 @@ class Prefill:
         undecided = self.selector.rows
         every = (compresses and not by_position) or self._observer is not None
         rows = range(len(self.lengths)) if every else undecided
+        assert self.config.kernel_size is not None and self.config.pooling is not None
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
         states = (attention, query, key, scoring, rows)
         packed = self.packed if packed is None else packed

@@ -80,6 +80,7 @@ def test_papers_defaults_for_a_deep_stack():
     config = ASLConfig.paper().resolve(32)
     assert (config.min_layer, config.observe_layers, config.max_layer, config.if_never) == (10, 8, 31, "keep")
     assert (config.tau, config.window, config.kernel_size, config.select_tokens) == (0.3, 32, 7, 2048)
+    assert config.pooling == "avgpool"
 
 
 def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
@@ -90,13 +91,22 @@ def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
 
 def test_own_defaults_for_the_embedded_depth():
     config = ASLConfig().resolve(30)
-    assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (10, 21, 8, 0.4)
+    assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (11, 20, 4, 0.1)
+    assert (config.kernel_size, config.pooling) == (25, "maxpool")
+
+
+@pytest.mark.parametrize("policy", ["fixed_layer", "snapkv", "pyramid_kv", "pyramid_infer"])
+def test_other_methods_pool_as_published(policy):
+    config = policies.find_policy(policy).resolve(ASLConfig(), 30)
+    assert (config.kernel_size, config.pooling) == (7, "avgpool")
+    wider = policies.find_policy(policy).resolve(ASLConfig(kernel_size=15), 30)
+    assert (wider.kernel_size, wider.pooling) == (15, "avgpool")
 
 
 def test_one_bound_pulls_the_other_defaults_along():
     config = ASLConfig(max_layer=3).resolve(30)
     assert (config.observe_layers, config.min_layer, config.max_layer) == (4, 3, 3)
-    assert ASLConfig(min_layer=4).resolve(30).observe_layers == 5
+    assert ASLConfig(min_layer=2).resolve(30).observe_layers == 3
 
 
 def test_shares_of_the_prompt():

@@ -9,7 +9,7 @@ from flexasl.calibration.choosing import Judged, candidates, choose, paper_of, s
 from flexasl.calibration.evidence import Calibration
 from flexasl.calibration.recording import Prompt, Recording, locate, record
 from flexasl.calibration.tables import Table, holds_answers
-from flexasl.config import ASLConfig
+from flexasl.config import OWN_POOLING, ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.evaluation.costs import layer_costs
 from flexasl.evaluation.runner import model_name
@@ -50,7 +50,7 @@ def calibrate(
     """
     from flexasl import run
 
-    config, sources = config or ASLConfig(select_tokens=SELECT_TOKENS), sources or Sources()
+    config, sources = (config or ASLConfig(select_tokens=SELECT_TOKENS)).pooled(OWN_POOLING), sources or Sources()
     tasks = tuple(dict.fromkeys(tasks))
     model = without_peft(model)
     _check(model, tasks, unseen, samples)

@@ -13,7 +13,7 @@ from flexasl.config import ASLConfig
 
 SETTINGS = ("min_layer", "max_layer", "tau", "observe_layers", "variance_reference", "select_on")
 """What calibration looks for."""
-TAUS = (0.2, 0.3, 0.4, 0.5, 0.6)
+TAUS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 OBSERVED = (4, 8)
 FIRST, LAST = (1 / 3, 1 / 2), (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 """Depths of `min_layer` and `max_layer` that are tried, as shares of the layers."""

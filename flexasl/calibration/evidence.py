@@ -68,7 +68,7 @@ class Calibration:
 
     def __str__(self) -> str:
         """A page in Markdown."""
-        shown = {"**chosen**": self.chosen, "default": self.default, "the paper's rule": self.paper}
+        shown = {"**chosen**": self.chosen, "default": self.default, "the paper's rule on these scores": self.paper}
         shown[f"{self.fixed_layer.name}, by the same rule"] = self.fixed_layer
         sides = (self.choosing, self.checking)
         most = max(one.kept(self.choosing) for one in self.candidates)

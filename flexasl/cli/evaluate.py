@@ -36,6 +36,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="SQuAD or HotpotQA as JSON, for qa_1 and qa_2; once each.")
     ] = None,
     infinitebench: Annotated[Path | None, typer.Option(help="Folder with InfiniteBench's <task>.jsonl.")] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Cut longer answers. Default: as long as the benchmark has them.")
+    ] = None,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
     ] = False,
@@ -60,6 +63,7 @@ def evaluate(
         policies=plans.parse_policies(policies),
         budgets=None if budget is None else plans.parse_budgets(budget),
         seed=seed,
+        answer_tokens=answer_tokens,
         config=None if config is None else ASLConfig.load(config),
         sources=evaluation.Sources(
             haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given

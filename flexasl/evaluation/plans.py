@@ -57,6 +57,8 @@ class Plan:
     sources: Sources
     config: ASLConfig | None = None
     """Settings that policies of adaptive selection start from, where some were given."""
+    answer_tokens: int | None = None
+    """Most tokens of an answer, where its benchmark allows more; None: as the benchmark has it."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that need a file which was not given, and what they need."""
 
@@ -80,10 +82,11 @@ def plan(
     seed: int = 0,
     config: ASLConfig | None = None,
     sources: Sources | None = None,
+    answer_tokens: int | None = None,
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
-    A policy is a name of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
+    answer_tokens cuts answers that would be longer. A policy is a name of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
     `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or a
     share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start from
     config, where it is given; their own settings and the budget win over it.
@@ -98,6 +101,8 @@ def plan(
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
+    if answer_tokens is not None and answer_tokens < 1:
+        raise FlexASLError(f"answer_tokens={answer_tokens} is too few; give at least 1")
     if samples < 1:
         raise FlexASLError(f"samples={samples} is too few; give at least 1")
     for name in chosen:
@@ -111,6 +116,7 @@ def plan(
         seed=seed,
         sources=sources,
         config=config,
+        answer_tokens=answer_tokens,
         left_out=left_out,
     )
 

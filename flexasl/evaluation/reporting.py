@@ -75,6 +75,7 @@ def _page(
         "model": f"{identity['model']}, {identity['parameters']:,} parameters, {identity['dtype']}",
         "chat template": "none" if identity["chat_template"] is None else "the tokenizer's, in run.json",
         "seed": identity["seed"],
+        "longest answer, tokens": identity.get("answer_tokens") or "as the benchmarks have it",
         "answers": "all of a prompt at once, without a clock" if identity.get("together") else "one by one",
         "files given": files,
         "run on": f"{about['device']}, {about['processor']}, Python {about['python']}, torch {about['torch']}, "

@@ -67,7 +67,8 @@ def evaluate(
                 on_progress(PROMPTS, done, len(items))
                 if item not in prompts:
                     sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
-                    prompts.append(sample.to_dict())
+                    most = sample.max_new_tokens if plan.answer_tokens is None else plan.answer_tokens
+                    prompts.append(sample.to_dict() | {"max_new_tokens": min(most, sample.max_new_tokens)})
             answer_all = _answer_together if together else _answer_all
             answer_all(plan, model, tokenizer, items, prompts, answers, on_progress)
         finally:
@@ -182,6 +183,7 @@ def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[st
         "vocabulary": len(tokenizer),
         "seed": plan.seed,
         "together": together,
+        "answer_tokens": plan.answer_tokens,
         "config": None if plan.config is None else plan.config.to_dict(),
         **plan.sources.fingerprint(),
     }

@@ -18,6 +18,9 @@ from flexasl.evaluation.memo import Memo, costly_modules
 from flexasl.evaluation.plans import Setting
 from flexasl.report import Report
 
+STRETCH = 16
+"""Tokens that are decoded before settings whose answer has ended leave the batch."""
+
 
 class Said(NamedTuple):
     """What one setting made of a prompt."""
@@ -75,25 +78,30 @@ def _decode(model: Any, prompt: Tensor, first: list[int], caches: list[Any], max
     prompt [1, N]. Empties the list of caches, which are large."""
     from flexasl.integrations.transformers.cache import PrunedCache
 
-    ends = _end_tokens(model)
+    ends = torch.tensor(sorted(_end_tokens(model)), device=prompt.device)
     new = [torch.tensor([token], device=prompt.device) for token in first]
-    going = [row for row, token in enumerate(first) if token not in ends]
+    going = [row for row, tokens in enumerate(new) if not torch.isin(tokens, ends).any()]
     if not going or max_new_tokens == 1:
         return new
-    cache = PrunedCache.stacked([caches[row] for row in going], slack=max_new_tokens)
+    cache = PrunedCache.stacked([caches[row] for row in going], slack=min(STRETCH, max_new_tokens))
     caches.clear()
-    start = torch.stack([torch.cat([prompt[0], new[row]]) for row in going])
     with flexasl.patch(model, policy="full"):
-        out = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens - 1,
-            do_sample=False,
-        )
-    for row, tokens in zip(going, out[:, prompt.shape[1] :], strict=True):
-        ended = torch.isin(tokens, torch.tensor(sorted(ends), device=tokens.device)).nonzero()
-        new[row] = tokens[: int(ended[0]) + 1] if len(ended) else tokens
+        while going and len(new[going[0]]) < max_new_tokens:
+            start = torch.stack([torch.cat([prompt[0], new[row]]) for row in going])
+            out = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                past_key_values=cache,
+                max_new_tokens=min(STRETCH, max_new_tokens - len(new[going[0]])),
+                do_sample=False,
+            )
+            for row, tokens in zip(going, out[:, prompt.shape[1] :], strict=True):
+                ended = torch.isin(tokens, ends).nonzero()
+                new[row] = tokens[: int(ended[0]) + 1] if len(ended) else tokens
+            left = [place for place, row in enumerate(going) if not torch.isin(new[row], ends).any()]
+            if left and len(left) < len(going):
+                cache.batch_select_indices(torch.tensor(left, device=prompt.device))
+            going = [going[place] for place in left]
     return new
 
 

@@ -34,5 +34,7 @@ class FixedLayer(Policy):
                 f"layer={layer} has a sliding window, so it cannot rank the whole prompt; "
                 f"give one of {', '.join(map(str, voters))}"
             )
-        rule = config.replace(min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select")
+        rule = config.pooled().replace(
+            min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select"
+        )
         return rule.resolve(num_layers, voters)

@@ -34,7 +34,7 @@ class PyramidInfer(Policy):
                 f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, voters))} see "
                 "the whole prompt; give another policy"
             )
-        rule = one_selection(self.name, config).replace(select_on="last", observe_layers=1)
+        rule = one_selection(self.name, config).pooled().replace(select_on="last", observe_layers=1)
         return rule.replace(min_layer=first, max_layer=last).resolve(num_layers)
 
     def steps(self, config: ASLConfig, num_layers: int, prompt_tokens: int) -> dict[int, int]:

@@ -20,4 +20,4 @@ class SnapKV(Policy):
     def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         if not config.compresses_cache:
             config = config.replace(kv_budget=config.select_tokens)
-        return config.resolve(num_layers, voters)
+        return config.pooled().resolve(num_layers, voters)
