@@ -22,7 +22,7 @@ from flexasl.evaluation.costs import layer_costs, prefill_share
 from flexasl.evaluation.samples import Sample, encode
 from flexasl.replaying import replay_scores
 
-CONFIG = flexasl.ASLConfig(select_tokens=100, window=8, kernel_size=3)
+CONFIG = flexasl.ASLConfig(select_tokens=100, window=8, kernel_size=3, pooling="avgpool")
 FEW = {"tasks": ("needle", "number_string"), "unseen": "niah_single_2", "samples": 3, "length": 300}
 
 
@@ -348,7 +348,7 @@ def test_the_embedded_model_keeps_most_answers() -> None:
     from flexasl import run
 
     model, tokenizer = run.load_model(None)
-    config = flexasl.ASLConfig(select_tokens=192, kernel_size=7)
+    config = flexasl.ASLConfig(select_tokens=192, kernel_size=7, pooling="avgpool")
     made = flexasl.calibrate(
         model, tokenizer, config, tasks=["needle", "number_string"], unseen="passkey", samples=2, length=768
     )
