@@ -86,10 +86,11 @@ def plan(
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
-    answer_tokens cuts answers that would be longer. A policy is a name of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
-    `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or a
-    share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start from
-    config, where it is given; their own settings and the budget win over it.
+    answer_tokens cuts answers that would be longer. A policy is a name of `flexasl.policies.POLICIES`, or `paper` for
+    the published rule of ASL, alone or with settings: `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is
+    what `select_tokens` of `ASLConfig` is: tokens, or a share of the prompt. The unpatched model is always in the
+    plan; `full` names it. `asl` and `asl_two_pass` start from config, where it is given; their own settings and the
+    budget win over it.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
