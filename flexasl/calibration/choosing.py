@@ -17,11 +17,13 @@ TAUS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 OBSERVED = (4, 8)
 FIRST, LAST = (1 / 3, 1 / 2), (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 """Depths of `min_layer` and `max_layer` that are tried, as shares of the layers."""
-SPARE = 1
-"""Prompts that a candidate may lose more than the best one, for being cheaper."""
+MANY = 10
+"""Choosing prompts from which on a candidate may lose one more than the best, for being cheaper; one of fewer would be
+too large a share."""
 RULE = (
-    f"Of the candidates that keep the answer on as many of the choosing prompts as the best one does, or {SPARE} "
-    "fewer, the cheapest; of several such the one that keeps more, then the one nearest to the defaults."
+    "Of the candidates that keep the answer on as many of the choosing prompts as the best one does (or one fewer, "
+    f"where there are at least {MANY} such prompts), the cheapest; of several such the one that keeps more, then the "
+    "one with the fewest changes to the defaults."
 )
 
 
@@ -92,7 +94,7 @@ def candidates(config: ASLConfig, num_layers: int, voters: Sequence[int] | None 
 
 def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig | None = None) -> Judged:
     """The candidate to take by how they do on these prompts, by `RULE`; without a default, the first of equals."""
-    enough = max(one.kept(prompts) for one in judged) - SPARE
+    enough = max(one.kept(prompts) for one in judged) - (len(prompts) >= MANY)
 
     def order(one: Judged) -> tuple[Any, ...]:
         far = () if default is None or one.rule is None else _distance(one.rule, default)
