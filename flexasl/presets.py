@@ -25,7 +25,12 @@ class Preset(NamedTuple):
     """Some of `min_layer`, `max_layer`, `tau` and `observe_layers`, which are None unless the user gives them."""
 
 
-PRESETS: dict[ModelKind, Preset] = {}
+PRESETS: dict[ModelKind, Preset] = {
+    # docs/defaults.md: the model that the defaults were found on, so they say the same today.
+    ModelKind("llama", 30, 576): Preset(
+        "SmolLM2-135M", {"min_layer": 11, "max_layer": 20, "tau": 0.1, "observe_layers": 4}
+    ),
+}
 
 
 def fill(config: ASLConfig, kind: ModelKind) -> tuple[ASLConfig, str | None]:
