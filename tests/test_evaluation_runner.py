@@ -347,6 +347,24 @@ def test_results_of_other_settings_are_not_mixed_in(loaded, tmp_path: Path) -> N
         evaluate(plan(**few, config=flexasl.ASLConfig(tau=0.3)), *loaded, tmp_path)
 
 
+def test_answers_can_be_cut(loaded, tmp_path: Path) -> None:
+    short = plan(**SMALL, answer_tokens=2)
+    evaluate(short, *loaded, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "answers-0.jsonl").read_text().splitlines()]
+    assert len(records) == ANSWERS and max(record["new_tokens"] for record in records) == 2
+    with pytest.raises(FlexASLError, match="answer_tokens=2, not None"):
+        evaluate(plan(**SMALL), *loaded, tmp_path)
+    assert plan(**SMALL, answer_tokens=1000).max_new_tokens("passkey") == 6
+    with pytest.raises(FlexASLError, match="answer_tokens=0 is too few"):
+        plan(**SMALL, answer_tokens=0)
+
+
+def test_caches_in_eight_bits_are_not_decoded_together(loaded, tmp_path: Path) -> None:
+    with pytest.raises(FlexASLError, match=r"together=True .* 'asl:kv_dtype=int8@64' excludes"):
+        evaluate(plan(**SMALL | {"policies": ["asl:kv_dtype=int8"]}), *loaded, tmp_path / "none", together=True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_lengths_on_a_command_line() -> None:
     assert parse_lengths("1k,1.5K, 4096") == [1024, 1536, 4096]
 

@@ -62,6 +62,11 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that need a file which was not given, and what they need."""
 
+    def max_new_tokens(self, task: str) -> int:
+        """Most tokens of an answer to this task."""
+        most = find_task(task).max_new_tokens
+        return most if self.answer_tokens is None else min(most, self.answer_tokens)
+
     def items(self, rank: int = 0, world_size: int = 1) -> list[Item]:
         """The prompts that one process of so many answers; together they answer each once."""
         every = [

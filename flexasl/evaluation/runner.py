@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import flexasl
+from flexasl.errors import FlexASLError
 from flexasl.evaluation.costs import LayerCost, layer_costs, prefill_share
 from flexasl.evaluation.plans import Item, Plan, Setting
 from flexasl.evaluation.samples import Sample, encode
@@ -53,11 +54,16 @@ def evaluate(
 
     out = Path(out)
     for setting in plan.settings:
+        if together and setting.config is not None and setting.config.kv_dtype is not None:
+            raise FlexASLError(
+                f"together=True decodes from caches in the model's dtype, which {setting.label!r} excludes by "
+                f"kv_dtype={setting.config.kv_dtype!r}; give together=False"
+            )
         if setting.policy is not None:
             flexasl.patch(model, setting.config, policy=setting.policy).remove()
     for name in plan.tasks:
         for length in plan.lengths:
-            run.check_fits(model, length, find_task(name).max_new_tokens)
+            run.check_fits(model, length, plan.max_new_tokens(name))
     with held(out, rank):
         agree(out, _identity(plan, model, tokenizer, together), _about(model))
         prompts, answers = Journal(out, PROMPTS, rank, prompt_key), Journal(out, ANSWERS, rank, answer_key)
@@ -67,10 +73,8 @@ def evaluate(
                 on_progress(PROMPTS, done, len(items))
                 if item not in prompts:
                     sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
-                    most = sample.max_new_tokens if plan.answer_tokens is None else plan.answer_tokens
-                    prompts.append(sample.to_dict() | {"max_new_tokens": min(most, sample.max_new_tokens)})
-            answer_all = _answer_together if together else _answer_all
-            answer_all(plan, model, tokenizer, items, prompts, answers, on_progress)
+                    prompts.append(sample.to_dict() | {"max_new_tokens": plan.max_new_tokens(item.task)})
+            _answer_all(plan, model, tokenizer, items, prompts, answers, together, on_progress)
         finally:
             prompts.close()
             answers.close()
@@ -85,57 +89,50 @@ def _answer_all(
     items: list[Item],
     prompts: Journal,
     answers: Journal,
+    together: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> None:
-    from flexasl import run
-
-    costs = layer_costs(model)
-    wanted = [(item, setting) for item in items for setting in plan.settings]
-    missing = [(item, setting) for item, setting in wanted if (item, setting.label) not in answers]
-    on_progress(ANSWERS, len(wanted) - len(missing), len(wanted))
-    for number, (item, setting) in enumerate(missing, 1):
-        sample = Sample.from_dict(prompts[item])
-        ids = encode(tokenizer, sample.prompt)
-        if number == 1:
-            run.warm_up(model, tokenizer, ids, config=plan.settings[-1].config, policy=plan.settings[-1].policy)
-        answer = run.answer(
-            model,
-            tokenizer,
-            ids,
-            max_new_tokens=sample.max_new_tokens,
-            config=setting.config,
-            policy=setting.policy,
-        )
-        answers.append(_record(sample, setting, answer, costs))
-        on_progress(ANSWERS, len(wanted) - len(missing) + number, len(wanted))
-
-
-def _answer_together(
-    plan: Plan,
-    model: Any,
-    tokenizer: Any,
-    items: list[Item],
-    prompts: Journal,
-    answers: Journal,
-    on_progress: Callable[[str, int, int], None],
-) -> None:
-    from flexasl.evaluation.together import answer_together
-
-    costs = layer_costs(model)
+    costs, answered = layer_costs(model), _together if together else _one_by_one
     missing = {item: [one for one in plan.settings if (item, one.label) not in answers] for item in items}
     total = len(items) * len(plan.settings)
     done = total - sum(map(len, missing.values()))
     on_progress(ANSWERS, done, total)
+    cold = not together
     for item, settings in missing.items():
         if not settings:
             continue
         sample = Sample.from_dict(prompts[item])
         ids = encode(tokenizer, sample.prompt)
-        said = answer_together(model, tokenizer, ids, settings, max_new_tokens=sample.max_new_tokens)
-        # In one go: a batch of other settings may round differently, so a prompt is rather answered whole or not at all
-        answers.append(*(_record(sample, one, answer, costs) for one, answer in zip(settings, said, strict=True)))
-        done += len(settings)
-        on_progress(ANSWERS, done, total)
+        if cold:
+            _warm_up(model, tokenizer, ids, plan.settings[-1])
+            cold = False
+        for said in answered(model, tokenizer, ids, settings, sample.max_new_tokens):
+            answers.append(*(_record(sample, setting, answer, costs) for setting, answer in said))
+            done += len(said)
+            on_progress(ANSWERS, done, total)
+
+
+def _warm_up(model: Any, tokenizer: Any, ids: list[int], setting: Setting) -> None:
+    from flexasl import run
+
+    run.warm_up(model, tokenizer, ids, config=setting.config, policy=setting.policy)
+
+
+def _one_by_one(model: Any, tokenizer: Any, ids: list[int], settings: list[Setting], most: int) -> Iterator[list[Any]]:
+    """Each setting and its answer, to be stored as they come."""
+    from flexasl import run
+
+    for one in settings:
+        yield [(one, run.answer(model, tokenizer, ids, max_new_tokens=most, config=one.config, policy=one.policy))]
+
+
+def _together(model: Any, tokenizer: Any, ids: list[int], settings: list[Setting], most: int) -> Iterator[list[Any]]:
+    """All settings and their answers in one go: a batch of others may round differently, so a prompt is rather answered
+    whole or not at all."""
+    from flexasl.evaluation.together import answer_together
+
+    said = answer_together(model, tokenizer, ids, settings, max_new_tokens=most)
+    yield list(zip(settings, said, strict=True))
 
 
 def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost]) -> dict[str, Any]:
