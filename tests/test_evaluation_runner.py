@@ -355,6 +355,8 @@ def test_answers_can_be_cut(loaded, tmp_path: Path) -> None:
     with pytest.raises(FlexASLError, match="answer_tokens=2, not None"):
         evaluate(plan(**SMALL), *loaded, tmp_path)
     assert plan(**SMALL, answer_tokens=1000).max_new_tokens("passkey") == 6
+    assert plan().answer_tokens == 64 and plan(tasks=["niah_multivalue"]).max_new_tokens("niah_multivalue") == 128
+    assert plan(answer_tokens=100).answer_tokens == 100
     with pytest.raises(FlexASLError, match="answer_tokens=0 is too few"):
         plan(**SMALL, answer_tokens=0)
 

@@ -37,7 +37,8 @@ def evaluate(
     ] = None,
     infinitebench: Annotated[Path | None, typer.Option(help="Folder with InfiniteBench's <task>.jsonl.")] = None,
     answer_tokens: Annotated[
-        int | None, typer.Option(help="Cut longer answers. Default: as long as the benchmark has them.")
+        int | None,
+        typer.Option(help="Cut longer answers. Default: as long as the benchmark has them; in the quick suite, 64."),
     ] = None,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")

@@ -91,11 +91,11 @@ def plan(
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
-    answer_tokens cuts answers that would be longer. A policy is a name of `flexasl.policies.POLICIES`, or `paper` for
-    the published rule of ASL, alone or with settings: `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is
-    what `select_tokens` of `ASLConfig` is: tokens, or a share of the prompt. The unpatched model is always in the
-    plan; `full` names it. `asl` and `asl_two_pass` start from config, where it is given; their own settings and the
-    budget win over it.
+    answer_tokens cuts answers that would be longer, as the quick suite's own tasks are cut. A policy is a name of
+    `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
+    `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or
+    a share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start
+    from config, where it is given; their own settings and the budget win over it.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
@@ -104,6 +104,8 @@ def plan(
     lengths = tuple(dict.fromkeys(lengths or defaults.lengths))
     budgets = tuple(dict.fromkeys(budgets or defaults.budgets))
     samples = defaults.samples if samples is None else samples
+    if answer_tokens is None and tasks is None:
+        answer_tokens = defaults.answer_tokens
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
