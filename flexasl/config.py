@@ -48,7 +48,7 @@ class ASLConfig:
 
     tau: float | None = None
     """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
-    reference, as in the paper; 0.1 with `"peak"`."""
+    reference, as in the paper; 0.05 with `"peak"`."""
 
     min_layer: int | None = None
     """First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference, three
@@ -172,7 +172,7 @@ class ASLConfig:
                 raise ConfigError(
                     f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
                 )
-        tau = (0.3 if paper else 0.1) if self.tau is None else self.tau
+        tau = (0.3 if paper else 0.05) if self.tau is None else self.tau
         made = self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
         return made.pooled(PUBLISHED_POOLING if paper else OWN_POOLING)
 

@@ -91,7 +91,7 @@ def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
 
 def test_own_defaults_for_the_embedded_depth():
     config = ASLConfig().resolve(30)
-    assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (11, 20, 4, 0.1)
+    assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (11, 20, 4, 0.05)
     assert (config.kernel_size, config.pooling) == (25, "maxpool")
 
 
