@@ -198,9 +198,10 @@ def test_report_has_its_pictures(finished: Path) -> None:
     assert (finished / "scores.md").read_text().rstrip() in page
     assert (finished / "times.md").read_text().rstrip() in page
     scores = (finished / "scores.md").read_text().splitlines()
-    rows = [line.split(" | ")[0] for line in scores[4:7]]
+    assert scores[2].startswith("**Beyond this model**") and scores[2].endswith("with nothing else to average.")
+    rows = [line.split(" | ")[0] for line in scores[6:9]]
     assert rows == ["| full", "| asl@64", "| fixed_layer:layer=1@64"], "the full cache stands first"
-    assert scores[4] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 |"
+    assert scores[6] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 |"
 
 
 def test_without_selection_there_is_no_picture_of_layers(loaded, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from flexasl.evaluation import scoring
-from flexasl.evaluation.tables import Estimate, bootstrap
+from flexasl.evaluation.tables import Estimate, Results, bootstrap, score_tables
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,36 @@ def test_bootstrap_is_a_confidence_interval() -> None:
 def test_bootstrap_weighs_tasks_alike() -> None:
     estimate = bootstrap([[1.0] * 30, [0.0] * 3])
     assert estimate == Estimate(0.5, 0.5, 0.5), "samples are drawn within a task, so nothing varies here"
+
+
+def answered(task: str, setting: str, *scores: float, length: int = 1024) -> list[dict]:
+    """Records of so many prompts."""
+    about = {"policy": setting, "budget": None, "prompt_tokens": length, "selected_layer": None, "kv_share": 1.0}
+    return [
+        {"task": task, "length": length, "index": index, "setting": setting, "score": score, "counted_prefill": 1.0}
+        | {"first_token_seconds": None}
+        | about
+        for index, score in enumerate(scores)
+    ]
+
+
+def test_what_is_beyond_the_model_is_left_out_of_means() -> None:
+    passkey = answered("passkey", "full", 1.0, 0.0) + answered("passkey", "asl", 1.0, 1.0)
+    lost = answered("vt", "full", 0.0, 0.5) + answered("vt", "asl", 0.0, 0.0)
+    within, both, alone = Results(passkey), Results(passkey + lost), Results(lost)
+    assert within.beyond() == {} and within.within_reach() is within
+    assert both.beyond() == {("vt", 1024): 0.25}
+    assert both.within_reach().records == within.records
+    assert "Beyond" not in score_tables(within)
+    table = score_tables(both)
+    assert "`vt` at 1,024 tokens (0.25); left out of means" in table
+    assert "| asl | 1.00 [1.00, 1.00] | 1.00 | 1.00 |" in table
+    assert "| setting | vt, 1,024 tokens | passkey, 1,024 tokens |" in table
+    assert "| full | 0.25 [0.00, 0.50] of 2 | 0.50 [0.00, 1.00] of 2 |" in table
+    assert alone.within_reach() is alone and "(0.25); with nothing else to average" in score_tables(alone)
+
+
+def test_a_length_is_beyond_the_model_by_itself() -> None:
+    results = Results(answered("passkey", "full", 1.0) + answered("passkey", "full", 0.0, length=2048))
+    assert results.beyond() == {("passkey", 2048): 0.0}
+    assert results.within_reach().lengths == [1024]

@@ -22,8 +22,9 @@ COLUMNS = 3
 
 
 def pareto(results: Results) -> Figure:
-    """Score against the cost of the prefill, measured where it was and counted; a line joins the settings that no other
-    beats."""
+    """Score against the cost of the prefill, measured where it was and counted, on tasks within the model's reach; a
+    line joins the settings that no other beats."""
+    results = results.within_reach()
     figure = Figure(figsize=(12 if results.timed else 7.5, 5.5), layout="constrained")
     panels = figure.subplots(1, 2 if results.timed else 1, sharey=True, squeeze=False)[0]
     scores = {setting: results.score(results.of(setting=setting)) for setting in results.settings}
