@@ -77,10 +77,13 @@ def heat_map(results: Results) -> Figure | None:
 
 
 def chosen_layers(results: Results) -> Figure | None:
-    """How often each layer was chosen, by task, a panel for each setting that chose any."""
-    chose = {record["setting"] for record in results.records if record["selected_layer"] is not None}
+    """How often each layer was chosen, by task, a panel for each setting that chose by the prompt: not always the same
+    layer, where any setting is such."""
+    choices = {name: {record["selected_layer"] for record in results.of(setting=name)} for name in results.settings}
+    chose = {name for name, layers in choices.items() if layers != {None}}
     if not chose:
         return None
+    chose = {name for name in chose if len(choices[name]) > 1} or chose
     colors = _colors(results.tasks)
     figure, panels = _panels([setting for setting in results.settings if setting in chose], 2.8)
     for setting, axes in panels:
@@ -104,8 +107,9 @@ def chosen_layers(results: Results) -> Figure | None:
 
 
 def variance_curves(results: Results) -> Figure | None:
-    """Variance ratio by layer: each prompt thin, each task's median thick, a panel for each setting that took any."""
-    taken = {record["setting"] for record in results.records if record["eval_layers"]}
+    """Variance ratio by layer: each prompt thin, each task's median thick, a panel for each setting that compared
+    layers."""
+    taken = {record["setting"] for record in results.records if len(record["eval_layers"]) > 1}
     if not taken:
         return None
     colors = _colors(results.tasks)
@@ -124,17 +128,24 @@ def variance_curves(results: Results) -> Figure | None:
 
 
 def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Estimate]) -> None:
-    families = list(dict.fromkeys(setting.partition("@")[0] for setting in costs))
-    colors = _colors(families)
-    for place, (setting, cost) in enumerate(costs.items()):
-        family, score = setting.partition("@")[0], scores[setting]
-        spread = [[max(score.mean - score.low, 0)], [max(score.high - score.mean, 0)]]
-        marker = "*" if setting == FULL else MARKERS[place % len(MARKERS)]
-        size = 14 if setting == FULL else 7
-        color = "black" if setting == FULL else colors[family]
+    """A colour for each policy with its settings; its budgets are joined by dots, and written beside the points."""
+    families: dict[str, list[str]] = {}
+    for setting in costs:
+        families.setdefault(setting.rpartition("@")[0] or setting, []).append(setting)
+    colors = _colors(list(families))
+    for place, (family, settings) in enumerate(families.items()):
+        unpatched = family == FULL
+        look: dict[str, Any] = {"color": "black" if unpatched else colors[family], "markersize": 14 if unpatched else 7}
+        found = [scores[setting] for setting in settings]
+        means, spent = [score.mean for score in found], [costs[setting] for setting in settings]
+        ends = [[mean - score.low, score.high - mean] for mean, score in zip(means, found)]
+        spread = np.maximum(np.transpose(ends), 0)
+        shape = "*" if unpatched else MARKERS[place % len(MARKERS)]
         axes.errorbar(
-            cost, score.mean, spread, fmt=marker, markersize=size, color=color, elinewidth=0.8, capsize=2, label=setting
+            spent, means, spread, fmt=f"{shape}:", linewidth=1, elinewidth=0.8, capsize=2, label=family, **look
         )
+        for setting, cost, mean in zip(settings, spent, means) if len(settings) > 1 else ():
+            axes.annotate(setting.rpartition("@")[2], (cost, mean), (4, 4), textcoords="offset points", fontsize=6)
     best = sorted(
         (cost, scores[setting].mean)
         for setting, cost in costs.items()
