@@ -1,6 +1,7 @@
 """Settings that every test shares: offline, few threads, quiet and deterministic."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,3 +21,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "flexasl"))
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with its tokenizer, as `from_pretrained` reads them."""
+    from tiny_chat import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def loaded(folder: Path):
+    """That model, and its tokenizer."""
+    from flexasl import run
+
+    return run.load_model(str(folder))

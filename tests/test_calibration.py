@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import decoder_layers, tiny
-from tiny_chat import save_tiny_model, tiny_tokenizer
+from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import flexasl
@@ -24,11 +24,6 @@ from flexasl.replaying import replay_scores
 
 CONFIG = flexasl.ASLConfig(select_tokens=100, window=8, kernel_size=3, pooling="avgpool")
 FEW = {"tasks": ("needle", "number_string"), "unseen": "niah_single_2", "samples": 3, "length": 300}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from models import tiny
-from tiny_chat import save_tiny_model, tiny_tokenizer
+from tiny_chat import tiny_tokenizer
 
 import flexasl
 from flexasl import cli, run
@@ -37,16 +37,6 @@ SMALL: dict[str, Any] = {
 ARGUMENTS = ["--tasks", "needle,passkey", "--lengths", "200,300", "--samples", "2", "--budget", "64"]
 ARGUMENTS += ["--policies", "asl,fixed_layer:layer=1,full"]
 ANSWERS = 2 * 2 * 2 * 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path):
-    return run.load_model(str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from models import SMALL, prompts, tiny
-from tiny_chat import save_tiny_model
 from torch import nn
 
 import flexasl
@@ -35,16 +34,6 @@ class Words:
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids.tolist()))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path):
-    return run.load_model(str(folder))
 
 
 @pytest.fixture(scope="module")
