@@ -15,7 +15,7 @@ from flexasl.errors import ConfigError
 
 POOLINGS = ("avgpool", "maxpool")
 VARIANCE_REFERENCES = ("initial", "peak")
-SELECT_ON = ("last", "max")
+SELECT_ON = ("last", "max", "recent")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
 LATER_TURNS = ("keep", "prune")
@@ -76,9 +76,9 @@ class ASLConfig:
     variance_reference: Literal["initial", "peak"] = "peak"
     """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
 
-    select_on: Literal["last", "max"] = "max"
-    """Scores that tokens are selected on: the selection layer's (the paper), or each token's best of the observed
-    layers."""
+    select_on: Literal["last", "max", "recent"] = "recent"
+    """Scores that tokens are selected on: the selection layer's (the paper), each token's best of the observed layers,
+    or the best with every layer back counting a fifth less."""
 
     if_never: Literal["select", "keep"] | None = None
     """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the

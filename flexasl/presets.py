@@ -26,9 +26,9 @@ class Preset(NamedTuple):
 
 
 PRESETS: dict[ModelKind, Preset] = {
-    # docs/defaults.md: the model that the defaults were found on, so they say the same today.
+    # docs/defaults.md: the model that the defaults were found on, but for the last layer.
     ModelKind("llama", 30, 576): Preset(
-        "SmolLM2-135M", {"min_layer": 11, "max_layer": 20, "tau": 0.05, "observe_layers": 4}
+        "SmolLM2-135M", {"min_layer": 11, "max_layer": 17, "tau": 0.05, "observe_layers": 4}
     ),
 }
 

@@ -83,12 +83,25 @@ def settle(ranks: Tensor, budget: Tensor, reference: Tensor | None, peak: bool) 
     return Settling(variance, union, reference, ratio)
 
 
+FADE = 0.8
+"""What a score counts one layer later, for `select_on="recent"`."""
+
+
+def scores_to_select_on(scores: Sequence[Tensor], select_on: str) -> Tensor:
+    """What tokens are selected on, of the same shape as the scores of each observed layer, the selection layer's last:
+    see `ASLConfig.select_on`."""
+    best = scores[-1] if select_on == "last" else scores[0]
+    for later in () if select_on == "last" else scores[1:]:
+        best = torch.maximum(best * FADE if select_on == "recent" else best, later)
+    return best
+
+
 class LayerSelector:
     """Finds, for every row of a left-padded batch, the layer at which its token ranking has settled (arXiv 2601.07667).
 
     Give it the token scores of the layers for which `needs` is true, in order: `observe` says which rows have settled
-    there, and `select` takes them out of `rows`. Rows decide independently. Only the ranks (and, for
-    `select_on="max"`, the scores) of the last `observe_layers` layers are held.
+    there, and `select` takes them out of `rows`. Rows decide independently. Only the ranks (and, unless
+    `select_on="last"`, the scores) of the last `observe_layers` layers are held.
     """
 
     def __init__(
@@ -116,11 +129,12 @@ class LayerSelector:
         voters = range(self._last + 1) if voters is None else voters
         self._peak = config.variance_reference == "peak"
         self._compares = self._last > self._first
-        held = config.observe_layers if self._compares or config.select_on == "max" else 1
+        looks_back = config.select_on != "last"
+        held = config.observe_layers if self._compares or looks_back else 1
         # Lists that are cut by hand: torch.compile (2.13) forgets the `maxlen` of a deque.
         self._ranks: list[Tensor] = []
         self._scores: list[Tensor] = []
-        self._held = (held if self._compares else 1, held if config.select_on == "max" else 1)
+        self._held = (held if self._compares else 1, held if looks_back else 1)
         opens = voters.index(self._first) - held + 1
         self._needed = frozenset(voters[max(0, opens) : voters.index(self._last) + 1])
         self._valid, self._budget = self._rows_tensors(torch.device(device))
@@ -159,10 +173,9 @@ class LayerSelector:
 
     def choose(self) -> Tensor:
         """Tokens of each row in `rows` that would stay if it selected now: [R, N] bool."""
-        if self.config.select_on == "max":
-            ranks = token_ranks(torch.stack(self._scores).amax(0), self._valid_prefix)
-        else:
-            ranks = self._ranks[-1]
+        ranks = self._ranks[-1]
+        if len(self._scores) > 1:
+            ranks = token_ranks(scores_to_select_on(self._scores, self.config.select_on), self._valid_prefix)
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def select(self, layer: int, settled: Tensor | None) -> list[Selection]:

@@ -19,6 +19,7 @@ from test_selector import Decision, decide
 
 import flexasl
 from flexasl import ASLConfig
+from flexasl.config import SELECT_ON
 from flexasl.prefill import Prefill
 
 FACTOR = int(os.environ.get("FLEXASL_FUZZ", "1"))
@@ -53,7 +54,7 @@ def rules(draw, most=40, layers=LAYERS):
         kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
         pooling=draw(st.sampled_from(["avgpool", "maxpool"])),
         variance_reference=draw(st.sampled_from(["initial", "peak"])),
-        select_on=draw(st.sampled_from(["last", "max"])),
+        select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from([None, "select", "keep"])),
         propagate=draw(st.sampled_from(["gather", "gather", "mask"])) if cache == "full" else "gather",
     )

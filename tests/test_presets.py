@@ -47,6 +47,7 @@ def test_what_the_user_gives_wins() -> None:
         flexasl.ASLConfig.paper(),
         flexasl.ASLConfig(variance_reference="initial"),
         flexasl.ASLConfig(select_on="last"),
+        flexasl.ASLConfig(select_on="max"),
         flexasl.ASLConfig(max_layer=2),
         flexasl.ASLConfig(observe_layers=5),
     ],

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexasl import ASLConfig, ops
+from flexasl.config import SELECT_ON
 from flexasl.selector import LayerSelector
 
 LAYERS = 7
@@ -65,8 +66,12 @@ def decide(config, scores):
             decision.union_size.append(len(union))
         if settled or (layer == last and config.if_never == "select"):
             best = ranks[layer]
-            if config.select_on == "max":
-                best = places([max(column) for column in zip(*scores[layer - seen + 1 : layer + 1], strict=True)])
+            if config.select_on != "last":
+                fade = np.float32(0.8 if config.select_on == "recent" else 1)
+                counted = np.float32(scores[layer - seen + 1])
+                for later in scores[layer - seen + 2 : layer + 1]:
+                    counted = np.maximum(counted * fade, np.float32(later))
+                best = places(counted)
             decision.layer, decision.settled = layer, settled
             decision.kept = [j for j in range(prefix) if best[j] <= budget]
             decision.kept += range(prefix, prefix + config.window)
@@ -79,7 +84,7 @@ def wanted_layers(config):
     compares = config.min_layer < config.max_layer
     if not compares and config.if_never == "keep":
         return []
-    back = config.observe_layers - 1 if compares or config.select_on == "max" else 0
+    back = config.observe_layers - 1 if compares or config.select_on != "last" else 0
     return list(range(config.min_layer - back, config.max_layer + 1))
 
 
@@ -136,7 +141,7 @@ def configs(draw, compares=False):
         max_layer=draw(st.integers(first + compares, LAYERS - 1)),
         tau=draw(st.sampled_from([0.05, 0.25, 0.5, 0.9, 1.0])),
         variance_reference=draw(st.sampled_from(["initial", "peak"])),
-        select_on=draw(st.sampled_from(["last", "max"])),
+        select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from(["select", "keep"])),
     )
 
@@ -263,7 +268,7 @@ def test_prompts_shorter_than_the_window_are_left_alone():
     assert not any(selector.needs(layer) for layer in range(LAYERS))
 
 
-@pytest.mark.parametrize("select_on", ["last", "max"])
+@pytest.mark.parametrize("select_on", SELECT_ON)
 def test_only_the_observed_layers_are_held(select_on, monkeypatch):
     seen = {"scores": [], "ranks": []}
 
@@ -279,7 +284,7 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
         select_tokens=20, window=2, min_layer=2, max_layer=9, observe_layers=observe, tau=1e-9, select_on=select_on
     ).resolve(12)
     selector = LayerSelector(config, [prefix + 2] * rows)
-    most = {"ranks": observe, "scores": observe if select_on == "max" else 1}
+    most = {"ranks": observe, "scores": 1 if select_on == "last" else observe}
     for layer in range(9):
         assert selector.select(layer, selector.observe(layer, torch.rand(rows, prefix))) == []
         for name, held in (("ranks", selector._ranks), ("scores", selector._scores)):

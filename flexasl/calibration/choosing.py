@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from flexasl.calibration.tables import Outcome
-from flexasl.config import ASLConfig
+from flexasl.config import SELECT_ON, ASLConfig
 
 SETTINGS = ("min_layer", "max_layer", "tau", "observe_layers", "variance_reference", "select_on")
 """What calibration looks for."""
@@ -79,7 +79,7 @@ def candidates(config: ASLConfig, num_layers: int, voters: Sequence[int] | None 
     for count, first, last, tau in itertools.product(observed, firsts, lasts, taus):
         if not count - 1 <= first < last:
             continue
-        for reference, on in itertools.product(("peak", "initial"), ("max", "last")):
+        for reference, on in itertools.product(("peak", "initial"), SELECT_ON):
             rule = config.replace(
                 min_layer=voters[first],
                 max_layer=voters[last],

@@ -16,7 +16,7 @@ from flexasl.config import ASLConfig
 from flexasl.evaluation.costs import LayerCost, row_share
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 from flexasl.report import RowReport
-from flexasl.selector import budget_of
+from flexasl.selector import budget_of, scores_to_select_on
 
 
 class Outcome(NamedTuple):
@@ -50,7 +50,7 @@ class Table:
         self._scores = recording.scores[self.voters]
         self._ranks = token_ranks(self._scores)
         self._variances: dict[int, list[float]] = {}
-        self._selections: dict[int, list[Outcome]] = {}
+        self._selections: dict[tuple[int, str], list[Outcome]] = {}
 
     def outcome(self, rule: ASLConfig) -> Outcome:
         """What the rule, which is resolved, decides; as `LayerSelector` does."""
@@ -58,12 +58,11 @@ class Table:
         place = self._place(rule, self.voters.index(rule.min_layer), self.voters.index(rule.max_layer))
         if place is None:
             return Outcome(None, True, 1.0)
-        observed = rule.observe_layers if rule.select_on == "max" else 1
-        return self._selected(observed)[place]
+        return self._selected(rule.observe_layers, rule.select_on)[place]
 
     def fixed(self, layer: int) -> Outcome:
         """Selection at this layer, on its own scores."""
-        return self._selected(1)[self.voters.index(layer)]
+        return self._selected(1, "last")[self.voters.index(layer)]
 
     def _place(self, rule: ASLConfig, first: int, last: int) -> int | None:
         never = last if rule.if_never == "select" else None
@@ -88,16 +87,18 @@ class Table:
             self._variances[observe] = [float("nan")] * (observe - 1) + found
         return self._variances[observe]
 
-    def _selected(self, observe: int) -> list[Outcome]:
-        """By place among the voters, selection there on each token's best score of so many layers."""
-        if observe not in self._selections:
-            ranks = token_ranks(_windows(self._scores, observe).amax(0)) if observe > 1 else self._ranks
+    def _selected(self, observe: int, select_on: str) -> list[Outcome]:
+        """By place among the voters, selection there on the scores of so many layers."""
+        observe = 1 if select_on == "last" else observe
+        if (observe, select_on) not in self._selections:
+            scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
+            ranks = token_ranks(scores) if observe > 1 else self._ranks
             budget = torch.full((len(ranks),), self._budget)
             keeps = select_tokens(ranks, budget, self._window)
             none = [Outcome(None, False, float("nan"))] * (observe - 1)
             found = [self._judge(layer, keep) for layer, keep in zip(self.voters[observe - 1 :], keeps, strict=True)]
-            self._selections[observe] = none + found
-        return self._selections[observe]
+            self._selections[observe, select_on] = none + found
+        return self._selections[observe, select_on]
 
     def _judge(self, layer: int, keep: Tensor) -> Outcome:
         positions = tuple(keep.nonzero()[:, 0].tolist())
