@@ -396,7 +396,10 @@ def test_first_token_is_timed_before_the_rest_and_layers_are_counted_once(model:
 def test_interrupt_during_the_answer(model: str, document: str) -> None:
     command = [sys.executable, "-m", "flexasl.cli", "ask", "-f", document, "-q", "Why?", "--model", model]
     options = ["--max-new-tokens", "400", "--select-tokens", str(SELECT)]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Tests that run in the background of a shell have inherited that interrupts are ignored.
+    heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([*command, *options], **pipes, **heeded) as process:
         assert process.stdout.read(1), "the answer streams"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
