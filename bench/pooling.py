@@ -48,7 +48,11 @@ def main() -> None:
                     name = f"{pooling} {width}, best of {observed}" if observed > 1 else f"{pooling} {width}, one layer"
                     for layer in LAYERS:
                         at = config.replace(
-                            min_layer=layer, max_layer=layer, observe_layers=observed, if_never="select"
+                            min_layer=layer,
+                            max_layer=layer,
+                            observe_layers=observed,
+                            select_on="max",
+                            if_never="select",
                         ).resolve(len(costs), voters)
                         kept.setdefault(name, {}).setdefault(layer, []).append(known.outcome(at).kept)
                 rule = config.resolve(len(costs), voters)

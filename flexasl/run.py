@@ -53,23 +53,32 @@ class Answer:
 def load_model(
     name: str | None, dtype: str | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, and its tokenizer: from a folder or a hub id, or the embedded one for None.
+    """A causal language model in eval mode, and its tokenizer: from a folder, a hub id or a GGUF file, or the embedded
+    one for None.
 
-    `dtype` is a name such as "bfloat16"; None keeps that of the stored weights.
+    `dtype` is a name such as "bfloat16"; None keeps that of the stored weights, and makes float32 of a GGUF
+    file's.
 
-    Raises FlexASLError where the device, the folder or the model cannot be used.
+    Raises FlexASLError where the device, the folder, the file or the model cannot be used.
     """
     place = _device(device)
     if name is None:
         return embedded.load(getattr(torch, dtype or "float32"), place)
-    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise FlexASLError(f"model {name} is not a folder; give a folder with a model, or a hub id such as owner/name")
+    path, folder, source = Path(name), name, {}
+    if path.is_file() and path.suffix == ".gguf":
+        folder, source, dtype = str(path.parent), {"gguf_file": path.name}, dtype or "float32"
+    elif not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
+        raise FlexASLError(
+            f"model {name} is neither a folder nor a GGUF file; give a folder with a model, a file that ends in .gguf, "
+            "or a hub id such as owner/name"
+        )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FlexASLError(f"model {name} cannot be loaded: {reason}") from error
+    model.name_or_path = name
     return model.to(place).eval(), tokenizer
 
 

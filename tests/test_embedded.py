@@ -187,3 +187,18 @@ def test_real_weights_with_one_flipped_byte_are_found(tmp_path: Path, monkeypatc
     weights.unlink()  # a hard link would damage the original
     weights.write_bytes(data)
     assert not embedded._intact(copy, source)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_loads_as_the_model_that_is_made_of_it() -> None:
+    from flexasl import run
+    from flexasl.evaluation.runner import model_name
+
+    source = embedded._find_source()
+    assert source is not None
+    (model, tokenizer), (known, its_tokenizer) = run.load_model(str(source)), embedded.load()
+    weights = model.state_dict()
+    assert model_name(model) == source.name
+    assert weights.keys() == known.state_dict().keys()
+    assert all(weight.equal(weights[name]) for name, weight in known.state_dict().items())
+    assert tokenizer("A text, 12 words.").input_ids == its_tokenizer("A text, 12 words.").input_ids

@@ -26,7 +26,7 @@ class KVDtype(StrEnum):
 
 
 Model = Annotated[
-    str | None, typer.Option(help="Model folder or hub id. [default: the embedded SmolLM2-135M-Instruct]")
+    str | None, typer.Option(help="Model folder, hub id or GGUF file. [default: the embedded SmolLM2-135M-Instruct]")
 ]
 PolicyName = Annotated[str, typer.Option("--policy", help=f"What to prune and when: {', '.join(POLICIES)}.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]

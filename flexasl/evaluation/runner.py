@@ -197,6 +197,6 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def model_name(model: Any) -> str:
-    """The model's hub id, or the last part of its folder."""
+    """The model's hub id, or the last part of its path."""
     path = Path(model.name_or_path)
     return path.name if path.is_absolute() or path.exists() else model.name_or_path
