@@ -153,7 +153,7 @@ def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Es
     )
     axes.plot([cost for cost, _ in best], [score for _, score in best], color=GREY, linewidth=1, zorder=0)
     axes.set_xlabel(what)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=max(0, math.floor(10 * min(costs.values())) / 10 - 0.05))
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
 
@@ -199,5 +199,6 @@ def _with_legend(figure: Figure, title: str) -> Figure:
 
 
 def _colors(names: list[str]) -> dict[str, Any]:
-    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
-    return {name: palette(place % palette.N) for place, name in enumerate(names)}
+    """The ten strong colours first, then their ten pale ones."""
+    palette = colormaps["tab20"]
+    return {name: palette((2 * place + place // 10) % 20) for place, name in enumerate(names)}
