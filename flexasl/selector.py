@@ -90,8 +90,10 @@ FADE = 0.8
 def scores_to_select_on(scores: Sequence[Tensor], select_on: str) -> Tensor:
     """What tokens are selected on, of the same shape as the scores of each observed layer, the selection layer's last:
     see `ASLConfig.select_on`."""
-    best = scores[-1] if select_on == "last" else scores[0]
-    for later in () if select_on == "last" else scores[1:]:
+    if select_on == "last":
+        return scores[-1]
+    best = scores[0]
+    for later in scores[1:]:
         best = torch.maximum(best * FADE if select_on == "recent" else best, later)
     return best
 
