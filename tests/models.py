@@ -72,9 +72,16 @@ SMALL = flexasl.ASLConfig(
 
 
 @functools.cache
-def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The family's tiny model in eval mode; shared, so leave it as it was."""
+def tiny(
+    family: str = "llama", dtype: torch.dtype = torch.float32, sliding_window: int | None = None
+) -> PreTrainedModel:
+    """The family's tiny model in eval mode; shared, so leave it as it was. sliding_window: another one than the
+    family's, where it has one."""
     extra = dict(FAMILIES[family])
+    if sliding_window is not None:
+        if extra.get("sliding_window") is None:
+            return tiny(family, dtype)
+        extra["sliding_window"] = sliding_window
     torch.manual_seed(3)
     config = AutoConfig.for_model(extra.pop("model_type", family), **(SHAPE | extra))
     # The grouped products of experts that transformers takes by default know no float64.

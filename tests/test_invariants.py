@@ -4,6 +4,8 @@ The models run in float64 and only scores are float32, so that a row computes th
 no decision hangs on rounding.
 """
 
+import contextlib
+import functools
 import math
 import os
 
@@ -67,16 +69,30 @@ def batches(draw, rows=3):
     return prompts(*counts, seed=draw(st.integers(0, 99))), draw(st.sampled_from([0, 0, 0, 5, 40]))
 
 
-models = st.sampled_from(sorted(FAMILIES)).map(lambda family: tiny(family, torch.float64))
+models = st.builds(
+    functools.partial(tiny, dtype=torch.float64),
+    st.sampled_from(sorted(FAMILIES)),
+    sliding_window=st.sampled_from([None, 8]),
+)
+default_dtypes = st.sampled_from([torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64])
+answers = st.sampled_from([3] * 8 + [26] + [150] * (FACTOR > 1))
+"""New tokens: now and then more than three sliding windows of 8 or 48."""
 policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
 
 
-def patched(model, config, policy="asl"):
-    """The patch; settings that the model's layers cannot run are no example."""
+@contextlib.contextmanager
+def patched(model, config, policy="asl", default_dtype=torch.float32):
+    """The patch, in a process with this default dtype; settings that the model's layers cannot run are no example."""
     try:
-        return flexasl.patch(model, config, policy)
+        patch = flexasl.patch(model, config, policy)
     except flexasl.ConfigError:
         reject()
+    torch.set_default_dtype(default_dtype)
+    try:
+        with patch:
+            yield patch
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def columns_in_front(rows, padding):
@@ -88,10 +104,13 @@ def columns_in_front(rows, padding):
 
 
 def decode(model, rows, padding, more):
-    """Logits [B, 1 + T, V] of the last prompt token and of the tokens `more` [B, T], one by one; and the cache."""
+    """Logits [B, 1 + T, V] of the last prompt token and of the tokens `more` [B, T], one by one; the cache; and the
+    positions that it held after the prompt, by row, layer and head."""
     batch = columns_in_front(rows, padding)
     out = model(**batch, use_cache=True)
     logits, mask = [out.logits[:, -1]], batch["attention_mask"]
+    width, layers = mask.shape[1], out.past_key_values.layers
+    held = [[cached_positions(layer, row, width - len(ids)) for layer in layers] for row, ids in enumerate(rows)]
     for step in range(more.shape[1]):
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         out = model(
@@ -101,7 +120,7 @@ def decode(model, rows, padding, more):
             past_key_values=out.past_key_values,
         )
         logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1), out.past_key_values
+    return torch.stack(logits, 1), out.past_key_values, held
 
 
 def cached_positions(layer, row, start):
@@ -121,8 +140,15 @@ def keep_everything(config, amount):
 
 
 @examples(60)
-@given(model=models, batch=batches(rows=2), config=rules(), amount=st.sampled_from([1.0, 90, 5000]), policy=policies)
-def test_keep_all_is_identity(model, batch, config, amount, policy):
+@given(
+    model=models,
+    batch=batches(rows=2),
+    config=rules(),
+    amount=st.sampled_from([1.0, 90, 5000]),
+    policy=policies,
+    default_dtype=default_dtypes,
+)
+def test_keep_all_is_identity(model, batch, config, amount, policy, default_dtype):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     config = keep_everything(config, amount)
@@ -131,7 +157,7 @@ def test_keep_all_is_identity(model, batch, config, amount, policy):
     plain = model(**inputs, use_cache=True)
     # transformers' eager attention in float64 gives NaN where a padded query sees nothing, and spreads it.
     assume(not plain.logits[real].isnan().any())
-    with patched(model, config, policy) as patch:
+    with patched(model, config, policy, default_dtype) as patch:
         pruned = model(**inputs, use_cache=True)
     torch.testing.assert_close(pruned.logits[real], plain.logits[real], **CLOSE)
     assert [row.kept_positions for row in patch.report.rows] == [tuple(range(len(row))) for row in rows]
@@ -149,33 +175,45 @@ def test_keep_all_is_identity(model, batch, config, amount, policy):
 
 
 @examples(20)
-@given(model=models, batch=batches(rows=2), config=rules())
-def test_keep_all_generates_the_same_tokens(model, batch, config):
+@given(model=models, batch=batches(rows=2), config=rules(), count=answers, default_dtype=default_dtypes)
+def test_keep_all_generates_the_same_tokens(model, batch, config, count, default_dtype):
     rows, padding = batch
     inputs = columns_in_front(rows, padding)
     del inputs["position_ids"]
     assume(not model(**inputs).logits[:, -1].isnan().any())
-    want = model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences
-    with patched(model, keep_everything(config, 1.0)):
-        assert torch.equal(model.generate(**inputs, max_new_tokens=6, **GREEDY).sequences, want)
+    want = model.generate(**inputs, max_new_tokens=count, **GREEDY)
+    with patched(model, keep_everything(config, 1.0), default_dtype=default_dtype):
+        got = model.generate(**inputs, max_new_tokens=count, **GREEDY)
+    assert torch.equal(got.sequences, want.sequences)
+    for layer, (mine, theirs) in enumerate(zip(got.past_key_values.layers, want.past_key_values.layers, strict=True)):
+        most = theirs.keys.shape[2] + (sliding_window(model, layer) or 0)
+        assert theirs.keys.shape[2] <= mine.keys.shape[2] <= most
 
 
 # ---------------------------------------------------------------- a row is alone, pruned decode equals recompute
 
 
 @examples(100)
-@given(model=models, batch=batches(), config=rules(), policy=policies, group=st.sampled_from([1, 60, 2048]))
-def test_a_row_is_alone(model, batch, config, policy, group):
+@given(
+    model=models,
+    batch=batches(),
+    config=rules(),
+    policy=policies,
+    group=st.sampled_from([1, 60, 2048]),
+    count=answers,
+    default_dtype=default_dtypes,
+)
+def test_a_row_is_alone(model, batch, config, policy, group, count, default_dtype):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    more = torch.stack(prompts(*[3] * len(rows), seed=7))
+    more = torch.stack(prompts(*[count] * len(rows), seed=7))
     width = padding + max(map(len, rows))
-    with patched(model, config, policy) as patch, pytest.MonkeyPatch.context() as context:
+    with patched(model, config, policy, default_dtype) as patch, pytest.MonkeyPatch.context() as context:
         context.setattr("flexasl.packing.GROUP", group)
-        logits, cache = decode(model, rows, padding, more)
+        logits, cache, _ = decode(model, rows, padding, more)
         together = patch.report.rows
         for index, ids in enumerate(rows):
-            alone, own = decode(model, [ids], 0, more[index : index + 1])
+            alone, own, _ = decode(model, [ids], 0, more[index : index + 1])
             solo = patch.report.rows[0]
             mine = together[index]
             assert (mine.selected_layer, mine.kept_positions) == (solo.selected_layer, solo.kept_positions)
@@ -187,22 +225,22 @@ def test_a_row_is_alone(model, batch, config, policy, group):
 
 
 @examples(100)
-@given(model=models, batch=batches(rows=2), config=rules(), policy=policies)
-def test_pruned_decode_equals_recompute(model, batch, config, policy):
+@given(
+    model=models, batch=batches(rows=2), config=rules(), policy=policies, count=answers, default_dtype=default_dtypes
+)
+def test_pruned_decode_equals_recompute(model, batch, config, policy, count, default_dtype):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    more = torch.stack(prompts(*[4] * len(rows), seed=8))
-    width = padding + max(map(len, rows))
-    with patched(model, config, policy) as patch:
-        logits, cache = decode(model, rows, padding, more)
+    more = torch.stack(prompts(*[count] * len(rows), seed=8))
+    with patched(model, config, policy, default_dtype) as patch:
+        logits, _, after_prompt = decode(model, rows, padding, more)
     for index, ids in enumerate(rows):
         made = patch.report.rows[index]
-        last = len(ids) + more.shape[1] - 1
+        new = list(range(len(ids), len(ids) + count))
         held = []
-        for layer in cache.layers:
-            heads = cached_positions(layer, index, width - len(ids))
+        for heads in after_prompt[index]:
             longest = max(map(len, heads))
-            held.append(torch.tensor([head + [last] * (longest - len(head)) for head in heads])[None])
+            held.append(torch.tensor([head + [new[-1]] * (longest - len(head)) + new for head in heads])[None])
         whole = torch.cat([ids, more[index]])[None]
         kept = torch.tensor(made.kept_positions)
         full = recompute(model, whole, len(ids), held, made.selected_layer, kept)
@@ -256,11 +294,11 @@ def check_entries(config, policy, made, tokens, index, heads, window):
 
 
 @examples(200)
-@given(model=models, batch=batches(), config=rules(), policy=policies)
-def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy):
+@given(model=models, batch=batches(), config=rules(), policy=policies, default_dtype=default_dtypes)
+def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy, default_dtype):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    with patched(model, config, policy) as patch:
+    with patched(model, config, policy, default_dtype) as patch:
         cache = model(**columns_in_front(rows, padding), use_cache=True).past_key_values
         resolved = patch.config
     report, width = patch.report, padding + max(map(len, rows))
