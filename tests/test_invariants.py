@@ -16,12 +16,12 @@ from hypothesis import assume, given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from models import FAMILIES, GREEDY, LAYERS, left_padded, prompts, recompute, sliding_window, tiny
-from test_ops import mass_oracle, top_p_oracle
 from test_selector import Decision, decide
 
 import flexasl
 from flexasl import ASLConfig
 from flexasl.config import SELECT_ON
+from flexasl.ops import reference
 from flexasl.prefill import Prefill
 
 FACTOR = int(os.environ.get("FLEXASL_FUZZ", "1"))
@@ -332,22 +332,15 @@ def check_bytes(cache, report, batch, whole):
 # ---------------------------------------------------------------- every decision, from its definition
 
 
-def scores_oracle(mass, config):
-    """mass [H][P], prefix columns only → pooled per head, float64."""
-    heads, prefix = mass.shape
-    reach, pooled = config.kernel_size // 2, np.zeros(mass.shape)
-    for h, j in np.ndindex(heads, prefix):
-        near = mass[h, max(0, j - reach) : j + reach + 1]
-        pooled[h, j] = near.sum() / config.kernel_size if config.pooling == "avgpool" else near.max()
-    return pooled
-
-
 def layer_oracle(query, key, positions, config, sliding_window):
-    """Mass [H, m] and pooled scores [H, P] of one row's layer that sees the tokens at these positions."""
-    query, key = query[None, :, positions[-config.window :]], key[None, :, positions]
-    every, scale = np.ones((1, len(positions)), dtype=bool), query.shape[-1] ** -0.5
-    mass = mass_oracle(query, key, scale, every, np.array([positions]), sliding_window)[0]
-    return mass, scores_oracle(mass[:, : -config.window], config)
+    """Share of attention [G, m] and pooled scores [G, P] of one row's layer that sees the tokens at these positions."""
+    last = torch.tensor(query[None, :, positions[-config.window :]])
+    keys, at = torch.tensor(key[None, :, positions]), torch.tensor([positions])
+    settings = {"positions": at, "sliding_window": sliding_window}
+    scores = reference.window_scores(last, keys, config.kernel_size, config.pooling, **settings)
+    whole = reference.window_scores(last, keys, 1, config.pooling, whole=True, **settings)
+    share = whole / (len(query) // len(key) * config.window)
+    return share[0].numpy(), scores[0].numpy()
 
 
 def distinct(scores):
@@ -356,23 +349,22 @@ def distinct(scores):
     return bool(((gaps == 0) | (gaps > 1e-5 * scores.max())).all())
 
 
-def entries_oracle(mass, pooled, config, tokens, groups):
+def entries_oracle(share, scores, config, tokens):
     """Entries that each KV head keeps of the layer's m tokens, in the order that `replay` gives."""
-    count, window = mass.shape[1], config.window
+    (groups, count), window = share.shape, config.window
     everything = [list(range(count))] * groups
     if config.kv_top_p is not None:
         if count <= config.token_budget(tokens):
             return everything
-        per_head = mass.reshape(groups, -1, count).mean(1) / window
-        reached = np.sort(per_head, axis=-1)[:, ::-1].cumsum(-1)
-        assume(distinct(per_head) and abs(reached - config.kv_top_p).min() > 1e-5)
-        return top_p_oracle(per_head.tolist(), config.kv_top_p, window)
+        reached = np.sort(share, axis=-1)[:, ::-1].cumsum(-1)
+        assume(distinct(share) and abs(reached - config.kv_top_p).min() > 1e-5)
+        keep = reference.top_p_entries(torch.tensor(share)[None], config.kv_top_p, window)[0]
+        return [head.nonzero().flatten().tolist() for head in keep]
     if config.kv_budget is None:
         return everything
     budget = min(config.cache_budget(tokens), count) - window
-    per_head = pooled.reshape(groups, -1, count - window).sum(1)
-    assume(distinct(per_head))
-    best = [sorted(range(count - window), key=lambda j: (-scores[j], j))[:budget] for scores in per_head]
+    assume(distinct(scores))
+    best = [sorted(range(count - window), key=lambda j: (-head[j], j))[:budget] for head in scores]
     return [head + list(range(count - window, count)) for head in best]
 
 
@@ -383,14 +375,14 @@ def replay_oracle(query, key, config, sliding_window=None):
     if tokens <= config.window:
         return Decision(), [[everything] * groups] * layers
     seen = [layer_oracle(query[layer], key[layer], everything, config, sliding_window) for layer in range(layers)]
-    scores = [pooled.sum(0) for _, pooled in seen]
+    scores = [by_head.sum(0) for _, by_head in seen]
     assume(distinct(np.stack(scores)))
     decision = decide(config, [row.tolist() for row in scores])
     kept = []
-    for layer, (mass, pooled) in enumerate(seen):
+    for layer, states in enumerate(seen):
         if decision.layer is not None and layer > decision.layer:
-            mass, pooled = layer_oracle(query[layer], key[layer], decision.kept, config, sliding_window)
-        kept.append(entries_oracle(mass, pooled, config, tokens, groups))
+            states = layer_oracle(query[layer], key[layer], decision.kept, config, sliding_window)
+        kept.append(entries_oracle(*states, config, tokens))
     return decision, kept
 
 

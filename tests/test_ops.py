@@ -1,7 +1,4 @@
-"""Every op against its definition, written once more as plain loops in float64 or in whole numbers."""
-
-import math
-from fractions import Fraction
+"""Every op against its definition in `flexasl.ops.reference`."""
 
 import numpy as np
 import pytest
@@ -10,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexasl import ASLConfig, FlexASLAttention, ops
+from flexasl.ops import reference
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
 from flexasl.selector import settle
@@ -28,32 +26,10 @@ def tensor(array):
 # ---------------------------------------------------------------- window_scores
 
 
-def window_mass(query, key, **settings):
+def window_mass(query, key, scores=ops.window_scores, **settings):
     """Each key's share of a KV head's attention, the window's own keys included: [B, G, N]."""
     queries = query.shape[1] // key.shape[1] * query.shape[2]
-    return ops.window_scores(query, key, 1, "avgpool", whole=True, **settings) / queries
-
-
-def mass_oracle(query, key, scale, valid, positions, sliding_window, softcap=None, sinks=None):
-    """Softmax of each real window query over the keys that it sees, summed over the window; float64 loops."""
-    batch, heads, window, _ = query.shape
-    groups, tokens = key.shape[1:3]
-    mass = np.zeros((batch, heads, tokens))
-    for b, h, w in np.ndindex(batch, heads, window):
-        at = tokens - window + w
-        if not valid[b, at]:
-            continue
-        weights = np.zeros(tokens)
-        for j in range(at + 1):
-            if not valid[b, j] or (sliding_window is not None and positions[b, at] - positions[b, j] >= sliding_window):
-                continue
-            logit = sum(
-                float(x) * float(y) for x, y in zip(query[b, h, w], key[b, h // (heads // groups), j], strict=True)
-            )
-            logit *= scale
-            weights[j] = math.exp(logit if softcap is None else softcap * math.tanh(logit / softcap))
-        mass[b, h] += weights / (weights.sum() + (0 if sinks is None else math.exp(float(sinks[h]))))
-    return mass
+    return scores(query, key, 1, "avgpool", whole=True, **settings) / queries
 
 
 @st.composite
@@ -89,22 +65,16 @@ def test_window_mass_is_the_summed_softmax(case):
         positions=None if default_positions else tensor(positions),
         sliding_window=sliding_window,
     )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    want = by_group(mass_oracle(query, key, scale, valid, positions, sliding_window), key).mean(2) / query.shape[2]
+    want = window_mass(
+        *(tensor(query), tensor(key)),
+        scale=scale,
+        valid=tensor(valid),
+        positions=tensor(positions),
+        sliding_window=sliding_window,
+        scores=reference.window_scores,
+    )
     assert mass.dtype == torch.float32
-    np.testing.assert_allclose(mass.double().numpy(), want, rtol=1e-5, atol=1e-12)
-
-
-def by_group(mass, key):
-    return mass.reshape(len(mass), key.shape[1], -1, key.shape[2])
-
-
-def pool_oracle(mass, kernel_size, pooling):
-    half, pooled = kernel_size // 2, np.zeros(mass.shape)
-    for *head, j in np.ndindex(mass.shape):
-        near = [mass[(*head, i)] for i in range(j - half, j + half + 1) if 0 <= i < mass.shape[-1]]
-        pooled[(*head, j)] = sum(near) / kernel_size if pooling == "avgpool" else max(near)
-    return pooled
+    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-12)
 
 
 @given(
@@ -119,20 +89,16 @@ def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(
     case, kernel_size, pooling, softcap, sunk, tile
 ):
     query, key, scale, valid, positions, sliding_window = case
-    sinks = arrays(query.shape[1]).standard_normal(query.shape[1]).astype(np.float32) if sunk else None
-    prefix = key.shape[2] - query.shape[2]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    sinks = tensor(arrays(query.shape[1]).standard_normal(query.shape[1]).astype(np.float32)) if sunk else None
+    arguments = (
+        *(tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions)),
+        *(sliding_window, softcap, sinks),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexasl.ops.scoring.TILE", tile)
-        scores = ops.window_scores(
-            *(tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions)),
-            *(sliding_window, softcap, tensor(sinks) if sunk else None),
-        )
-    mass = mass_oracle(query, key, scale, valid, positions, sliding_window, softcap, sinks)
-    mass = by_group(mass, key)[..., :prefix]
-    assert scores.dtype == torch.float32 and scores.shape == (*key.shape[:2], prefix)
-    want = pool_oracle(mass, kernel_size, pooling).sum(2)
-    np.testing.assert_allclose(scores.double().numpy(), want, rtol=1e-5, atol=1e-12)
+        scores = ops.window_scores(*arguments)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), reference.window_scores(*arguments), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
@@ -191,11 +157,6 @@ def test_window_mass_sees_sliding_window_minus_one_tokens_back():
 # ---------------------------------------------------------------- token_ranks
 
 
-def ranks_oracle(scores, valid):
-    order = sorted(range(len(scores)), key=lambda j: (not valid[j], -scores[j], j))
-    return [order.index(j) + 1 for j in range(len(scores))]
-
-
 @st.composite
 def scored_rows(draw):
     """Scores with many ties, and padding that would score best, anywhere or nowhere."""
@@ -208,10 +169,9 @@ def scored_rows(draw):
 
 @given(rows=scored_rows())
 def test_token_ranks_are_stable_and_put_padding_last(rows):
-    scores, valid = rows
-    ranks = ops.token_ranks(tensor(scores), None if valid.all() else tensor(valid))
-    assert ranks.dtype == torch.int32
-    assert ranks.tolist() == [ranks_oracle(s.tolist(), v.tolist()) for s, v in zip(scores, valid, strict=True)]
+    scores, valid = map(tensor, rows)
+    ranks = ops.token_ranks(scores, None if valid.all() else valid)
+    assert ranks.dtype == torch.int32 and torch.equal(ranks, reference.token_ranks(scores, valid))
 
 
 def test_token_ranks_of_many_equal_scores_go_to_the_earlier_token():
@@ -221,27 +181,15 @@ def test_token_ranks_of_many_equal_scores_go_to_the_earlier_token():
 # ---------------------------------------------------------------- rank_variance
 
 
-def variance_oracle(ranks, budget):
-    """ranks [O][P] of one row → exact variance, size of the union."""
-    layers = len(ranks)
-    union = [j for j in range(len(ranks[0])) if any(ranks[layer][j] <= budget for layer in range(layers))]
-    total = Fraction(0)
-    for j in union:
-        mean = Fraction(sum(ranks[layer][j] for layer in range(layers)), layers)
-        total += sum((ranks[layer][j] - mean) ** 2 for layer in range(layers))
-    return total / (layers * max(1, len(union))), len(union)
-
-
 @given(seed=SEEDS, layers=st.integers(1, 8), rows=st.integers(1, 3), tokens=st.integers(1, 40), data=st.data())
 def test_rank_variance_is_exact(seed, layers, rows, tokens, data):
     rng = arrays(seed)
     ranks = np.stack([[rng.permutation(tokens) + 1 for _ in range(rows)] for _ in range(layers)]).astype(np.int32)
     budget = data.draw(st.lists(st.integers(0, tokens + 2), min_size=rows, max_size=rows))
-    variance, size = ops.rank_variance(tensor(ranks), torch.tensor(budget))
-    want = [variance_oracle(ranks[:, b].tolist(), budget[b]) for b in range(rows)]
+    arguments = tensor(ranks), torch.tensor(budget)
+    variance, size = ops.rank_variance(*arguments)
     assert variance.dtype == torch.float64
-    assert variance.tolist() == [float(value) for value, _ in want]
-    assert size.tolist() == [count for _, count in want]
+    assert (variance.tolist(), size.tolist()) == tuple(want.tolist() for want in reference.rank_variance(*arguments))
 
 
 def test_rank_variance_by_hand():
@@ -267,9 +215,9 @@ def test_rank_variance_of_long_prompts_does_not_overflow():
 def test_select_tokens_takes_ranks_within_the_budget_and_the_window(seed, rows, tokens, window, data):
     ranks = np.stack([arrays(seed + row).permutation(tokens) + 1 for row in range(rows)]).astype(np.int32)
     budget = data.draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
-    keep = ops.select_tokens(tensor(ranks), torch.tensor(budget), window)
-    want = [[rank <= budget[row] for rank in ranks[row]] + [True] * window for row in range(rows)]
-    assert keep.tolist() == want
+    arguments = tensor(ranks), torch.tensor(budget), window
+    keep = ops.select_tokens(*arguments)
+    assert torch.equal(keep, reference.select_tokens(*arguments))
     assert keep.sum(1).tolist() == [most + window for most in budget]
 
 
@@ -280,9 +228,8 @@ def test_kept_slots_are_ascending_and_right_aligned(seed, shape, tokens, extra):
     slots, valid = ops.kept_slots(tensor(keep), count)
     assert slots.shape == valid.shape == (*shape, count)
     for row in np.ndindex(*shape):
-        kept = np.flatnonzero(keep[row]).tolist()
-        assert slots[row].tolist()[count - len(kept) :] == kept
-        assert valid[row].tolist() == [False] * (count - len(kept)) + [True] * len(kept)
+        places, stays = reference.kept_slots(tensor(keep[row]), count)
+        assert torch.equal(slots[row][stays], places[stays]) and torch.equal(valid[row], stays)
         assert len(set(slots[row].tolist())) == count
 
 
@@ -294,9 +241,20 @@ def test_gather_tokens(seed, rows, tokens, rest):
     slots = rng.integers(0, tokens, (rows, int(rng.integers(0, tokens + 1))))
     gathered = ops.gather_tokens(tensor(states), tensor(slots))
     assert gathered.shape == (*slots.shape, *rest)
-    for row, place in np.ndindex(*slots.shape):
-        assert np.array_equal(gathered[row, place].numpy(), states[0 if shared else row, slots[row, place]])
+    assert torch.equal(gathered, reference.gather_tokens(tensor(states), tensor(slots)))
     assert gathered.untyped_storage().nbytes() == gathered.numel() * gathered.element_size()
+
+
+@given(seed=SEEDS, rows=st.integers(1, 3), groups=st.integers(1, 2), tokens=st.integers(1, 9), kept=st.integers(0, 9))
+def test_compact_kv(seed, rows, groups, tokens, kept):
+    rng = arrays(seed)
+    batch = 1 if rng.integers(2) else rows
+    keys, values = (tensor(rng.standard_normal((batch, groups, tokens, dim))) for dim in (4, 6))
+    slots = tensor(rng.integers(0, tokens, (rows, groups, kept)))
+    compacted = ops.compact_kv(keys, values, slots)
+    for made, want in zip(compacted, reference.compact_kv(keys, values, slots), strict=True):
+        assert torch.equal(made, want)
+        assert made.untyped_storage().nbytes() == made.numel() * made.element_size()
 
 
 # ---------------------------------------------------------------- top_k_entries, top_p_entries
@@ -305,26 +263,12 @@ def test_gather_tokens(seed, rows, tokens, rest):
 @given(rows=scored_rows(), groups=st.integers(1, 3), window=st.integers(1, 3), data=st.data())
 def test_top_k_entries_keep_the_best_of_each_head(rows, groups, window, data):
     scores, valid = rows
-    batch = len(scores)
     heads = np.stack([scores, *(np.roll(scores, shift, 1) for shift in range(1, groups))], 1)
     heads = np.where(valid[:, None], heads, np.float32(1e9))
     budget = [data.draw(st.integers(0, count)) for count in valid.sum(1).tolist()]
-    keep = ops.top_k_entries(tensor(heads), torch.tensor(budget), window, None if valid.all() else tensor(valid))
-    for b, g in np.ndindex(batch, groups):
-        ranks = ranks_oracle(heads[b, g].tolist(), valid[b].tolist())
-        assert keep[b, g].tolist() == [rank <= budget[b] for rank in ranks] + [True] * window
-
-
-def top_p_oracle(shares, top_p, window):
-    """shares [G][N] of one row without padding → entries kept per KV head. Exact."""
-    tokens = len(shares[0])
-    kept = []
-    for head in shares:
-        share = [Fraction(value) for value in head]
-        order = sorted(range(tokens), key=lambda j: (-share[j], j))
-        count = next((c for c in range(1, tokens + 1) if sum(share[j] for j in order[:c]) >= top_p), tokens)
-        kept.append(sorted({*order[: count // 8 * 8], 0, *range(tokens - window, tokens)}))
-    return kept
+    arguments = tensor(heads), torch.tensor(budget), window
+    keep = ops.top_k_entries(*arguments, None if valid.all() else tensor(valid))
+    assert torch.equal(keep, reference.top_k_entries(*arguments, tensor(valid)))
 
 
 @st.composite
@@ -351,10 +295,7 @@ def test_top_p_entries_reach_the_mass_in_eights(case):
         mass[b, :, tokens - lengths[b] :] = row
     valid = np.arange(tokens) >= tokens - np.array(lengths)[:, None]
     keep = ops.top_p_entries(tensor(mass), top_p, window, None if valid.all() else tensor(valid))
-    for b, row in enumerate(rows):
-        kept = [np.flatnonzero(head).tolist() for head in keep[b].numpy()]
-        start = tokens - lengths[b]
-        assert [[j - start for j in head] for head in kept] == top_p_oracle(row.tolist(), top_p, window)
+    assert torch.equal(keep, reference.top_p_entries(tensor(mass), top_p, window, tensor(valid)))
 
 
 def test_top_p_entries_by_hand():
@@ -440,8 +381,7 @@ def test_ranks_are_exact_in_every_dtype(dtype):
     scores = torch.randint(-40, 40, (3, 500)).to(dtype) / 16
     scores[:, ::7] = -0.0
     scores[:, 1::7] = 0.0
-    want = [ranks_oracle(row, [True] * 500) for row in scores.tolist()]
-    assert ops.token_ranks(scores).tolist() == want
+    assert torch.equal(ops.token_ranks(scores), reference.token_ranks(scores))
 
 
 def test_scoring_holds_no_more_than_it_says():

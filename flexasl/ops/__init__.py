@@ -1,5 +1,5 @@
-"""Tensor operations of the decision. Each is plain PyTorch, which specifies it; those that make up the decision are
-also `torch.ops.flexasl.*`, opaque to a compiler."""
+"""Tensor operations of the decision, which `reference` specifies. Those that make up the decision are also
+`torch.ops.flexasl.*`, opaque to a compiler."""
 
 from flexasl.ops.ranking import rank_variance, token_ranks
 from flexasl.ops.scoring import window_scores

@@ -1,0 +1,144 @@
+"""The operations of this package, and attention, by their definitions: slow, exact, and there to compare with.
+
+Fast paths never import this. Shapes: O observed layers, B batch, H query heads, G KV heads, M queries, N keys,
+W window, P = N - W prefix keys, D and E head dims, K kept entries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from statistics import pvariance
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    seen: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [B, H, M, D], key [B, G, N, D], seen [B, 1 or H, M, N] bool → [B, H, M, N] float64; 0 where nothing is
+    seen."""
+    repeats = query.shape[1] // key.shape[1]
+    logits = query.double() @ key.double().repeat_interleave(repeats, 1).mT
+    logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    sink = logits.new_full((query.shape[1],), float("-inf")) if sinks is None else sinks.double()
+    logits = logits.masked_fill(~seen, float("-inf"))
+    weights = torch.cat([logits, sink[:, None, None].expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+    return weights.masked_fill(~seen, 0)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `attention_weights`, times value [B, G, N, E]: [B, H, M, E] float64."""
+    weights = attention_weights(query, key, seen, scale, softcap, sinks)
+    return weights @ value.double().repeat_interleave(query.shape[1] // value.shape[1], 1)
+
+
+def window_scores(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int,
+    pooling: str,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    whole: bool = False,
+) -> Tensor:
+    """`flexasl.ops.window_scores`, in float64. Section 3 of arXiv 2601.07667."""
+    batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
+    valid = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if valid is None else valid
+    at = torch.arange(tokens, device=key.device).expand(batch, -1) if positions is None else positions
+    seen = torch.ones_like(valid[0]).expand(window, -1).tril(tokens - window) & valid[:, None]
+    seen = seen & valid[:, tokens - window :, None]
+    if sliding_window is not None:
+        seen = seen & (at[:, tokens - window :, None] - at[:, None] < sliding_window)
+    mass = attention_weights(query, key, seen[:, None], scale, softcap, sinks).sum(2)
+    mass = mass if whole else mass[..., : tokens - window]
+    if mass.shape[-1] > 0:
+        pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
+        mass = pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    return mass.unflatten(1, (key.shape[1], -1)).sum(2)
+
+
+def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Rank [B, P] of each token: 1 more than the tokens before it in order of padding, score (NaN lowest), place."""
+    ranks = torch.empty_like(scores, dtype=torch.int32)
+    for row, values in enumerate(scores.masked_fill(scores.isnan(), float("-inf")).tolist()):
+        real = [True] * len(values) if valid is None else valid[row].tolist()
+        order = sorted(range(len(values)), key=lambda place: (not real[place], -values[place], place))
+        ranks[row, order] = torch.arange(1, len(values) + 1, dtype=torch.int32, device=ranks.device)
+    return ranks
+
+
+def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """ranks [O, B, P], budget [B] → the mean over tokens of their ranks' population variance, rounded once, and how
+    many tokens these are: those within the budget in any layer. Section 3.2 of arXiv 2601.07667."""
+    variances, sizes = [], []
+    for row, most in zip(ranks.unbind(1), budget.tolist(), strict=True):
+        union = [[Fraction(rank) for rank in token] for token in row.T.tolist() if min(token) <= most]
+        variances.append(float(sum(map(pvariance, union)) / max(1, len(union))))
+        sizes.append(len(union))
+    return budget.new_tensor(variances, dtype=torch.float64), budget.new_tensor(sizes)
+
+
+def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
+    """Tokens [B, P + W] within the budget, and the window; never padding."""
+    keep = F.pad(ranks <= budget[:, None], (0, window), value=True)
+    return keep if valid is None else keep & valid
+
+
+def gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
+    """states [B or 1, N, ...], slots [B, K] → [B, K, ...]."""
+    return torch.stack([row[own] for row, own in zip(states.expand(len(slots), *states.shape[1:]), slots)])
+
+
+def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """keys [B or 1, G, N, D], values [B or 1, G, N, E], slots [B, G, K] → [B, G, K, D], [B, G, K, E]."""
+    heads = (states.expand(len(slots), *states.shape[1:]).flatten(0, 1) for states in (keys, values))
+    kept = (gather_tokens(states, slots.flatten(0, 1)).unflatten(0, slots.shape[:2]) for states in heads)
+    return next(kept), next(kept)
+
+
+def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """keep [N] bool → the places that stay, ascending, behind others up to `count`; and which of these stay."""
+    kept = keep.nonzero()[:, 0]
+    filler = (~keep).nonzero()[: count - len(kept), 0]
+    return torch.cat([filler, kept]), torch.arange(count, device=keep.device) >= len(filler)
+
+
+def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
+    """scores [B, G, P], budget [B] → [B, G, P + W] bool: each head's best. SnapKV, arXiv 2404.14469."""
+    heads = [select_tokens(token_ranks(head, valid), budget, window) for head in scores.unbind(1)]
+    return torch.stack(heads, 1)
+
+
+def top_p_entries(share: Tensor, top_p: float, window: int, valid: Tensor | None = None) -> Tensor:
+    """share [B, G, N] → bool: each head's fewest entries that reach `top_p`, in whole eights, the first and the
+    window."""
+    keep = torch.zeros_like(share, dtype=torch.bool)
+    for row, group in itertools.product(range(share.shape[0]), range(share.shape[1])):
+        real = range(share.shape[2]) if valid is None else valid[row].nonzero()[:, 0].tolist()
+        mass = [Fraction(value) for value in share[row, group].tolist()]
+        order = sorted(real, key=lambda place: (-mass[place], place))
+        reached = next((n for n in range(1, len(order) + 1) if sum(mass[at] for at in order[:n]) >= top_p), len(order))
+        keep[row, group, [*order[: reached // 8 * 8], *real[:1], *real[-window:]]] = True
+    return keep
