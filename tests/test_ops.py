@@ -252,12 +252,25 @@ def test_rank_variance_by_hand():
     assert variance.item() == pytest.approx((2 / 3 + 2 + 2) / 9)
 
 
-def test_rank_variance_of_long_prompts_does_not_overflow():
-    tokens = 200_000
+@pytest.mark.parametrize("layers, tokens", [(2, 200_000), (2, 4_000_000), (4, 2_000_000), (16, 1_000_000)])
+def test_rank_variance_of_long_prompts_does_not_overflow(layers, tokens):
     up = torch.arange(1, tokens + 1, dtype=torch.int32)
-    variance, size = ops.rank_variance(torch.stack([up, up.flip(0)])[:, None], torch.tensor([tokens]))
+    ranks = torch.stack([up, up.flip(0)])[:, None].repeat(layers // 2, 1, 1)
+    variance, size = ops.rank_variance(ranks, torch.tensor([tokens]))
     assert size.item() == tokens
-    assert variance.item() == pytest.approx((tokens**2 - 1) / 12, rel=1e-12)
+    # Each token's ranks are half of them j, half of them tokens + 1 - j.
+    assert variance.item() == float(Fraction(tokens**2 - 1, 12))
+
+
+def test_rank_variance_of_the_longest_prompts_is_rounded_once_a_step():
+    """16 layers of 4 million tokens, by few tokens of the union that have the farthest ranks."""
+    layers, tokens, budget = 16, 4_194_304, 1000
+    ranks = torch.full((layers, 1, tokens), tokens, dtype=torch.int32)
+    ranks[: layers // 2, :, :budget] = torch.arange(1, budget + 1, dtype=torch.int32)
+    variance, size = ops.rank_variance(ranks, torch.tensor([budget]))
+    assert size.item() == budget
+    want = Fraction(sum((tokens - rank) ** 2 for rank in range(1, budget + 1)), 4 * budget)
+    assert variance.item() == pytest.approx(float(want), rel=3e-16)
 
 
 # ---------------------------------------------------------------- selection
