@@ -415,11 +415,30 @@ def examples():
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
     yield ops.window_scores, (*states(), 1, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4), True)
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
+    yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)
     yield ops.token_ranks, (torch.randn(2, 0), torch.ones(2, 0, dtype=torch.bool))
     yield ops.rank_variance, (ranks, budget)
     yield ops.select_tokens, (ranks[0], budget, 4)
     yield ops.select_tokens, (ranks[0], budget, 4, valid)
+
+
+def differentiable():
+    """Gathers of states with gradients, of which some slots are named twice or never."""
+    for rows in (1, 3):
+        slots = torch.tensor([[1, 3, 3], [0, 8, 2], [5, 5, 5]])
+        for rest in ((), (4,), (2, 2)):
+            yield ops.gather_tokens, (torch.randn(rows, 9, *rest, dtype=torch.float64, requires_grad=True), slots)
+        states = [torch.randn(rows, 2, 9, dim, dtype=torch.float64, requires_grad=True) for dim in (4, 3)]
+        yield ops.compact_kv, (*states, torch.randint(9, (3, 2, 5)))
+    yield ops.compact_kv, (states[0].detach(), states[1], torch.randint(9, (3, 2, 0)))
+
+
+@pytest.mark.parametrize("number", range(len(list(differentiable()))))
+def test_gradients_of_gathers_are_exact(number):
+    op, arguments = list(differentiable())[number]
+    assert torch.autograd.gradcheck(op, arguments)
+    assert torch.autograd.gradgradcheck(op, arguments)
 
 
 @pytest.mark.parametrize("number", range(len(list(examples()))))
