@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.masks import BLOCK, Visibility
-from flexasl.ops import window_scores
+from flexasl.ops import window_scores, window_scores_and_mass
 
 KERNELS = ("auto", "flex", "sdpa", "eager")
 QUERIES, TILE = 64, 2**25
@@ -113,22 +113,48 @@ class FlexASLAttention(nn.Module):
         valid: Tensor | None = None,
         positions: Tensor | None = None,
         sinks: Tensor | None = None,
-        whole: bool = False,
     ) -> Tensor:
-        """`window_scores` of the last queries [B, H, W, D], under this module's scale, sliding window and soft-cap."""
-        return window_scores(
-            query,
-            key,
-            1 if whole else scoring.kernel_size,
-            scoring.pooling,
-            self.scale,
-            valid,
-            positions if self.sliding_window is not None else None,
-            self.sliding_window,
-            self.softcap,
-            sinks,
-            whole,
-        )
+        """`window_scores` of the last queries [B, H, W, D], under this module's scale, sliding window and soft-cap.
+        valid and positions may differ by KV head: [B, G, N]."""
+        return self._scored(window_scores, query, key, scoring, valid, positions, sinks)[0]
+
+    def scores_and_mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        *,
+        valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`window_scores_and_mass`, likewise."""
+        scores, mass = self._scored(window_scores_and_mass, query, key, scoring, valid, positions, sinks)
+        return scores, mass
+
+    def _scored(
+        self,
+        op: Any,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        valid: Tensor | None,
+        positions: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        positions = positions if self.sliding_window is not None else None
+        if any(marks is not None and marks.dim() == 3 for marks in (valid, positions)):
+            groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
+            parts = []
+            for group in range(groups):
+                own = slice(group * repeats, (group + 1) * repeats)
+                marks = (_of_head(marks, group, groups) for marks in (valid, positions))
+                states = query[:, own], key[:, group : group + 1]
+                parts.append(self._scored(op, *states, scoring, *marks, None if sinks is None else sinks[own]))
+            return tuple(torch.cat(part, 1) for part in zip(*parts))
+        pooled, mine = (scoring.kernel_size, scoring.pooling), (self.sliding_window, self.softcap)
+        made = op(query, key, *pooled, self.scale, valid, positions, *mine, sinks)
+        return made if isinstance(made, tuple) else (made,)
 
     def choose(
         self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
@@ -308,6 +334,11 @@ def _dense_attention(
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _of_head(marks: Tensor | None, group: int, groups: int) -> Tensor | None:
+    """Those [B, N] of one of the KV heads, by marks [B, N], or [B, G, N] of these heads or of fewer."""
+    return marks if marks is None or marks.dim() == 2 else marks[:, group * marks.shape[1] // groups]
 
 
 def _products(rows: Tensor, key: Tensor) -> Tensor:

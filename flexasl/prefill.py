@@ -89,6 +89,7 @@ class Prefill:
         self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
         self.selector = self._selector([] if packed is not None else self._open_rows())
 
+    @torch.no_grad()
     def observe(
         self,
         layer: int,
@@ -100,7 +101,8 @@ class Prefill:
         groups: int | None = None,
         packed: Packed | Continued | None = None,
     ) -> Entries | None:
-        """Scores the layer's tokens where a decision needs it: query [1, H, T, D], key [1, G, T, D], both after rotary.
+        """Scores the layer's tokens where a decision needs it: query [1, H, K, D] of each row's last tokens, as
+        `packed.last(config.window)` names them, key [1, G, T, D], both after rotary.
 
         Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
         fewer than those of the keys. packed is how keys are laid out, where more than the layer's tokens have them.
@@ -116,10 +118,11 @@ class Prefill:
         rows = range(len(self.lengths)) if every else undecided
         assert self.config.kernel_size is not None and self.config.pooling is not None
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
-        states = (attention, query, key, scoring, rows)
-        packed = self.packed if packed is None else packed
+        by_share = compresses and self.config.kv_top_p is not None
+        share = None
         if decides or every:
-            scores = packed.scores(*states, sinks=sinks)
+            packed = self.packed if packed is None else packed
+            scores, share = packed.scores(attention, query, key, scoring, rows, sinks, mass=by_share)
             self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
@@ -130,10 +133,7 @@ class Prefill:
             return None
         if by_position:
             return self._entries(layer, self._recency(groups), None)
-        share = None
-        if self.config.kv_top_p is not None:
-            queries = query.shape[1] // key.shape[1] * self.config.window
-            share = packed.scores(*states, sinks=sinks, whole=True) / queries
+        share = None if share is None else share / (query.shape[1] // key.shape[1] * self.config.window)
         if groups < key.shape[1]:
             scores = scores.unflatten(1, (groups, -1)).sum(2)
             share = None if share is None else share.unflatten(1, (groups, -1)).mean(2)

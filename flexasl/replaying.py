@@ -86,6 +86,7 @@ def replay(
     rows = [Replay() for _ in range(batch)]
     for layer in range(layers):
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
+        queries = queries[:, :, prefill.packed.last(rule.window)]
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):

@@ -412,7 +412,7 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
             torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, packed.flat(width)][None]
             for recorded in (query, key)
         ]
-        entries = prefill.observe(layer, *states, attention)
+        entries = prefill.observe(layer, states[0][:, :, packed.last(rule.window)], states[1], attention)
         for row, (decision, kept) in enumerate(want):
             below = decision.layer is not None and layer > decision.layer
             present = decision.kept if below else list(range(counts[row]))

@@ -31,7 +31,7 @@ def tensor(array):
 def window_mass(query, key, **settings):
     """Each key's share of a KV head's attention, the window's own keys included: [B, G, N]."""
     queries = query.shape[1] // key.shape[1] * query.shape[2]
-    return ops.window_scores(query, key, 1, "avgpool", whole=True, **settings) / queries
+    return ops.window_scores_and_mass(query, key, 1, "avgpool", **settings)[1] / queries
 
 
 def mass_oracle(query, key, scale, valid, positions, sliding_window, softcap=None, sinks=None):
@@ -124,10 +124,12 @@ def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexasl.ops.scoring.TILE", tile)
-        scores = ops.window_scores(
+        arguments = (
             *(tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions)),
             *(sliding_window, softcap, tensor(sinks) if sunk else None),
         )
+        scores = ops.window_scores(*arguments)
+        assert torch.equal(ops.window_scores_and_mass(*arguments)[0], scores)
     mass = mass_oracle(query, key, scale, valid, positions, sliding_window, softcap, sinks)
     mass = by_group(mass, key)[..., :prefix]
     assert scores.dtype == torch.float32 and scores.shape == (*key.shape[:2], prefix)
@@ -413,7 +415,7 @@ def examples():
         yield ops.compact_kv, (*[torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(2)], torch.randint(9, (2, 2, 5)))
     yield ops.window_scores, (*states(), 3, "maxpool", 0.3, valid, at, 6)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
-    yield ops.window_scores, (*states(), 1, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4), True)
+    yield ops.window_scores_and_mass, (*states(), 5, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4))
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)
@@ -551,8 +553,8 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
     moved.clear()
     for layer in range(8):
-        length = prefill.packed.width
-        prefill.observe(layer, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), FlexASLAttention())
+        query, key = torch.randn(1, 4, rule.window, 8), torch.randn(1, 2, prefill.packed.width, 8)
+        prefill.observe(layer, query, key, FlexASLAttention())
         prefill.advance()
     evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case
     assert moved == [("tolist", 1)] * evaluated
