@@ -113,48 +113,30 @@ class FlexASLAttention(nn.Module):
         valid: Tensor | None = None,
         positions: Tensor | None = None,
         sinks: Tensor | None = None,
-    ) -> Tensor:
-        """`window_scores` of the last queries [B, H, W, D], under this module's scale, sliding window and soft-cap.
-        valid and positions may differ by KV head: [B, G, N]."""
-        return self._scored(window_scores, query, key, scoring, valid, positions, sinks)[0]
-
-    def scores_and_mass(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scoring: Scoring,
-        *,
-        valid: Tensor | None = None,
-        positions: Tensor | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`window_scores_and_mass`, likewise."""
-        scores, mass = self._scored(window_scores_and_mass, query, key, scoring, valid, positions, sinks)
-        return scores, mass
-
-    def _scored(
-        self,
-        op: Any,
-        query: Tensor,
-        key: Tensor,
-        scoring: Scoring,
-        valid: Tensor | None,
-        positions: Tensor | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+        mass: bool = False,
+    ) -> Any:
+        """`window_scores` of the last queries [B, H, W, D] under this module's scale, sliding window and soft-cap, or
+        with mass both results of `window_scores_and_mass`. valid and positions may differ by KV head: [B, G, N]."""
         positions = positions if self.sliding_window is not None else None
         if any(marks is not None and marks.dim() == 3 for marks in (valid, positions)):
-            groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
-            parts = []
+            groups, repeats, parts = key.shape[1], query.shape[1] // key.shape[1], []
             for group in range(groups):
                 own = slice(group * repeats, (group + 1) * repeats)
-                marks = (_of_head(marks, group, groups) for marks in (valid, positions))
-                states = query[:, own], key[:, group : group + 1]
-                parts.append(self._scored(op, *states, scoring, *marks, None if sinks is None else sinks[own]))
-            return tuple(torch.cat(part, 1) for part in zip(*parts))
+                made = self.scores(
+                    query[:, own],
+                    key[:, group : group + 1],
+                    scoring,
+                    valid=_of_head(valid, group, groups),
+                    positions=_of_head(positions, group, groups),
+                    sinks=None if sinks is None else sinks[own],
+                    mass=mass,
+                )
+                parts.append(made if mass else (made,))
+            joined = tuple(torch.cat(part, 1) for part in zip(*parts))
+            return joined if mass else joined[0]
+        op: Any = window_scores_and_mass if mass else window_scores
         pooled, mine = (scoring.kernel_size, scoring.pooling), (self.sliding_window, self.softcap)
-        made = op(query, key, *pooled, self.scale, valid, positions, *mine, sinks)
-        return made if isinstance(made, tuple) else (made,)
+        return op(query, key, *pooled, self.scale, valid, positions, *mine, sinks)
 
     def choose(
         self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
@@ -241,7 +223,11 @@ class FlexASLAttention(nn.Module):
         if visible is None:
             visible = Visibility.last(queries, keys, query.device)
         blocks = visible.block_mask(self.sliding_window, heads)
-        capped = None if self.softcap is None else _capped(torch.tensor(self.softcap, device=query.device))
+        capped = (
+            None
+            if self.softcap is None
+            else _capped(torch.tensor(self.softcap, dtype=torch.float32, device=query.device))
+        )
         if query.is_cuda:
             run = flex_attention if torch.compiler.is_compiling() else _compiled_flex(None)
         else:

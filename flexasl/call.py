@@ -334,16 +334,17 @@ def _forget_old(cache: LayerCache, sliding_window: int) -> None:
 
 def _row_report(prefill: Prefill, row: int) -> RowReport:
     made, trace = prefill.selections.get(row), prefill.selector.traces.get(row)
+    tokens, kept = prefill.lengths[row], prefill.counts[row]
     return RowReport(
-        prompt_tokens=prefill.lengths[row],
-        kept_tokens=prefill.counts[row],
+        prompt_tokens=tokens,
+        kept_tokens=kept,
         selected_layer=None if made is None else made.layer,
         reason=prefill.reason(row),
         scored_layers=tuple(prefill.scored),
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
         variance_ratio=tuple(trace.variance_ratio) if trace else (),
-        kept_positions=tuple(prefill.kept_positions(row).tolist()),
+        kept_positions=range(tokens) if kept == tokens else tuple(prefill.kept_positions(row).tolist()),  # type: ignore[arg-type]
         layer_tokens=tuple(layer[row] for layer in prefill.ran),
         reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
     )

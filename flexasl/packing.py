@@ -150,7 +150,9 @@ class Packed:
         made = self._last.get(window)
         if made is None:
             device = self.columns.device
-            spans = [(start + max(0, length - window), start + length) for start, length in zip(self.starts, self.lengths)]
+            spans = [
+                (start + max(0, length - window), start + length) for start, length in zip(self.starts, self.lengths)
+            ]
             parts = [torch.arange(first, stop, dtype=torch.int64, device=device) for first, stop in spans]
             made = self._last[window] = torch.cat(parts)
         return made
@@ -196,12 +198,8 @@ class Packed:
                 continue
             before = sum(min(length, window) for length in self.lengths[: run.first])
             states = Run(run.first, run.rows, before, window).of(query, 2)[some], keys
-            marks = {"valid": valid, "positions": at, "sinks": sinks}
-            if mass:
-                made = attention.scores_and_mass(*states, scoring, **marks)
-            else:
-                made = (attention.scores(*states, scoring, **marks),)
-            found.append([part[..., keys.shape[2] - run.length :] for part in made])
+            made = attention.scores(*states, scoring, valid=valid, positions=at, sinks=sinks, mass=mass)
+            found.append([part[..., keys.shape[2] - run.length :] for part in (made if mass else (made,))])
         scores, *masses = (
             _right_aligned(parts, wide) for parts, wide in zip(zip(*found), (max(0, self.width - window), self.width))
         )

@@ -86,7 +86,7 @@ class Prefill:
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._stays: Tensor | None = None
-        self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
+        self._chosen = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=self.device)
         self.selector = self._selector([] if packed is not None else self._open_rows())
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class Prefill:
                 keep = made[row].keep[before.columns[start : start + length]]
                 kept.append(start + kept_slots(keep, self.counts[row])[0])
             else:
-                kept.append(torch.arange(start, start + length, device=self.device))
+                kept.append(torch.arange(start, start + length, dtype=torch.int64, device=self.device))
         tokens = torch.cat(kept)
         self.packed = Packed(self.counts, before.columns[tokens], gaps=True)
         return tokens
@@ -227,7 +227,7 @@ class Prefill:
         if settled is None:
             return
         assert isinstance(self.selector, LayerSelector)
-        rows = torch.tensor(self.selector.rows, device=self.device)
+        rows = torch.tensor(self.selector.rows, dtype=torch.int64, device=self.device)
         now = settled & (self._chosen[rows] < 0)
         stays = self.packed.stays
         if stays is None:
@@ -304,7 +304,7 @@ class Prefill:
         tokens, real = self.packed.as_batch()
         columns = self.packed.columns[tokens].float()
         first = 0 if real is None else real.int().argmax(1, keepdim=True)
-        place = torch.arange(tokens.shape[1], device=self.device) - first
+        place = torch.arange(tokens.shape[1], dtype=torch.int64, device=self.device) - first
         scores = columns.masked_fill(place < self.policy.sinks, torch.inf)[:, : -self.config.window]
         return scores[:, None].expand(-1, groups, -1).contiguous()
 
@@ -312,13 +312,14 @@ class Prefill:
         """What the cache keeps by scores [B, G, P], or by share [B, G, M] of attention where that is given."""
         lengths, window = self.packed.lengths, self.config.window
         limits = self._limits(layer)
-        over = torch.tensor([m > most for m, most in zip(lengths, limits)], device=self.device)
+        over = torch.tensor([m > most for m, most in zip(lengths, limits)], dtype=torch.bool, device=self.device)
         tokens, real = self.packed.as_batch()
         if share is not None:
             assert self.config.kv_top_p is not None
             keep = top_p_entries(share, self.config.kv_top_p, window, real)
         else:
-            budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
+            left = [max(0, most - window) for most in limits]
+            budget = torch.tensor(left, dtype=torch.int64, device=self.device)
             keep = top_k_entries(scores, budget, window, None if real is None else real[:, : scores.shape[2]])
         everything = keep.new_ones(keep.shape) if real is None else real[:, None]
         keep = torch.where(over[:, None, None], keep, everything)

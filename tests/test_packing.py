@@ -59,7 +59,7 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
         torch.testing.assert_close(out[:, :, own], want)
         if length > 3:
             marks = {"valid": stays, "positions": at, "sinks": extra}
-            want, whole = attention.scores_and_mass(parts[0][:, :, -3:], parts[1], SCORING, **marks)
+            want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **marks, mass=True)
             torch.testing.assert_close(scores[row, :, scores.shape[2] - length + 3 :], want[0])
             torch.testing.assert_close(mass[row, :, mass.shape[2] - length :], whole[0])
         assert not scores[row, :, : scores.shape[2] - max(0, length - 3)].any()
@@ -127,7 +127,7 @@ def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entrie
             torch.testing.assert_close(out[:, heads, own], want)
             if length > 3:
                 settings = {"valid": seen, "positions": at, "sinks": mine}
-                want, whole = attention.scores_and_mass(parts[0][:, :, -3:], parts[1], SCORING, **settings)
+                want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **settings, mass=True)
                 torch.testing.assert_close(scores[row, group, scores.shape[2] - length + 3 :], want[0, 0, entries:])
                 torch.testing.assert_close(mass[row, group, mass.shape[2] - length :], whole[0, 0, entries:])
 
