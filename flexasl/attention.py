@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.masks import BLOCK, Visibility
-from flexasl.ops import window_scores
+from flexasl.ops import window_scores, window_scores_and_mass
 
 KERNELS = ("auto", "flex", "sdpa", "eager")
 QUERIES, TILE = 64, 2**25
@@ -113,22 +113,30 @@ class FlexASLAttention(nn.Module):
         valid: Tensor | None = None,
         positions: Tensor | None = None,
         sinks: Tensor | None = None,
-        whole: bool = False,
-    ) -> Tensor:
-        """`window_scores` of the last queries [B, H, W, D], under this module's scale, sliding window and soft-cap."""
-        return window_scores(
-            query,
-            key,
-            1 if whole else scoring.kernel_size,
-            scoring.pooling,
-            self.scale,
-            valid,
-            positions if self.sliding_window is not None else None,
-            self.sliding_window,
-            self.softcap,
-            sinks,
-            whole,
-        )
+        mass: bool = False,
+    ) -> Any:
+        """`window_scores` of the last queries [B, H, W, D] under this module's scale, sliding window and soft-cap, or
+        with mass both results of `window_scores_and_mass`. valid and positions may differ by KV head: [B, G, N]."""
+        positions = positions if self.sliding_window is not None else None
+        if any(marks is not None and marks.dim() == 3 for marks in (valid, positions)):
+            groups, repeats, parts = key.shape[1], query.shape[1] // key.shape[1], []
+            for group in range(groups):
+                own = slice(group * repeats, (group + 1) * repeats)
+                made = self.scores(
+                    query[:, own],
+                    key[:, group : group + 1],
+                    scoring,
+                    valid=_of_head(valid, group, groups),
+                    positions=_of_head(positions, group, groups),
+                    sinks=None if sinks is None else sinks[own],
+                    mass=mass,
+                )
+                parts.append(made if mass else (made,))
+            joined = tuple(torch.cat(part, 1) for part in zip(*parts))
+            return joined if mass else joined[0]
+        op: Any = window_scores_and_mass if mass else window_scores
+        pooled, mine = (scoring.kernel_size, scoring.pooling), (self.sliding_window, self.softcap)
+        return op(query, key, *pooled, self.scale, valid, positions, *mine, sinks)
 
     def choose(
         self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
@@ -215,7 +223,11 @@ class FlexASLAttention(nn.Module):
         if visible is None:
             visible = Visibility.last(queries, keys, query.device)
         blocks = visible.block_mask(self.sliding_window, heads)
-        capped = None if self.softcap is None else _capped(torch.tensor(self.softcap, device=query.device))
+        capped = (
+            None
+            if self.softcap is None
+            else _capped(torch.tensor(self.softcap, dtype=torch.float32, device=query.device))
+        )
         if query.is_cuda:
             run = flex_attention if torch.compiler.is_compiling() else _compiled_flex(None)
         else:
@@ -308,6 +320,11 @@ def _dense_attention(
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _of_head(marks: Tensor | None, group: int, groups: int) -> Tensor | None:
+    """Those [B, N] of one of the KV heads, by marks [B, N], or [B, G, N] of these heads or of fewer."""
+    return marks if marks is None or marks.dim() == 2 else marks[:, group * marks.shape[1] // groups]
 
 
 def _products(rows: Tensor, key: Tensor) -> Tensor:

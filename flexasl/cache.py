@@ -83,7 +83,7 @@ class LayerCache:
             return
         self.seen += seen
         self._dtype = keys.dtype
-        self._hold(tuple(map(_owned, states)), columns, valid)
+        self._hold(tuple(map(owned, states)), columns, valid)
 
     def extend(self, columns: Tensor, valid: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
@@ -186,7 +186,7 @@ class LayerCache:
         assert self._states and self.kv_dtype == other.kv_dtype
         batch, heads = self._states[0].shape[:2]
         mine, new = ((*cache.stored, *_marks(cache, heads)) for cache in (self, other))
-        at = torch.tensor(rows, device=mine[0].device)
+        at = torch.tensor(rows, dtype=torch.int64, device=mine[0].device)
         if len(rows) == batch:
             order = at.argsort()
             held = [states[order] for states in new]
@@ -308,7 +308,7 @@ def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:
     return larger
 
 
-def _owned(states: Tensor) -> Tensor:
+def owned(states: Tensor) -> Tensor:
     """The same values in storage that holds nothing else, so that no view keeps a larger tensor alive."""
     if (
         not torch.compiler.is_compiling()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
-from flexasl.cache import LayerCache
+from flexasl.cache import LayerCache, owned
 from flexasl.errors import UnsupportedError
 from flexasl.masks import Visibility
 from flexasl.ops import compact_kv, gather_tokens
@@ -35,27 +35,32 @@ class LayerStep:
         attention: FlexASLAttention,
         *,
         packed: Packed | Continued | None = None,
+        window: int = 0,
         visible: Visibility | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
     ) -> None:
+        """window: of how many last queries of each prompt tokens may be scored."""
         self.attention = attention
         self.packed = packed
         """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
+        self.window = window
+        self.last = None if packed is None else _tokens(packed).last(window)
+        """Where the prompts' last tokens are, whose queries are left behind."""
         self.visible = visible
         self.keys = keys
         """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
         first one."""
         self.values = values
         self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
-        """A prompt's queries, keys and sinks."""
+        """A prompt's last queries, its keys, and sinks."""
         self.cached: tuple[Tensor, Tensor] | None = None
         """What the cache is to remember of a prompt."""
 
     def update(self, key: Tensor, value: Tensor, *ignored: object, **also: object) -> tuple[Tensor, Tensor]:
         """Takes the layer's new keys and values [B, G, M, D]; returns all that its queries may see [B, G, N, D]."""
         if self.packed is not None:
-            self.cached = (key, value)
+            key, value = self.cached = _alone(key), _alone(value)
         if self.keys is None or self.values is None:
             return key, value
         if isinstance(self.packed, Continued):
@@ -69,7 +74,9 @@ class LayerStep:
         """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
         if self.packed is None:
             return self.attention(query, key, value, self.visible, sinks=sinks)
-        self.scored = (query, key, sinks)
+        assert self.last is not None
+        key = _alone(key)
+        self.scored = (query.index_select(2, self.last), key, sinks)
         return self.packed.attend(self.attention, query, key, value, sinks)
 
     def in_groups(self, run: Callable[[slice], Tensor]) -> Tensor:
@@ -77,7 +84,7 @@ class LayerStep:
         packed, outputs, scored, cached = self.packed, [], [], []
         assert isinstance(packed, Packed)
         for tokens, group in packed.groups():
-            self.packed = group
+            self.packed, self.last = group, group.last(self.window)
             outputs.append(run(tokens))
             assert self.scored is not None
             scored.append(self.scored)
@@ -155,13 +162,14 @@ class Call:
 
     def enter(self, layer: int, attention: FlexASLAttention) -> LayerStep:
         """What the layer's attention needs; in a pass over cached tokens, room is made for the new ones."""
+        scored = 0 if self.prefill is None else self.prefill.config.window
         if self.prefill is not None and self._past == 0:
-            return LayerStep(attention, packed=self.prefill.packed)
+            return LayerStep(attention, packed=self.prefill.packed, window=scored)
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
         if self.prefill is not None:
             continued = Continued(self.prefill.packed, cache.columns, self._valid_entries(cache), self._past)  # type: ignore[arg-type]
-            return LayerStep(attention, packed=continued, keys=cache.keys, values=cache.values)
+            return LayerStep(attention, packed=continued, window=scored, keys=cache.keys, values=cache.values)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
         keys, values = cache.extend(self.columns, new, self._tokens)
         visible = self._visible(cache, window is not None and window < cache.seen)
@@ -300,6 +308,16 @@ class Call:
         return current if cache.valid is None else cache.valid & current
 
 
+def _alone(states: Tensor) -> Tensor:
+    """A prompt's keys or values, which stay while the rest of the layer runs, without the queries that some models
+    project into the same memory."""
+    return states if torch.compiler.is_compiling() else owned(states)
+
+
+def _tokens(packed: Packed | Continued) -> Packed:
+    return packed.packed if isinstance(packed, Continued) else packed
+
+
 def _look_up(valid: Tensor, columns: Tensor) -> Tensor:
     if columns.dim() == 3:
         valid = valid[:, None].expand(-1, columns.shape[1], -1)
@@ -316,16 +334,17 @@ def _forget_old(cache: LayerCache, sliding_window: int) -> None:
 
 def _row_report(prefill: Prefill, row: int) -> RowReport:
     made, trace = prefill.selections.get(row), prefill.selector.traces.get(row)
+    tokens, kept = prefill.lengths[row], prefill.counts[row]
     return RowReport(
-        prompt_tokens=prefill.lengths[row],
-        kept_tokens=prefill.counts[row],
+        prompt_tokens=tokens,
+        kept_tokens=kept,
         selected_layer=None if made is None else made.layer,
         reason=prefill.reason(row),
         scored_layers=tuple(prefill.scored),
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
         variance_ratio=tuple(trace.variance_ratio) if trace else (),
-        kept_positions=tuple(prefill.kept_positions(row).tolist()),
+        kept_positions=range(tokens) if kept == tokens else tuple(prefill.kept_positions(row).tolist()),  # type: ignore[arg-type]
         layer_tokens=tuple(layer[row] for layer in prefill.ran),
         reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
     )

@@ -35,7 +35,7 @@ class Visibility:
     @classmethod
     def last(cls, queries: int, keys: int, device: torch.device | str = "cpu") -> Visibility:
         """Without padding or gaps: the queries are the last of so many keys."""
-        at = torch.arange(keys, device=device)[None]
+        at = torch.arange(keys, dtype=torch.int64, device=device)[None]
         return cls(at[:, keys - queries :], at)
 
     def dense(self, sliding_window: int | None = None) -> Tensor:
@@ -47,7 +47,7 @@ class Visibility:
 
     def tile(self, queries: slice, keys: slice, sliding_window: int | None = None) -> Tensor:
         """`dense` for some queries and the keys that these need, not stored."""
-        at = torch.arange(self.key_positions.shape[-1], device=self.key_positions.device)
+        at = torch.arange(self.key_positions.shape[-1], dtype=torch.int64, device=self.key_positions.device)
         own = at[at.shape[0] - self.query_positions.shape[1] :]
         query = self.query_positions[:, None, queries, None]
         key = _by_head(self.key_positions)[:, :, None, keys]
@@ -75,7 +75,7 @@ class Visibility:
         key = _by_head(self.key_positions)
         valid = torch.ones_like(key, dtype=torch.bool) if self.key_valid is None else _by_head(self.key_valid)
         queries, keys = self.query_positions.shape[1], key.shape[2]
-        at = torch.arange(max(queries, keys), device=key.device)
+        at = torch.arange(max(queries, keys), dtype=torch.int64, device=key.device)
         highest = torch.iinfo(key.dtype).max
         lowest = torch.iinfo(key.dtype).min
         # Heads share their block lists: a block is worth computing where any head sees a pair of it.
@@ -108,9 +108,11 @@ class Visibility:
         """Captures tensors only: flex_attention on CPU does not compile with an int that dynamo made dynamic."""
         query, batch, groups = self.query_positions, self.query_positions.shape[0], key.shape[1]
         device = query.device
-        group = torch.arange(groups, device=device).repeat_interleave(heads // groups) if groups > 1 else None
+        group = None
+        if groups > 1:
+            group = torch.arange(groups, dtype=torch.int64, device=device).repeat_interleave(heads // groups)
         oldest = None if sliding_window is None else query - sliding_window
-        own = torch.arange(key.shape[2] - query.shape[1], key.shape[2], device=device)
+        own = torch.arange(key.shape[2] - query.shape[1], key.shape[2], dtype=torch.int64, device=device)
         masked, batched = self.key_valid is not None, batch > 1
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def _blocks(states: Tensor, rest: int | bool) -> Tensor:
 def _covered(queries: int, device: torch.device) -> Tensor:
     """Whether each block of queries has all its queries."""
     blocks = -(-queries // BLOCK)
-    return (torch.arange(1, blocks + 1, device=device) * BLOCK) <= queries
+    return (torch.arange(1, blocks + 1, dtype=torch.int64, device=device) * BLOCK) <= queries
 
 
 def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:

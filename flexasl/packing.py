@@ -6,7 +6,7 @@ row, H query heads, G KV heads, D head dim, W window, P = M - W prefix tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,19 +58,20 @@ class Packed:
         self.columns = columns
         self.stays = stays
         self.gaps = gaps
-        self.counts = torch.tensor(self.lengths) if counts is None else counts
+        self.counts = torch.tensor(self.lengths, dtype=torch.int64, device="cpu") if counts is None else counts
         """`lengths` as a tensor on the host, which a compiler takes for any lengths."""
         self.rows = rows
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
         self._visible: dict[int, Visibility] = {}
+        self._last: dict[int, Tensor] = {}
         self._groups: list[tuple[slice, Packed]] = []
 
     @classmethod
     def left_padded(cls, lengths: Sequence[int], tokens: int, device: torch.device) -> Packed:
         """All tokens of rows that were padded on the left to so many."""
-        at = torch.arange(tokens, device=device)
+        at = torch.arange(tokens, dtype=torch.int64, device=device)
         return cls(lengths, torch.cat([at[tokens - length :] for length in lengths]))
 
     def masked(self, stays: Tensor) -> Packed:
@@ -102,9 +103,9 @@ class Packed:
         """The row of each token: [T] int64."""
         device = self.columns.device
         if self.rows is None:
-            rows = torch.arange(len(self.lengths), device=device)
+            rows = torch.arange(len(self.lengths), dtype=torch.int64, device=device)
         else:
-            rows = torch.tensor(self.rows, device=device)
+            rows = torch.tensor(self.rows, dtype=torch.int64, device=device)
         counts = self.counts.to(device)
         return rows.repeat_interleave(counts, output_size=self.total)
 
@@ -116,8 +117,9 @@ class Packed:
         """Where to find the rows as a left-padded batch: tokens [B, width] int64, and which are real [B, width] bool,
         None where all are."""
         device = self.columns.device
-        ends = torch.tensor([start + length for start, length in zip(self.starts, self.lengths)], device=device)
-        at = torch.arange(-self.width, 0, device=device)
+        stops = [start + length for start, length in zip(self.starts, self.lengths)]
+        ends = torch.tensor(stops, dtype=torch.int64, device=device)
+        at = torch.arange(-self.width, 0, dtype=torch.int64, device=device)
         tokens = ends[:, None] + at
         if min(self.lengths) == self.width:
             return tokens, None
@@ -143,6 +145,18 @@ class Packed:
             out.append(mixed.transpose(1, 2).flatten(0, 1))
         return torch.cat(out)[None].transpose(1, 2)
 
+    def last(self, window: int) -> Tensor:
+        """Where the last `window` tokens of each row are, or all of a row that has fewer: [K] int64; made once."""
+        made = self._last.get(window)
+        if made is None:
+            device = self.columns.device
+            spans = [
+                (start + max(0, length - window), start + length) for start, length in zip(self.starts, self.lengths)
+            ]
+            parts = [torch.arange(first, stop, dtype=torch.int64, device=device) for first, stop in spans]
+            made = self._last[window] = torch.cat(parts)
+        return made
+
     def scores(
         self,
         attention: FlexASLAttention,
@@ -150,26 +164,46 @@ class Packed:
         key: Tensor,
         scoring: Scoring,
         rows: Sequence[int],
-        **settings: Any,
-    ) -> Tensor:
-        """Window scores of some rows, by query [1, H, T, D] and key [1, G, T, D]: [rows, G, width - W] float32, each
-        row's at the right end; 0 where a row has no such token. With `whole` [rows, G, width]."""
-        wide = max(0, self.width - (0 if settings.get("whole") else scoring.window))
-        found = []
+        sinks: Tensor | None = None,
+        *,
+        mass: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Window scores of some rows, by query [1, H, K, D] of the `last` tokens and key [1, G, T, D]:
+        [rows, G, width - W] float32, each row's at the right end; 0 where a row has no such token. With `mass` also the
+        attention that each token gets, [rows, G, width]."""
+
+        def seen(run: Run, some: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+            stays = None if self.stays is None else run.of(self.stays[None], 1)[some]
+            return run.of(key, 2)[some], run.of(self.columns[None], 1)[some], stays
+
+        return self.scores_of(attention, query, scoring, rows, seen, sinks, mass)
+
+    def scores_of(
+        self,
+        attention: FlexASLAttention,
+        query: Tensor,
+        scoring: Scoring,
+        rows: Sequence[int],
+        seen: Callable[[Run, Any], tuple[Tensor, Tensor, Tensor | None]],
+        sinks: Tensor | None,
+        mass: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `scores`; seen(run, some) gives keys [some, G, N, D], their columns and their validity of a run's rows,
+        whose own tokens are the last of the N."""
+        window, found = scoring.window, []
         for run, some, count in self._runs_of(rows):
-            if run.length <= scoring.window:
-                found.append(query.new_zeros(count, key.shape[1], wide, dtype=torch.float32))
+            keys, at, valid = seen(run, some)
+            if run.length <= window:
+                found.append([query.new_zeros(count, keys.shape[1], 0, dtype=torch.float32)] * (1 + mass))
                 continue
-            scored = attention.scores(
-                run.of(query, 2)[some, :, -scoring.window :],
-                run.of(key, 2)[some],
-                scoring,
-                valid=None if self.stays is None else run.of(self.stays[None], 1)[some],
-                positions=run.of(self.columns[None], 1)[some],
-                **settings,
-            )
-            found.append(F.pad(scored, (wide - scored.shape[-1], 0)))
-        return found[0] if len(found) == 1 else torch.cat(found)
+            before = sum(min(length, window) for length in self.lengths[: run.first])
+            states = Run(run.first, run.rows, before, window).of(query, 2)[some], keys
+            made = attention.scores(*states, scoring, valid=valid, positions=at, sinks=sinks, mass=mass)
+            found.append([part[..., keys.shape[2] - run.length :] for part in (made if mass else (made,))])
+        scores, *masses = (
+            _right_aligned(parts, wide) for parts, wide in zip(zip(*found), (max(0, self.width - window), self.width))
+        )
+        return scores, masses[0] if masses else None
 
     def visible(self, run: Run) -> Visibility:
         """Who sees whom in the run's rows."""
@@ -188,7 +222,8 @@ class Packed:
             wanted = [row - run.first for row in rows if run.first <= row < run.first + run.rows]
             if wanted:
                 every = len(wanted) == run.rows
-                found.append((run, slice(None) if every else torch.tensor(wanted), len(wanted)))
+                some = slice(None) if every else torch.tensor(wanted, dtype=torch.int64, device=self.columns.device)
+                found.append((run, some, len(wanted)))
         return found
 
     def _group(self, first: int, stop: int) -> tuple[slice, Packed]:
@@ -247,25 +282,17 @@ class Continued:
         key: Tensor,
         scoring: Scoring,
         rows: Sequence[int],
-        **settings: Any,
-    ) -> Tensor:
+        sinks: Tensor | None = None,
+        *,
+        mass: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `Packed.scores`, of the new tokens alone."""
-        wide = max(0, self.packed.width - (0 if settings.get("whole") else scoring.window))
-        found = []
-        for run, some, count in self.packed._runs_of(rows):
-            if run.length <= scoring.window:
-                found.append(query.new_zeros(count, key.shape[1], wide, dtype=torch.float32))
-                continue
+
+        def seen(run: Run, some: Any) -> tuple[Tensor, Tensor, Tensor | None]:
             at, valid = self._view(run)
-            states = run.of(query, 2)[some, :, -scoring.window :], self._joined(run).of(key, 2)[some]
-            marks = at[some], None if valid is None else valid[some]
-            if at.dim() == 2:
-                scored = attention.scores(*states, scoring, valid=marks[1], positions=marks[0], **settings)
-            else:
-                scored = _scores_by_head(attention, *states, scoring, *marks, **settings)
-            scored = scored[..., self.entries :]
-            found.append(F.pad(scored, (wide - scored.shape[-1], 0)))
-        return found[0] if len(found) == 1 else torch.cat(found)
+            return self._joined(run).of(key, 2)[some], at[some], None if valid is None else valid[some]
+
+        return self.packed.scores_of(attention, query, scoring, rows, seen, sinks, mass)
 
     def _joined(self, run: Run) -> Run:
         """The run among joined keys."""
@@ -285,34 +312,10 @@ class Continued:
         return torch.cat([held, new], -1), valid
 
 
-def _scores_by_head(
-    attention: FlexASLAttention,
-    query: Tensor,
-    key: Tensor,
-    scoring: Scoring,
-    positions: Tensor,
-    valid: Tensor | None,
-    sinks: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    """Window scores [B, G, P] where KV heads have keys at positions [B, G or 1, N] of their own."""
-    groups = key.shape[1]
-    repeats = query.shape[1] // groups
-    found = []
-    for group in range(groups):
-        own, place = slice(group * repeats, (group + 1) * repeats), group % positions.shape[1]
-        found.append(
-            attention.scores(
-                query[:, own],
-                key[:, group : group + 1],
-                scoring,
-                valid=None if valid is None else valid[:, place],
-                positions=positions[:, place],
-                sinks=None if sinks is None else sinks[own],
-                **settings,
-            )
-        )
-    return torch.cat(found, 1)
+def _right_aligned(parts: Sequence[Tensor], width: int) -> Tensor:
+    """[..., N] of several rows each, one behind the other, 0 on the left of shorter ones: [sum of rows, ..., width]."""
+    wide = [F.pad(part, (width - part.shape[-1], 0)) for part in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide)
 
 
 @torch.library.custom_op("flexasl::packed_attention", mutates_args=())

@@ -86,9 +86,10 @@ class Prefill:
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._stays: Tensor | None = None
-        self._chosen = torch.full((len(self.lengths),), -1, device=self.device)
+        self._chosen = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=self.device)
         self.selector = self._selector([] if packed is not None else self._open_rows())
 
+    @torch.no_grad()
     def observe(
         self,
         layer: int,
@@ -100,7 +101,8 @@ class Prefill:
         groups: int | None = None,
         packed: Packed | Continued | None = None,
     ) -> Entries | None:
-        """Scores the layer's tokens where a decision needs it: query [1, H, T, D], key [1, G, T, D], both after rotary.
+        """Scores the layer's tokens where a decision needs it: query [1, H, K, D] of each row's last tokens, as
+        `packed.last(config.window)` names them, key [1, G, T, D], both after rotary.
 
         Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
         fewer than those of the keys. packed is how keys are laid out, where more than the layer's tokens have them.
@@ -116,10 +118,11 @@ class Prefill:
         rows = range(len(self.lengths)) if every else undecided
         assert self.config.kernel_size is not None and self.config.pooling is not None
         scoring = Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
-        states = (attention, query, key, scoring, rows)
-        packed = self.packed if packed is None else packed
+        by_share = compresses and self.config.kv_top_p is not None
+        share = None
         if decides or every:
-            scores = packed.scores(*states, sinks=sinks)
+            packed = self.packed if packed is None else packed
+            scores, share = packed.scores(attention, query, key, scoring, rows, sinks, mass=by_share)
             self.scored.append(layer)
         if self._observer is not None:
             self._observer(layer, scores)
@@ -130,10 +133,7 @@ class Prefill:
             return None
         if by_position:
             return self._entries(layer, self._recency(groups), None)
-        share = None
-        if self.config.kv_top_p is not None:
-            queries = query.shape[1] // key.shape[1] * self.config.window
-            share = packed.scores(*states, sinks=sinks, whole=True) / queries
+        share = None if share is None else share / (query.shape[1] // key.shape[1] * self.config.window)
         if groups < key.shape[1]:
             scores = scores.unflatten(1, (groups, -1)).sum(2)
             share = None if share is None else share.unflatten(1, (groups, -1)).mean(2)
@@ -159,7 +159,7 @@ class Prefill:
                 keep = made[row].keep[before.columns[start : start + length]]
                 kept.append(start + kept_slots(keep, self.counts[row])[0])
             else:
-                kept.append(torch.arange(start, start + length, device=self.device))
+                kept.append(torch.arange(start, start + length, dtype=torch.int64, device=self.device))
         tokens = torch.cat(kept)
         self.packed = Packed(self.counts, before.columns[tokens], gaps=True)
         return tokens
@@ -227,7 +227,7 @@ class Prefill:
         if settled is None:
             return
         assert isinstance(self.selector, LayerSelector)
-        rows = torch.tensor(self.selector.rows, device=self.device)
+        rows = torch.tensor(self.selector.rows, dtype=torch.int64, device=self.device)
         now = settled & (self._chosen[rows] < 0)
         stays = self.packed.stays
         if stays is None:
@@ -304,7 +304,7 @@ class Prefill:
         tokens, real = self.packed.as_batch()
         columns = self.packed.columns[tokens].float()
         first = 0 if real is None else real.int().argmax(1, keepdim=True)
-        place = torch.arange(tokens.shape[1], device=self.device) - first
+        place = torch.arange(tokens.shape[1], dtype=torch.int64, device=self.device) - first
         scores = columns.masked_fill(place < self.policy.sinks, torch.inf)[:, : -self.config.window]
         return scores[:, None].expand(-1, groups, -1).contiguous()
 
@@ -312,13 +312,14 @@ class Prefill:
         """What the cache keeps by scores [B, G, P], or by share [B, G, M] of attention where that is given."""
         lengths, window = self.packed.lengths, self.config.window
         limits = self._limits(layer)
-        over = torch.tensor([m > most for m, most in zip(lengths, limits)], device=self.device)
+        over = torch.tensor([m > most for m, most in zip(lengths, limits)], dtype=torch.bool, device=self.device)
         tokens, real = self.packed.as_batch()
         if share is not None:
             assert self.config.kv_top_p is not None
             keep = top_p_entries(share, self.config.kv_top_p, window, real)
         else:
-            budget = torch.tensor([max(0, most - window) for most in limits], device=self.device)
+            left = [max(0, most - window) for most in limits]
+            budget = torch.tensor(left, dtype=torch.int64, device=self.device)
             keep = top_k_entries(scores, budget, window, None if real is None else real[:, : scores.shape[2]])
         everything = keep.new_ones(keep.shape) if real is None else real[:, None]
         keep = torch.where(over[:, None, None], keep, everything)

@@ -28,9 +28,9 @@ class Replay:
 
     scored_layers: list[int] = field(default_factory=list)
     """Layers whose ranking the rule could use: all up to the selection; with a fixed layer, that one."""
-    scores: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
     """[scored layers, P_b] float32, pooled and summed over heads."""
-    ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     """[scored layers, P_b] int32."""
     eval_layers: list[int] = field(default_factory=list)
     variance: list[float] = field(default_factory=list)
@@ -86,6 +86,7 @@ def replay(
     rows = [Replay() for _ in range(batch)]
     for layer in range(layers):
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
+        queries = queries[:, :, prefill.packed.last(rule.window)]
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
@@ -144,7 +145,7 @@ def _kept_indices(
     heads = []
     for group in range(groups):
         if entries is None:
-            kept = torch.arange(length, device=prefill.device)
+            kept = torch.arange(length, dtype=torch.int64, device=prefill.device)
         else:
             kept = entries.tokens[row, group]
             kept = (kept if entries.valid is None else kept[entries.valid[row, group]]) - start

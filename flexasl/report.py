@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,22 @@ ROWS_IN_FULL = 8
 CURVE_COLUMNS = 11
 POSITION_BINS = 100
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#666666"
+
+
+class _Positions:
+    """A field that is given a tuple, or a range for it, and is read as a tuple, which is made when it is first read: of
+    a long prompt that was not pruned, 131,072 numbers that hardly anybody looks at."""
+
+    def __get__(self, row: Any, owner: type | None = None) -> tuple[int, ...]:
+        if row is None:
+            return ()
+        held: tuple[int, ...] = row.__dict__["kept_positions"]
+        if not isinstance(held, tuple):
+            held = row.__dict__["kept_positions"] = tuple(held)
+        return held
+
+    def __set__(self, row: Any, positions: Sequence[int]) -> None:
+        row.__dict__["kept_positions"] = positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +63,9 @@ class RowReport:
     """Rank variance, one per layer of `eval_layers`, in squared ranks."""
     variance_ratio: tuple[float, ...] = ()
     """Variance over the reference variance, one per layer of `eval_layers`."""
-    kept_positions: tuple[int, ...] = ()
-    """Prompt positions that were kept, ascending; 0 is the first token that is not padding."""
+    kept_positions: tuple[int, ...] = _Positions()  # type: ignore[assignment]
+    """Prompt positions that were kept, ascending; 0 is the first token that is not padding. May be given as a range,
+    and becomes a tuple when it is read."""
     layer_tokens: tuple[int, ...] = ()
     """Tokens that each layer ran on."""
     reread_layers: int = 0

@@ -172,7 +172,7 @@ def prefill(
     on_layer: Callable[[], None] = _nothing,
 ) -> Any:
     """Reads a prompt, pruned by the policy: the cache, whose last report tells what was pruned, to be saved."""
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
     with flexasl.patch(model, config, policy=policy), _layers_watched(model, lambda: False, on_layer), torch.no_grad():
         return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -220,7 +220,7 @@ def _generate(
     on_layer: Callable[[], None],
     cache: Any = None,
 ) -> Answer:
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
     stream = _Stream(tokenizer, on_text)
     with _layers_watched(model, lambda: stream.first_token_at > 0, on_layer):
         start = time.perf_counter()
@@ -288,7 +288,7 @@ def _kv_bytes(cache: Any, prompt_tokens: int) -> int:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FlexASLError(f"device={name!r} cannot be used here: {str(error).partition(chr(10))[0]}") from error
     return device

@@ -38,7 +38,7 @@ class Selection:
     def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
         """[1, 1, N, N] for `flex_attention`, for a run in which all tokens stay and the others are masked out. A token
         that does not stay sees itself only."""
-        at = torch.arange(self.keep.shape[0], device=self.keep.device)[None]
+        at = torch.arange(self.keep.shape[0], dtype=torch.int64, device=self.keep.device)[None]
         return Visibility(at, at, self.keep[None]).block_mask(sliding_window, heads)
 
 
@@ -213,7 +213,7 @@ class LayerSelector:
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]
         self.rows = [self.rows[place] for place in left]
-        index = torch.tensor(left, device=self._budget.device, dtype=torch.long)
+        index = torch.tensor(left, dtype=torch.int64, device=self._budget.device)
         self._ranks = [ranks[index] for ranks in self._ranks] if left else []
         self._scores = [scores[index] for scores in self._scores] if left else []
         self._budget, self._reference = self._budget[index], self._reference[index]
@@ -228,10 +228,10 @@ class LayerSelector:
         lengths = [self.lengths[row] for row in self.rows]
         window = self.config.window
         budget = [max(0, budget_of(self.config, n) - window) for n in lengths]
-        starts = torch.tensor([self.tokens - n for n in lengths], device=device)
+        starts = torch.tensor([self.tokens - n for n in lengths], dtype=torch.int64, device=device)
         padded = any(n < self.tokens for n in lengths)
-        valid = torch.arange(self.tokens, device=device) >= starts[:, None] if padded else None
-        return valid, torch.tensor(budget, device=device)
+        valid = torch.arange(self.tokens, dtype=torch.int64, device=device) >= starts[:, None] if padded else None
+        return valid, torch.tensor(budget, dtype=torch.int64, device=device)
 
 
 class StepSelector:
@@ -268,7 +268,7 @@ class StepSelector:
                 continue
             prefix = len(at) - self._window
             ranks = token_ranks(scores[None, scores.shape[0] - prefix :])
-            budget = torch.tensor([count - self._window], device=at.device)
+            budget = torch.tensor([count - self._window], dtype=torch.int64, device=at.device)
             keep = at.new_zeros(self._tokens, dtype=torch.bool)
             keep[at] = select_tokens(ranks, budget, self._window)[0]
             made.append(Selection(row, layer, keep, count))

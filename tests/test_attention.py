@@ -193,6 +193,24 @@ def test_scores_come_with_the_output_when_asked():
     assert scores.shape == (2, 2, 16) and torch.equal(scores, want)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 9])
+def test_scores_where_kv_heads_have_keys_of_their_own(sliding_window):
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    at = torch.rand(2, 2, 60).argsort(-1)[..., :20].sort(-1).values
+    at[..., -5:] = torch.arange(60, 65)
+    valid = torch.rand(2, 2, 20) < 0.7
+    sinks, scoring = torch.randn(4), Scoring(4, 3)
+    module = FlexASLAttention(sliding_window=sliding_window)
+    _, scores = module(query, key, value, Visibility(at[:, 0, -5:], at, valid), sinks=sinks, scoring=scoring)
+    assert scores.shape == (2, 2, 16)
+    for head in range(2):
+        own = slice(2 * head, 2 * head + 2)
+        one = Visibility(at[:, 0, -5:], at[:, head], valid[:, head])
+        parts = query[:, own], key[:, head : head + 1], value[:, head : head + 1]
+        want = module(*parts, one, sinks=sinks[own], scoring=scoring)[1]
+        assert torch.equal(scores[:, head], want[:, 0])
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_gradients_flow(kernel):
     states = [torch.randn(1, heads, 5, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)]

@@ -337,9 +337,8 @@ def layer_oracle(query, key, positions, config, sliding_window):
     last = torch.tensor(query[None, :, positions[-config.window :]])
     keys, at = torch.tensor(key[None, :, positions]), torch.tensor([positions])
     settings = {"positions": at, "sliding_window": sliding_window}
-    scores = reference.window_scores(last, keys, config.kernel_size, config.pooling, **settings)
-    whole = reference.window_scores(last, keys, 1, config.pooling, whole=True, **settings)
-    share = whole / (len(query) // len(key) * config.window)
+    scores, mass = reference.window_scores_and_mass(last, keys, config.kernel_size, config.pooling, **settings)
+    share = mass / (len(query) // len(key) * config.window)
     return share[0].numpy(), scores[0].numpy()
 
 
@@ -442,7 +441,7 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
             torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, packed.flat(width)][None]
             for recorded in (query, key)
         ]
-        entries = prefill.observe(layer, *states, attention)
+        entries = prefill.observe(layer, states[0][:, :, packed.last(rule.window)], states[1], attention)
         for row, (decision, kept) in enumerate(want):
             below = decision.layer is not None and layer > decision.layer
             present = decision.kept if below else list(range(counts[row]))

@@ -1,4 +1,4 @@
-"""Peak memory of a prefill, in processes of their own, by `bench/memory.py`."""
+"""What a prefill holds and computes: its peak, in processes of their own, by `bench/memory.py`, and layer by layer."""
 
 import json
 import subprocess
@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import SMALL, decoder_layers, left_padded, prompts, tiny
+
+import flexasl
+from flexasl.call import LayerStep
+from flexasl.ops import scoring
 
 BENCH = Path(__file__).parents[1] / "bench" / "memory.py"
 
@@ -22,3 +27,33 @@ def test_peak_of_a_prefill_at_8k_is_below_the_unpatched_models(model, tmp_path):
     assert pruned["cache"] < 0.8 * full["cache"] and small["cache"] < 0.07 * full["cache"]
     assert full["prefill"] - pruned["prefill"] > 0.5 * (full["cache"] - pruned["cache"])
     assert full["prefill"] - small["prefill"] > 0.5 * (full["cache"] - small["cache"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "deepseek_v3"])
+def test_the_rest_of_a_layer_holds_keys_values_and_the_queries_that_are_scored(family, monkeypatch):
+    """Also where queries, keys and values are parts of one tensor."""
+    model, steps, attend = tiny(family), [], LayerStep.attend
+    monkeypatch.setattr(LayerStep, "attend", lambda self, *states: (steps.append(self), attend(self, *states))[1])
+    held, layer = [], decoder_layers(model)[0]
+
+    def look(*ignored):
+        (query, key, _), cached = steps[-1].scored, steps[-1].cached
+        parts = {part.data_ptr(): part for part in (query, key, *cached)}.values()
+        held.append((query.shape[2], [part.untyped_storage().nbytes() - part.nbytes for part in parts]))
+
+    handle = layer.mlp.register_forward_pre_hook(look)
+    try:
+        with flexasl.patch(model, SMALL):
+            model(**left_padded(prompts(90, 70)), use_cache=True)
+    finally:
+        handle.remove()
+    ((queries, more),) = held
+    assert queries == 2 * SMALL.window and not any(more)
+
+
+def test_kv_top_p_scores_a_layer_once(monkeypatch):
+    seen, mass = [], scoring._mass
+    monkeypatch.setattr(scoring, "_mass", lambda *states: (seen.append(len(states[0])), mass(*states))[1])
+    with flexasl.patch(tiny(), SMALL.replace(kv_top_p=0.5)) as patch:
+        tiny()(prompts(90)[0][None], use_cache=True)
+    assert seen == [1] * len(patch.report.rows[0].scored_layers)

@@ -1,5 +1,7 @@
 """Every op against its definition in `flexasl.ops.reference`."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -26,10 +28,10 @@ def tensor(array):
 # ---------------------------------------------------------------- window_scores
 
 
-def window_mass(query, key, scores=ops.window_scores, **settings):
+def window_mass(query, key, scores=ops.window_scores_and_mass, **settings):
     """Each key's share of a KV head's attention, the window's own keys included: [B, G, N]."""
     queries = query.shape[1] // key.shape[1] * query.shape[2]
-    return scores(query, key, 1, "avgpool", whole=True, **settings) / queries
+    return scores(query, key, 1, "avgpool", **settings)[1] / queries
 
 
 @st.composite
@@ -71,7 +73,7 @@ def test_window_mass_is_the_summed_softmax(case):
         valid=tensor(valid),
         positions=tensor(positions),
         sliding_window=sliding_window,
-        scores=reference.window_scores,
+        scores=reference.window_scores_and_mass,
     )
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-12)
@@ -97,8 +99,11 @@ def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexasl.ops.scoring.TILE", tile)
         scores = ops.window_scores(*arguments)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), reference.window_scores(*arguments), rtol=1e-5, atol=1e-12)
+        both = ops.window_scores_and_mass(*arguments)
+    want, mass = reference.window_scores_and_mass(*arguments)
+    assert scores.dtype == torch.float32 and torch.equal(both[0], scores)
+    torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(both[1].double(), mass, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
@@ -200,12 +205,25 @@ def test_rank_variance_by_hand():
     assert variance.item() == pytest.approx((2 / 3 + 2 + 2) / 9)
 
 
-def test_rank_variance_of_long_prompts_does_not_overflow():
-    tokens = 200_000
+@pytest.mark.parametrize("layers, tokens", [(2, 200_000), (2, 4_000_000), (4, 2_000_000), (16, 1_000_000)])
+def test_rank_variance_of_long_prompts_does_not_overflow(layers, tokens):
     up = torch.arange(1, tokens + 1, dtype=torch.int32)
-    variance, size = ops.rank_variance(torch.stack([up, up.flip(0)])[:, None], torch.tensor([tokens]))
+    ranks = torch.stack([up, up.flip(0)])[:, None].repeat(layers // 2, 1, 1)
+    variance, size = ops.rank_variance(ranks, torch.tensor([tokens]))
     assert size.item() == tokens
-    assert variance.item() == pytest.approx((tokens**2 - 1) / 12, rel=1e-12)
+    # Each token's ranks are half of them j, half of them tokens + 1 - j.
+    assert variance.item() == float(Fraction(tokens**2 - 1, 12))
+
+
+def test_rank_variance_of_the_longest_prompts_is_rounded_once_a_step():
+    """16 layers of 4 million tokens, by few tokens of the union that have the farthest ranks."""
+    layers, tokens, budget = 16, 4_194_304, 1000
+    ranks = torch.full((layers, 1, tokens), tokens, dtype=torch.int32)
+    ranks[: layers // 2, :, :budget] = torch.arange(1, budget + 1, dtype=torch.int32)
+    variance, size = ops.rank_variance(ranks, torch.tensor([budget]))
+    assert size.item() == budget
+    want = Fraction(sum((tokens - rank) ** 2 for rank in range(1, budget + 1)), 4 * budget)
+    assert variance.item() == pytest.approx(float(want), rel=3e-16)
 
 
 # ---------------------------------------------------------------- selection
@@ -341,13 +359,32 @@ def examples():
         yield ops.compact_kv, (*[torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(2)], torch.randint(9, (2, 2, 5)))
     yield ops.window_scores, (*states(), 3, "maxpool", 0.3, valid, at, 6)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
-    yield ops.window_scores, (*states(), 1, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4), True)
+    yield ops.window_scores_and_mass, (*states(), 5, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4))
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
+    yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)
     yield ops.token_ranks, (torch.randn(2, 0), torch.ones(2, 0, dtype=torch.bool))
     yield ops.rank_variance, (ranks, budget)
     yield ops.select_tokens, (ranks[0], budget, 4)
     yield ops.select_tokens, (ranks[0], budget, 4, valid)
+
+
+def differentiable():
+    """Gathers of states with gradients, of which some slots are named twice or never."""
+    for rows in (1, 3):
+        slots = torch.tensor([[1, 3, 3], [0, 8, 2], [5, 5, 5]])
+        for rest in ((), (4,), (2, 2)):
+            yield ops.gather_tokens, (torch.randn(rows, 9, *rest, dtype=torch.float64, requires_grad=True), slots)
+        states = [torch.randn(rows, 2, 9, dim, dtype=torch.float64, requires_grad=True) for dim in (4, 3)]
+        yield ops.compact_kv, (*states, torch.randint(9, (3, 2, 5)))
+    yield ops.compact_kv, (states[0].detach(), states[1], torch.randint(9, (3, 2, 0)))
+
+
+@pytest.mark.parametrize("number", range(len(list(differentiable()))))
+def test_gradients_of_gathers_are_exact(number):
+    op, arguments = list(differentiable())[number]
+    assert torch.autograd.gradcheck(op, arguments)
+    assert torch.autograd.gradgradcheck(op, arguments)
 
 
 @pytest.mark.parametrize("number", range(len(list(examples()))))
@@ -459,8 +496,8 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
     moved.clear()
     for layer in range(8):
-        length = prefill.packed.width
-        prefill.observe(layer, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), FlexASLAttention())
+        query, key = torch.randn(1, 4, rule.window, 8), torch.randn(1, 2, prefill.packed.width, 8)
+        prefill.observe(layer, query, key, FlexASLAttention())
         prefill.advance()
     evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case
     assert moved == [("tolist", 1)] * evaluated

@@ -24,12 +24,15 @@ def test_the_command_line_answers_before_torch_is_imported():
 
 
 def test_no_fast_path_imports_the_reference():
-    assert "flexasl.ops.reference" not in subprocess.run(
-        [sys.executable, "-c", "import flexasl, sys; flexasl.patch, flexasl.replay; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    assert (
+        "flexasl.ops.reference"
+        not in subprocess.run(
+            [sys.executable, "-c", "import flexasl, sys; flexasl.patch, flexasl.replay; print(*sys.modules)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+    )
 
 
 def test_every_public_name_is_there():

@@ -45,8 +45,11 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
     query, key, value = states(packed.total)
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
     out = packed.attend(attention, query, key, value, extra)
-    scores = packed.scores(attention, query, key, SCORING, range(len(lengths)), sinks=extra)
-    assert scores.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
+    last = query[:, :, packed.last(3)]
+    scores, none = packed.scores(attention, last, key, SCORING, range(len(lengths)), extra)
+    assert none is None and scores.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
+    same, mass = packed.scores(attention, last, key, SCORING, range(len(lengths)), extra, mass=True)
+    assert torch.equal(same, scores) and mass.shape == (len(lengths), GROUPS, max(lengths))
     for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
         own = slice(start, start + length)
         at = packed.columns[None, own]
@@ -55,8 +58,10 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
         want = attention(*parts, Visibility(at, at, stays), sinks=extra)
         torch.testing.assert_close(out[:, :, own], want)
         if length > 3:
-            want = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, valid=stays, positions=at, sinks=extra)
+            marks = {"valid": stays, "positions": at, "sinks": extra}
+            want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **marks, mass=True)
             torch.testing.assert_close(scores[row, :, scores.shape[2] - length + 3 :], want[0])
+            torch.testing.assert_close(mass[row, :, mass.shape[2] - length :], whole[0])
         assert not scores[row, :, : scores.shape[2] - max(0, length - 3)].any()
 
 
@@ -101,7 +106,9 @@ def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entrie
     turn = Continued(packed, columns, valid, past)
     joined = [turn.join(kept, new) for kept, new in zip(held, (key, value), strict=True)]
     out = turn.attend(attention, query, *joined, extra)
-    scores = turn.scores(attention, query, joined[0], SCORING, range(batch), sinks=extra)
+    last = query[:, :, packed.last(3)]
+    scores, mass = turn.scores(attention, last, joined[0], SCORING, range(batch), extra, mass=True)
+    assert torch.equal(turn.scores(attention, last, joined[0], SCORING, range(batch), extra)[0], scores)
     for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
         own = slice(start, start + length)
         new = packed.columns[None, own] + past
@@ -120,8 +127,9 @@ def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entrie
             torch.testing.assert_close(out[:, heads, own], want)
             if length > 3:
                 settings = {"valid": seen, "positions": at, "sinks": mine}
-                want = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **settings)[0, 0, entries:]
-                torch.testing.assert_close(scores[row, group, scores.shape[2] - length + 3 :], want)
+                want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **settings, mass=True)
+                torch.testing.assert_close(scores[row, group, scores.shape[2] - length + 3 :], want[0, 0, entries:])
+                torch.testing.assert_close(mass[row, group, mass.shape[2] - length :], whole[0, 0, entries:])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -133,6 +141,12 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     torch.library.opcheck(packed_attention, arguments)
     want = packed.masked(stays).attend(FlexASLAttention(sliding_window=3), query, key, value)
     torch.testing.assert_close(packed_attention(*arguments), want)
+
+
+def test_last_tokens_of_each_row():
+    packed = Packed.left_padded([4, 2, 3], 6, torch.device("cpu"))
+    assert packed.last(3).tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and packed.last(3) is packed.last(3)
+    assert packed.last(1).tolist() == [3, 5, 8]
 
 
 def test_rows_as_a_padded_batch_and_back():

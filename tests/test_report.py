@@ -1,13 +1,18 @@
 import builtins
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from models import SMALL, left_padded, prompts, tiny
 
+import flexasl
+from flexasl.prefill import Prefill
 from flexasl.report import Report, RowReport
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -191,3 +196,16 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 def test_importing_the_report_does_not_import_matplotlib():
     code = "import sys, flexasl.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_positions_of_a_prompt_that_was_not_pruned_are_made_when_they_are_read(monkeypatch):
+    monkeypatch.setattr(Prefill, "kept_positions", None)
+    with flexasl.patch(tiny(), SMALL) as patch:
+        tiny()(**left_padded(prompts(20, 12)))
+    report = patch.report
+    assert [vars(row)["kept_positions"] for row in report.rows] == [range(20), range(12)]
+    copies = pickle.loads(pickle.dumps(report)), copy.deepcopy(report), Report.from_dict(report.to_dict())
+    assert all(one.rows[1] == report.rows[1] for one in copies)
+    assert [row.kept_positions for row in report.rows] == [tuple(range(20)), tuple(range(12))]
+    assert json.loads(json.dumps(report.to_dict()))["rows"][1]["kept_positions"] == list(range(12))
+    assert "kept_positions=(0, 1, 2, 3, 4" in repr(report.rows[1])

@@ -88,7 +88,8 @@ def record(
         patch.observer = note
         for prompt in prompts:
             layers.clear()
-            model(input_ids=torch.tensor([prompt.ids], device=model.device), use_cache=False, logits_to_keep=1)
+            ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
             scores = torch.stack([layers[layer] for layer in sorted(layers)]).cpu()
             recordings.append(Recording(prompt=prompt, scores=scores))
             on_run(len(recordings))

@@ -82,7 +82,7 @@ class Table:
         """By place among the voters; NaN where there are too few before it."""
         if observe not in self._variances:
             ranks = _windows(self._ranks, observe)
-            budget = torch.full((ranks.shape[1],), self._budget)
+            budget = torch.full((ranks.shape[1],), self._budget, dtype=torch.int64, device=ranks.device)
             found = rank_variance(ranks, budget)[0].tolist()
             self._variances[observe] = [float("nan")] * (observe - 1) + found
         return self._variances[observe]
@@ -93,7 +93,7 @@ class Table:
         if (observe, select_on) not in self._selections:
             scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
             ranks = token_ranks(scores) if observe > 1 else self._ranks
-            budget = torch.full((len(ranks),), self._budget)
+            budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
             keeps = select_tokens(ranks, budget, self._window)
             none = [Outcome(None, False, float("nan"))] * (observe - 1)
             found = [self._judge(layer, keep) for layer, keep in zip(self.voters[observe - 1 :], keeps, strict=True)]

@@ -39,7 +39,7 @@ def answer_together(
     model: Any, tokenizer: Any, ids: list[int], settings: Sequence[Setting], *, max_new_tokens: int
 ) -> list[Said]:
     """The greedy answers to a prompt, one for each setting, as `flexasl.run.answer` gives them one by one."""
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
     memo = Memo(len(ids))
     with memo.over(costly_modules(decoder_layers(model))):
         read = [_prefill(model, prompt, setting, memo, max_new_tokens) for setting in settings]
@@ -78,8 +78,8 @@ def _decode(model: Any, prompt: Tensor, first: list[int], caches: list[Any], max
     prompt [1, N]. Empties the list of caches, which are large."""
     from flexasl.integrations.transformers.cache import PrunedCache
 
-    ends = torch.tensor(sorted(_end_tokens(model)), device=prompt.device)
-    new = [torch.tensor([token], device=prompt.device) for token in first]
+    ends = torch.tensor(sorted(_end_tokens(model)), dtype=torch.int64, device=prompt.device)
+    new = [torch.tensor([token], dtype=torch.int64, device=prompt.device) for token in first]
     going = [row for row, tokens in enumerate(new) if not torch.isin(tokens, ends).any()]
     if not going or max_new_tokens == 1:
         return new
@@ -100,7 +100,7 @@ def _decode(model: Any, prompt: Tensor, first: list[int], caches: list[Any], max
                 new[row] = tokens[: int(ended[0]) + 1] if len(ended) else tokens
             left = [place for place, row in enumerate(going) if not torch.isin(new[row], ends).any()]
             if left and len(left) < len(going):
-                cache.batch_select_indices(torch.tensor(left, device=prompt.device))
+                cache.batch_select_indices(torch.tensor(left, dtype=torch.int64, device=prompt.device))
             going = [going[place] for place in left]
     return new
 

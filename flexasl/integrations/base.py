@@ -156,7 +156,7 @@ class BasePatch:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, columns so far]
         bool is False at padding, None where there is none."""
         past = caches[0].seen if caches else 0
-        columns = torch.arange(past, past + count, device=device).expand(batch, -1)
+        columns = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
         if not self.is_prompt(past, count):
             return Call(caches, None, columns, valid, compiled=self.compiled)
         prefill = Prefill(

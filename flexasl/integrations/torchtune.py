@@ -203,7 +203,7 @@ def _validity(mask: Any, batch: int, past: int, count: int) -> Tensor | None:
             f"here {[batch, count, columns]}"
         )
     valid = mask[:, -1, :columns]
-    at = torch.arange(columns, device=mask.device)[None]
+    at = torch.arange(columns, dtype=torch.int64, device=mask.device)[None]
     visible = Visibility(at[:, past:], at, valid)
     tiles = [slice(first, first + TILE) for first in range(0, count, TILE)]
     causal = all(torch.equal(mask[:, some, :columns], visible.tile(some, slice(None))[:, 0]) for some in tiles)

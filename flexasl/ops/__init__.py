@@ -2,7 +2,7 @@
 `torch.ops.flexasl.*`, opaque to a compiler."""
 
 from flexasl.ops.ranking import rank_variance, token_ranks
-from flexasl.ops.scoring import window_scores
+from flexasl.ops.scoring import window_scores, window_scores_and_mass
 from flexasl.ops.selection import compact_kv, gather_tokens, kept_slots, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
@@ -16,4 +16,5 @@ __all__ = [
     "top_k_entries",
     "top_p_entries",
     "window_scores",
+    "window_scores_and_mass",
 ]

@@ -48,16 +48,23 @@ def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
 
     ranks [O, B, P] int32; budget [B] int: the union is taken of the tokens ranked within it in any layer, and padding
     must rank beyond it. → variance [B] float64, size of the union [B] int64. Sums are whole numbers, so the result
-    depends neither on their order nor on the rest of the batch; they fit in int64 for 16 layers of
-    half a million tokens. Equation of section 3.2 of arXiv 2601.07667.
+    depends neither on their order nor on the rest of the batch, and is rounded twice, at the end: as long as layers
+    times tokens is below 2^31. Equation of section 3.2 of arXiv 2601.07667.
     """
     layers = ranks.shape[0]
     union = (ranks <= budget[None, :, None]).any(0)
-    ranks = ranks.long()
-    spread = layers * ranks.square().sum(0) - ranks.sum(0).square()
-    total = spread.masked_fill(~union, 0).sum(-1)
+    squares = torch.zeros_like(union, dtype=torch.int64)
+    for layer in ranks.unbind():
+        wide = layer.long()
+        squares.addcmul_(wide, wide)
+    spread = layers * squares - ranks.sum(0).square()
+    spread = spread.masked_fill(~union, 0)
+    # One token's spread fits in int64, but not the sum of millions: high and low halves are added up apart.
+    low = (spread & 0xFFFFFFFF).sum(-1)
+    high = (spread >> 32).sum(-1) + (low >> 32)
+    total = high.double() * 2.0**32 + (low & 0xFFFFFFFF).double()
     size = union.sum(-1)
-    return total.double() / (size.clamp(min=1) * layers * layers), size
+    return total / (size.clamp(min=1) * layers * layers), size
 
 
 @rank_variance.register_fake

@@ -61,9 +61,25 @@ def window_scores(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    whole: bool = False,
 ) -> Tensor:
-    """`flexasl.ops.window_scores`, in float64. Section 3 of arXiv 2601.07667."""
+    """`flexasl.ops.window_scores`, in float64."""
+    settings = (kernel_size, pooling, scale, valid, positions, sliding_window, softcap, sinks)
+    return window_scores_and_mass(query, key, *settings)[0]
+
+
+def window_scores_and_mass(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int,
+    pooling: str,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flexasl.ops.window_scores_and_mass`, in float64. Section 3 of arXiv 2601.07667."""
     batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
     valid = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if valid is None else valid
     at = torch.arange(tokens, device=key.device).expand(batch, -1) if positions is None else positions
@@ -72,11 +88,11 @@ def window_scores(
     if sliding_window is not None:
         seen = seen & (at[:, tokens - window :, None] - at[:, None] < sliding_window)
     mass = attention_weights(query, key, seen[:, None], scale, softcap, sinks).sum(2)
-    mass = mass if whole else mass[..., : tokens - window]
-    if mass.shape[-1] > 0:
+    scores = mass[..., : tokens - window]
+    if scores.shape[-1] > 0:
         pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-        mass = pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
-    return mass.unflatten(1, (key.shape[1], -1)).sum(2)
+        scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    return tuple(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in (scores, mass))  # type: ignore[return-value]
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: B batch, G KV heads, N slots, P = N - W prefix slots, W window, K kept s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
 
     Rows are copied whole, near the speed of memory.
     """
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    rows = _count(slots.shape[0], slots)[:, None]
     return states[rows if states.shape[0] > 1 else 0, slots]
 
 
@@ -41,18 +43,65 @@ def _(states: Tensor, slots: Tensor) -> Tensor:
     return states.new_empty(*slots.shape, *states.shape[2:])
 
 
+def _remember_states(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    states, slots = inputs
+    ctx.save_for_backward(slots)
+    ctx.shape = states.shape
+
+
+def _scatter_tokens(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (slots,) = ctx.saved_tensors
+    rows, tokens = ctx.shape[:2]
+    places = slots if rows == 1 else slots + _count(rows, slots)[:, None] * tokens
+    return _added(grad.flatten(0, 1), places, rows * tokens).view(ctx.shape), None
+
+
+gather_tokens.register_autograd(_scatter_tokens, setup_context=_remember_states)
+
+
 @torch.library.custom_op("flexasl::compact_kv", mutates_args=())
 def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """The named entries of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
     [B or 1, G, N, E], slots [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
-    rows = torch.arange(keys.shape[0], device=slots.device)[:, None, None]
-    heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
+    rows, heads = _count(keys.shape[0], slots)[:, None, None], _count(slots.shape[1], slots)[:, None]
     return keys[rows, heads, slots], values[rows, heads, slots]
 
 
 @compact_kv.register_fake
 def _(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return keys.new_empty(*slots.shape, keys.shape[-1]), values.new_empty(*slots.shape, values.shape[-1])
+
+
+def _remember_entries(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    keys, values, slots = inputs
+    ctx.save_for_backward(slots)
+    ctx.shapes = keys.shape, values.shape
+
+
+def _scatter_entries(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    (slots,) = ctx.saved_tensors
+    rows, heads, entries = ctx.shapes[0][:3]
+    firsts = _count(heads, slots)[:, None] * entries
+    if rows > 1:
+        firsts = firsts + _count(rows, slots)[:, None, None] * (heads * entries)
+    places = slots + firsts
+    keys, values = (
+        _added(grad.flatten(0, 2), places, rows * heads * entries).view(shape)
+        for grad, shape in zip(grads, ctx.shapes, strict=True)
+    )
+    return keys, values, None
+
+
+compact_kv.register_autograd(_scatter_entries, setup_context=_remember_entries)
+
+
+def _added(grads: Tensor, places: Tensor, count: int) -> Tensor:
+    """What gradients [K, ...] add up to at their places, of which there are so many: [count, ...]."""
+    return grads.new_zeros(count, *grads.shape[1:]).index_add(0, places.flatten(), grads)
+
+
+def _count(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device=like.device)
 
 
 def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:

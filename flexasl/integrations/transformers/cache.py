@@ -71,7 +71,7 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.columns is not None:
-            rows = torch.arange(self.columns.shape[0], device=self.columns.device)
+            rows = torch.arange(self.columns.shape[0], dtype=torch.int64, device=self.columns.device)
             self.select_rows(rows.repeat_interleave(repeats))
 
 
@@ -211,7 +211,8 @@ class PrunedCache(DynamicCache):
         mask = self.attention_mask
         super().batch_repeat_interleave(repeats)
         if mask is not None:
-            self._select_rows(torch.arange(mask.shape[0]).repeat_interleave(repeats))
+            rows = torch.arange(mask.shape[0], dtype=torch.int64, device=mask.device)
+            self._select_rows(rows.repeat_interleave(repeats))
 
     def _select_rows(self, rows: Tensor) -> None:
         known = self.token_ids
@@ -224,7 +225,7 @@ def _ours(layer: Any) -> LayerCache:
     if isinstance(layer, LayerCache):
         return layer
     made, (batch, _, count, _), seen = LayerCache(), layer.keys.shape, layer.get_seq_length()
-    columns = torch.arange(seen - count, seen, device=layer.keys.device).repeat(batch, 1)
+    columns = torch.arange(seen - count, seen, dtype=torch.int64, device=layer.keys.device).repeat(batch, 1)
     stored, uncroppable = (layer.keys, layer.values), seen if count < seen else 0
     made.restore(stored, columns, None, dtype=layer.keys.dtype, seen=seen, uncroppable=uncroppable)
     return made

@@ -24,7 +24,7 @@ def check_by_running(model: Any) -> Callable[[Any], None]:
     with every token kept, the patched model says what the unpatched one does, in a padded batch and for the next token;
     and dropping tokens gives what masking them out gives.
     """
-    ids = torch.arange(2 * TOKENS, device=input_device(model)).view(2, TOKENS) % (
+    ids = torch.arange(2 * TOKENS, dtype=torch.int64, device=input_device(model)).view(2, TOKENS) % (
         model.config.get_text_config().vocab_size - 1
     )
     mask = torch.ones_like(ids)
