@@ -6,7 +6,7 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
@@ -15,18 +15,37 @@ from flexasl.errors import FlexASLError
 from flexasl.ops import compact_kv, kept_slots
 from flexasl.quantizing import dequantize, name_of, primitives, quantize
 
+SPARE = 64
+"""Tokens that can be cropped once new ones have made a sliding window drop entries; half the window where that is
+less."""
+
+
+class _Coming(NamedTuple):
+    """Entries that there is room for, behind those that are held."""
+
+    count: int = 0
+    seen: int = 0
+    gapless: bool = True
+    """Whether they are those of the next columns, none of them padding."""
+
 
 class LayerCache:
     """What one layer remembers. All tensors are None until the first `append`.
 
     With `slack`, storage is made for so many entries more than needed whenever it must grow, so that decode copies
     nothing but the new entry; without, it holds the entries and no more. kv_dtype `"int8"` or `"fp8"`: keys and values
-    are stored in eight bits, with scales; None: as they come.
+    are stored in eight bits, with scales; None: as they come. Copies and pickles have the values alone, without an
+    autograd graph.
     """
 
     def __init__(self, slack: int = 0, kv_dtype: str | None = None) -> None:
         self.slack = slack
+        self.record_past = False
+        """Whether a sliding window drops nothing that a crop of all columns since the last crop would need."""
         self.begin(kv_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_states": tuple(states.detach() for states in self._states)}
 
     def begin(self, kv_dtype: str | None) -> None:
         """Forgets everything, and stores what comes by this `kv_dtype`; raises `UnsupportedError` where it cannot."""
@@ -42,6 +61,11 @@ class LayerCache:
         self._columns: Tensor | None = None
         self._valid: Tensor | None = None
         self._dtype: torch.dtype | None = None
+        self._coming = _Coming()
+        self._gapless = 0  # of the last entries, how many are known to be those of the last columns; see `is_gapless`
+        self._recorded = 0
+        self.unfinished = False
+        """Whether the last pass has stored entries, here or in deeper layers, and did not come to its end."""
         self.seen = 0
         """Columns of the sequence so far, dropped ones included."""
         self.uncroppable = 0
@@ -51,27 +75,27 @@ class LayerCache:
     def stored(self) -> tuple[Tensor, ...]:
         """Keys and values as they are in memory, [B, G, N, D]; with a `kv_dtype` their scales after them, [B, G, N, 1].
         Empty before the first `append`."""
-        return tuple(_front(states, 2, self._length) for states in self._states)
+        return tuple(_part(states, 2, 0, self._length) for states in self._states)
 
     @property
     def keys(self) -> Tensor | None:
         """[B, G, N, D] in the model's dtype; made anew each time where there is a `kv_dtype`."""
-        return self._read(0)
+        return self._read(0, 0, self._length) if self._states else None
 
     @property
     def values(self) -> Tensor | None:
         """[B, G, N, D], likewise."""
-        return self._read(1)
+        return self._read(1, 0, self._length) if self._states else None
 
     @property
     def columns(self) -> Tensor | None:
         """[B, N], or [B, G, N] where heads differ, int64: the column of the sequence that each entry came from."""
-        return None if self._columns is None else _front(self._columns, -1, self._length)
+        return None if self._columns is None else _part(self._columns, -1, 0, self._length)
 
     @property
     def valid(self) -> Tensor | None:
         """Bool like `columns`, False at padding; None where there is none."""
-        return None if self._valid is None else _front(self._valid, -1, self._length)
+        return None if self._valid is None else _part(self._valid, -1, 0, self._length)
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
@@ -80,23 +104,44 @@ class LayerCache:
         if self._states:
             self._make_room(columns, valid, seen)
             self._write(states)
+            self._count()
             return
         self.seen += seen
         self._dtype = keys.dtype
-        self._hold(tuple(map(owned, states)), columns, valid)
+        gapless = columns.shape[-1] if valid is None and columns.shape[-1] == seen else 0
+        self._hold(tuple(map(owned, states)), columns, valid, gapless)
 
-    def extend(self, columns: Tensor, valid: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
-        tensors returned [B, G, N + M, D], and then calls `settle` with these."""
-        self._make_room(columns, valid, seen)
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None
-        return keys, values
+        tensors returned [B, G, N + M, D], and then calls `settle` with these; until then the cache is as it was.
+
+        With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see. Where
+        storage must grow, older ones are dropped, but for those that a crop by `SPARE` tokens needs.
+        """
+        self._make_room(columns, valid, seen, sliding_window)
+        first = 0 if sliding_window is None else max(0, self._length - sliding_window + 1)
+        end = self._length + self._coming.count
+        return self._read(0, first, end), self._read(1, first, end)
 
     def settle(self, keys: Tensor, values: Tensor, count: int) -> None:
         """Stores the last `count` entries of what `extend` gave, which are in place already without a `kv_dtype`."""
         if self.kv_dtype is not None:
             self._write(self._encoded(keys[:, :, -count:], values[:, :, -count:]))
+        self._count()
+
+    def marks(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """`columns` and `valid` of the last `count` entries, those that `extend` made room for among them."""
+        assert self._columns is not None
+        end = self._length + self._coming.count
+        valid = None if self._valid is None else _part(self._valid, -1, end - count, end)
+        return _part(self._columns, -1, end - count, end), valid
+
+    def is_gapless(self, count: int) -> bool:
+        """Whether the last `count` entries, counted as by `marks`, are known to be those of the last `count` columns in
+        all rows and heads, none of them padding."""
+        return count <= (self._gapless + self._coming.count if self._coming.gapless else 0)
 
     def restore(
         self,
@@ -112,7 +157,9 @@ class LayerCache:
         mapped from a file: new entries find no room and go into larger storage, so nothing is written into tensors that
         are given here."""
         self.begin(name_of(stored[0].dtype))
-        self._hold(tuple(stored), columns, valid)
+        count = columns.shape[-1]
+        whole = valid is None and bool((columns[..., :1] == seen - count).all())
+        self._hold(tuple(stored), columns, valid, count if whole else 0)
         self._dtype, self.seen, self.uncroppable = dtype, seen, uncroppable
 
     @classmethod
@@ -129,49 +176,65 @@ class LayerCache:
         if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
             columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
         made, length = cls(slack), keys.shape[2] - slack
-        made._hold((keys, values), columns, None if bool(valid[..., :length].all()) else valid)
+        gapless = min(cache._gapless for cache in caches)
+        made._hold((keys, values), columns, None if bool(valid[..., :length].all()) else valid, gapless)
         made._length, made._dtype = length, keys.dtype
         made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
         return made
 
     def keep(self, slots: Tensor, valid: Tensor | None) -> None:
         """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
-        rest."""
+        rest. Slots and valid may also be [B, K], for all heads, where columns are."""
         assert self.columns is not None
-        stored = self.stored
-        pairs = (compact_kv(*pair, slots) for pair in zip(stored[::2], stored[1::2]))
-        columns = self.columns if self.columns.dim() == 3 else self.columns[:, None].expand(-1, slots.shape[1], -1)
-        self._hold(tuple(states for pair in pairs for states in pair), columns.gather(2, slots), valid)
+        stored, heads = self.stored, self._states[0].shape[1]
+        every = slots if slots.dim() == 3 else slots[:, None].expand(-1, heads, -1)
+        pairs = (compact_kv(*pair, every) for pair in zip(stored[::2], stored[1::2]))
+        columns = self.columns if slots.dim() == self.columns.dim() else _by_head(self.columns, heads)
+        self._hold(tuple(states for pair in pairs for states in pair), columns.gather(-1, slots), valid)
 
     def retain(self, wanted: Tensor) -> None:
         """Keeps the valid entries that are wanted, bool like `columns`; moves two numbers to the host."""
         if self.valid is not None:
             wanted = wanted & self.valid
-        if wanted.dim() == 2:
-            wanted = wanted[:, None].expand(-1, self._states[0].shape[1], -1)
         counts = wanted.sum(-1)
         most, least = torch.stack([counts.max(), counts.min()]).tolist()
         slots, valid = kept_slots(wanted, most)
         self.keep(slots, None if most == least else valid)
 
+    def forget(self, sliding_window: int, spare: int = 0) -> None:
+        """Drops the entries that no later token can see through the sliding window, even after a crop by `spare`
+        tokens, or of what is recorded."""
+        count = self._needed(sliding_window, spare)
+        if self._columns is None or self.seen <= count:
+            return
+        self._bar(count, sliding_window)
+        if self._gapless >= min(count, self._length):
+            self._cut(max(0, self._length - count), self._length, min(count, self._gapless))
+        else:
+            assert self.columns is not None
+            self.retain(self.columns >= self.seen - count)
+
+    def activate_past_recording(self) -> None:
+        """From now on all columns since the last crop, or since now, can be cropped."""
+        self.record_past, self._recorded = True, self.seen
+
     def crop(self, count: int) -> None:
-        """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned."""
+        """Forgets the last `count` columns of the sequence; what was pruned before them stays pruned. Raises
+        `FlexASLError` where entries that the sequence would need again have been dropped."""
+        seen = max(0, self.seen - count)
+        if self._columns is not None and 0 < seen < self.uncroppable and count > 0:
+            raise FlexASLError(
+                f"crop by {count} tokens would need entries that the sliding window has dropped; crop at most "
+                f"{self.seen - self.uncroppable}, or call activate_past_recording() on the cache before they are read"
+            )
+        self.seen = self._recorded = seen
+        self.uncroppable = min(self.uncroppable, seen)
         if self.columns is None or count == 0:
             return
-        if max(0, self.seen - count) < self.uncroppable:
-            raise FlexASLError(
-                f"crop by {count} tokens would need entries that the sliding window has dropped; "
-                f"crop at most {self.seen - self.uncroppable}"
-            )
-        self.seen = max(0, self.seen - count)
-        left = self.columns < self.seen
-        if self.valid is not None:
-            left = left & self.valid
-        used = left.flatten(0, -2).any(0).nonzero()
-        length = 0 if len(used) == 0 else int(used[-1]) + 1
-        states = tuple(states[:, :, :length].clone() for states in self.stored)
-        columns, left = self.columns[..., :length].clone(), left[..., :length]
-        self._hold(states, columns, None if bool(left.all()) else left.clone())
+        if self._gapless >= count:
+            self._cut(0, self._length - count, self._gapless - count)
+        else:
+            self.retain(self.columns < seen)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keeps the batch rows named, in that order; a row may be named more than once."""
@@ -179,7 +242,7 @@ class LayerCache:
             return
         rows = rows.to(self.columns.device)
         valid = None if self.valid is None else self.valid[rows]
-        self._hold(tuple(states[rows] for states in self.stored), self.columns[rows], valid)
+        self._hold(tuple(states[rows] for states in self.stored), self.columns[rows], valid, self._gapless)
 
     def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
         """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs."""
@@ -209,14 +272,13 @@ class LayerCache:
         """Bytes that as many entries would take in the model's dtype."""
         return sum(states.numel() * self._dtype.itemsize for states in self.stored[:2] if self._dtype is not None)
 
-    def _read(self, part: int) -> Tensor | None:
-        if not self._states:
-            return None
-        stored = self.stored
+    def _read(self, part: int, first: int, end: int) -> Tensor:
+        """Keys (0) or values (1) from one entry to another."""
+        stored = [_part(states, 2, first, end) for states in self._states[part::2]]
         if self.kv_dtype is None:
-            return stored[part]
+            return stored[0]
         assert self._dtype is not None
-        return dequantize(stored[part], stored[part + 2], self._dtype)
+        return dequantize(stored[0], stored[1], self._dtype)
 
     def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """As `stored` would have them."""
@@ -228,11 +290,11 @@ class LayerCache:
         (keys, key_scales), (values, value_scales) = (quantize(states, self.kv_dtype) for states in (keys, values))
         return keys, values, key_scales, value_scales
 
-    def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int) -> None:
+    def _make_room(
+        self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None
+    ) -> None:
         """All of `extend` but the keys and values."""
         assert self._columns is not None
-        count = columns.shape[-1]
-        self.seen += seen
         heads = self._states[0].shape[1]
         if columns.dim() == 3 and self._columns.dim() == 2:
             self._columns, self._valid = _by_head(self._columns, heads), _by_head(self._valid, heads)
@@ -240,25 +302,69 @@ class LayerCache:
             columns, valid = _by_head(columns, heads), _by_head(valid, heads)
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
-        length = self._length + count
-        if length > self._states[0].shape[2]:
-            most = length + self.slack
-            self._states = tuple(_grown(states, 2, self._length, most) for states in self._states)
-            self._columns = _grown(self._columns, -1, self._length, most)
-            self._valid = None if self._valid is None else _grown(self._valid, -1, self._length, most)
-        self._columns[..., self._length : length] = columns
+        count = columns.shape[-1]
+        # With slack, room is left at the end always: a graph takes full storage for another kind of tensor.
+        # What was made under inference mode cannot be written into outside of it.
+        full = self._length + count + bool(self.slack) > self._states[0].shape[2]
+        if full or (self._states[0].is_inference() and not torch.is_inference_mode_enabled()):
+            self._grow(count, sliding_window)
+        room = slice(self._length, self._length + count)
+        self._columns[..., room] = columns
         if self._valid is not None:
-            self._valid[..., self._length : length] = True if valid is None else valid
-        self._length = length
+            self._valid[..., room] = True if valid is None else valid
+        self._coming = _Coming(count, seen, valid is None and count == seen)
+
+    def _grow(self, count: int, sliding_window: int | None) -> None:
+        """Moves into storage for `count` more entries and the slack, without what a sliding window can do without."""
+        kept, slack = self._length, self.slack
+        if sliding_window is not None:
+            spare = min(SPARE, sliding_window // 2)
+            needed = self._needed(sliding_window, spare)
+            if needed < kept:
+                kept = needed
+                self._bar(needed, sliding_window)
+            slack = min(slack, spare)
+        moved = slice(self._length - kept, self._length)
+        most = kept + count + slack
+        self._states = tuple(_grown(states[:, :, moved], 2, most) for states in self._states)
+        assert self._columns is not None
+        self._columns = _grown(self._columns[..., moved], -1, most)
+        self._valid = None if self._valid is None else _grown(self._valid[..., moved], -1, most)
+        self._length, self._gapless = kept, min(self._gapless, kept)
+
+    def _needed(self, sliding_window: int, spare: int) -> int:
+        """Columns before the next one that a sliding window must not drop. Each column has at most one entry, and no
+        entry behind it is without a column, so that older entries than so many are of older columns."""
+        recorded = self.seen - self._recorded if self.record_past else 0
+        return sliding_window - 1 + max(spare, recorded)
+
+    def _bar(self, needed: int, sliding_window: int) -> None:
+        """Notes that entries before the last `needed` columns are gone."""
+        self.uncroppable = max(self.uncroppable, self.seen - needed + sliding_window - 1)
+
+    def _count(self) -> None:
+        """The entries that there was room for are held now."""
+        count, seen, _ = self._coming
+        self._gapless = self._gapless + count if self._coming.gapless else 0
+        self._length, self.seen, self._coming = self._length + count, self.seen + seen, _Coming()
+
+    def _cut(self, first: int, end: int, gapless: int) -> None:
+        """Keeps the entries from one to another, and frees the rest."""
+        assert self._columns is not None
+        if (first, end) == (0, self._length):
+            return
+        states = tuple(states[:, :, first:end].clone() for states in self._states)
+        valid = None if self._valid is None else self._valid[..., first:end].clone()
+        self._hold(states, self._columns[..., first:end].clone(), valid, gapless)
 
     def _write(self, states: tuple[Tensor, ...]) -> None:
         """Puts these [B, G, M, D or 1] where room was made."""
         for held, new in zip(self._states, states, strict=True):
-            held[:, :, self._length - new.shape[2] : self._length] = new
+            held[:, :, self._length : self._length + self._coming.count] = new
 
-    def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None) -> None:
+    def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None, gapless: int = 0) -> None:
         self._states, self._columns, self._valid = states, columns, valid
-        self._length = states[0].shape[2]
+        self._length, self._gapless, self._coming = states[0].shape[2], gapless, _Coming()
 
 
 def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:
@@ -286,8 +392,8 @@ def _stacked(parts: Sequence[Tensor], slack: int) -> Tensor:
     return made
 
 
-def _front(held: Tensor, dim: int, length: int) -> Tensor:
-    return held if held.shape[dim] == length else held.narrow(dim, 0, length)
+def _part(held: Tensor, dim: int, first: int, end: int) -> Tensor:
+    return held if end - first == held.shape[dim] else held.narrow(dim, first, end - first)
 
 
 @overload
@@ -299,12 +405,12 @@ def _by_head(marks: Tensor | None, heads: int) -> Tensor | None:
     return None if marks is None else marks[:, None].repeat(1, heads, 1)
 
 
-def _grown(held: Tensor, dim: int, length: int, capacity: int) -> Tensor:
-    """The first `length` entries in storage for `capacity`."""
+def _grown(held: Tensor, dim: int, capacity: int) -> Tensor:
+    """The same entries at the beginning of storage for `capacity`."""
     shape = list(held.shape)
     shape[dim] = capacity
     larger = held.new_empty(shape)
-    larger.narrow(dim, 0, length).copy_(held.narrow(dim, 0, length))
+    larger.narrow(dim, 0, held.shape[dim]).copy_(held)
     return larger
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
-from flexasl.cache import LayerCache, owned
+from flexasl.cache import SPARE, LayerCache, owned
 from flexasl.errors import UnsupportedError
 from flexasl.masks import Visibility
 from flexasl.ops import compact_kv, gather_tokens
@@ -168,11 +168,12 @@ class Call:
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
         if self.prefill is not None:
-            continued = Continued(self.prefill.packed, cache.columns, self._valid_entries(cache), self._past)  # type: ignore[arg-type]
+            valid = self._valid_entries(cache.columns, cache.valid)
+            continued = Continued(self.prefill.packed, cache.columns, valid, self._past)  # type: ignore[arg-type]
             return LayerStep(attention, packed=continued, window=scored, keys=cache.keys, values=cache.values)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
-        keys, values = cache.extend(self.columns, new, self._tokens)
-        visible = self._visible(cache, window is not None and window < cache.seen)
+        keys, values = cache.extend(self.columns, new, self._tokens, window)
+        visible = self._visible(cache, keys.shape[2], window)
         if self._compiled and visible is not None:
             attention.prepare(visible, self.columns)
         return LayerStep(attention, visible=visible, keys=keys, values=values)
@@ -193,9 +194,8 @@ class Call:
         elif self.caches is not None:
             assert step.keys is not None and step.values is not None
             self.caches[layer].settle(step.keys, step.values, self._tokens)
-        if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
-            self._windows[layer] = step.attention.sliding_window
-            _forget_old(self.caches[layer], step.attention.sliding_window)
+        if self.caches is not None:
+            self._forget_old(layer, step.attention.sliding_window)
         if tokens is None:
             return hidden
         self._tables.clear()
@@ -265,6 +265,8 @@ class Call:
 
     def close(self) -> None:
         """After the model has run, outside any graph: drops what was masked out from the caches."""
+        if self.caches:
+            self.caches[0].unfinished = False
         if self.prefill is None:
             return
         kept = self.prefill.close()
@@ -293,19 +295,37 @@ class Call:
             prefill_seconds=seconds,
         )
 
-    def _visible(self, cache: LayerCache, slides: bool) -> Visibility | None:
-        assert cache.columns is not None
-        valid = self._valid_entries(cache)
+    def _visible(self, cache: LayerCache, count: int, sliding_window: int | None) -> Visibility | None:
+        """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
+        token sees them all."""
+        if self._tokens == 1 and self._valid is None and cache.is_gapless(count):
+            return None
+        columns, valid = cache.marks(count)
+        valid = self._valid_entries(columns, valid)
+        slides = sliding_window is not None and cache.seen + self._tokens > sliding_window
         if self._tokens == 1 and valid is None and not slides:
             return None
-        return Visibility(self.columns, cache.columns, valid)
+        return Visibility(self.columns, columns, valid)
 
-    def _valid_entries(self, cache: LayerCache) -> Tensor | None:
-        assert cache.columns is not None
+    def _valid_entries(self, columns: Tensor | None, valid: Tensor | None) -> Tensor | None:
+        assert columns is not None
         if self._valid is None:
-            return cache.valid
-        current = _look_up(self._valid, cache.columns)
-        return current if cache.valid is None else cache.valid & current
+            return valid
+        current = _look_up(self._valid, columns)
+        return current if valid is None else valid & current
+
+    def _forget_old(self, layer: int, sliding_window: int | None) -> None:
+        """Drops the entries that no later token can see through the sliding window; after a single token this waits
+        until storage must grow."""
+        assert self.caches is not None
+        cache = self.caches[layer]
+        if layer == 0:
+            cache.unfinished = True
+        if sliding_window is None or self._tokens == 1:
+            return
+        if not cache.record_past:
+            self._windows[layer] = sliding_window
+        cache.forget(sliding_window, 0 if self.prefill is not None else min(SPARE, sliding_window // 2))
 
 
 def _alone(states: Tensor) -> Tensor:
@@ -322,14 +342,6 @@ def _look_up(valid: Tensor, columns: Tensor) -> Tensor:
     if columns.dim() == 3:
         valid = valid[:, None].expand(-1, columns.shape[1], -1)
     return valid.gather(-1, columns)
-
-
-def _forget_old(cache: LayerCache, sliding_window: int) -> None:
-    """Drops the entries that no later token can see through the sliding window."""
-    if cache.seen < sliding_window or cache.columns is None:
-        return
-    cache.uncroppable = cache.seen
-    cache.retain(cache.columns > cache.seen - sliding_window)
 
 
 def _row_report(prefill: Prefill, row: int) -> RowReport:

@@ -138,7 +138,7 @@ class BasePatch:
         if not caches:
             return 0
         seen, columns = caches[0].seen, caches[0].columns
-        if any(cache.seen != seen for cache in caches):
+        if caches[0].unfinished or any(cache.seen != seen for cache in caches):
             raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
         if columns is not None and columns.shape[0] != batch:
             raise UnsupportedError(
@@ -155,6 +155,8 @@ class BasePatch:
     ) -> Call:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, columns so far]
         bool is False at padding, None where there is none."""
+        if batch * count == 0:
+            raise UnsupportedError(f"the model was given {batch} rows of {count} tokens; give at least one token")
         past = caches[0].seen if caches else 0
         columns = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
         if not self.is_prompt(past, count):

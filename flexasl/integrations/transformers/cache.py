@@ -256,5 +256,8 @@ def adopt(cache: Any, layers: int, slack: int) -> None:
             "give a cache that this model returned while patched, or none"
         )
     # The user holds this very object, so it becomes what a patched model needs rather than being replaced.
+    records = any(getattr(layer, "record_past", False) for layer in cache.layers)
     cache.__class__ = PrunedCache
     cache.begin([PrunedCacheLayer(slack) for _ in range(layers)])
+    if records:
+        cache.activate_past_recording()

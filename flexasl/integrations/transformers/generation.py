@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.transformers.cache import PrunedCache
 
 MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -60,14 +61,24 @@ def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
                 f"give {name}=None (a patched model can be the assistant of another one)"
             )
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    _refuse_other_beginning(ids, kwargs.get("past_key_values", kwargs.get("cache")))
+    if isinstance(ids, Tensor) and kwargs.get("inputs_embeds") is None:
+        cache = kwargs.get("past_key_values")
+        _refuse_other_beginning(ids, kwargs.get("cache") if cache is None else cache)
     return generate(*args, **kwargs)
 
 
-def _refuse_other_beginning(ids: Any, cache: Any) -> None:
-    """Raises `UnsupportedError` where ids [B, N] do not begin with the tokens that a cache has read."""
-    known = getattr(cache, "token_ids", None)
-    if known is None or not isinstance(ids, Tensor) or len(ids) != len(known) or ids.shape[1] < known.shape[1]:
+def _refuse_other_beginning(ids: Tensor, cache: Any) -> None:
+    """Raises `UnsupportedError` unless ids [B, N] begin with the tokens that a cache has read and go beyond them."""
+    if ids.numel() == 0:
+        raise UnsupportedError(f"input_ids are {list(ids.shape)}; give at least one token")
+    seen = cache.get_seq_length() if isinstance(cache, PrunedCache) else 0
+    if ids.shape[-1] <= seen:
+        raise UnsupportedError(
+            f"input_ids have {ids.shape[-1]} tokens, which do not go beyond the {seen} that past_key_values has read; "
+            "give cache.token_ids with the new ids behind them; for another question, load the cache again or copy it"
+        )
+    known = cache.token_ids if seen > 0 else None
+    if known is None or len(ids) != len(known):
         return
     other = (ids[:, : known.shape[1]].to(known.device) != known) & cache.attention_mask.bool()
     if bool(other.any()):
