@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexasl.errors import ConfigError, UnsupportedError
-from flexasl.masks import BLOCK, Visibility
+from flexasl.masks import BLOCK, SettledMask, Visibility
 from flexasl.ops import window_scores, window_scores_and_mass
 
 KERNELS = ("auto", "flex", "sdpa", "eager")
@@ -159,7 +159,8 @@ class FlexASLAttention(nn.Module):
                 f"kernel={self.kernel!r} has no sinks{where}; give kernel='auto' or 'eager', or sinks=None"
             )
         masked = visible is not None or self._slides(key.shape[2])
-        return self._kernel(query.is_cuda, masked, sinks is not None, query.shape[2])
+        chosen = self._kernel(query.is_cuda, masked, sinks is not None, query.shape[2])
+        return "eager" if chosen == "flex" and isinstance(visible, SettledMask) else chosen
 
     def _kernel(self, cuda: bool, masked: bool, sinks: bool, queries: int) -> Literal["flex", "sdpa", "eager"]:
         if self.kernel != "auto":
@@ -176,6 +177,11 @@ class FlexASLAttention(nn.Module):
             visible.block_mask(self.sliding_window)
         else:
             visible.dense(self.sliding_window)
+
+    @functools.cached_property
+    def unwindowed(self) -> FlexASLAttention:
+        """The same without its sliding window, for keys or a mask that have been cut to it."""
+        return FlexASLAttention(scale=self.scale, softcap=self.softcap, kernel=self.kernel)
 
     def extra_repr(self) -> str:
         settings = {"scale": self.scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
@@ -198,7 +204,7 @@ class FlexASLAttention(nn.Module):
         queries, keys = query.shape[2], key.shape[2]
         if visible is None:
             return _dense_attention(query, key, value, None, queries > 1, self._scale(query))
-        most = max(1, MASK // (query.shape[0] * keys))
+        most = _at_once(queries, MASK, query.shape[0] * keys)
         prompt = queries == keys and (self._slides(keys) or queries > PROMPT)
         if torch.compiler.is_compiling() or (queries <= most and not prompt):
             mask = visible.dense(self.sliding_window)
@@ -258,7 +264,7 @@ class FlexASLAttention(nn.Module):
         visible = Visibility.last(queries, keys, query.device) if visible is None else visible
         scale = self._scale(query) / (self.softcap or 1.0)
         out = []
-        for some, seen in self._tiles(queries, keys, max(1, min(QUERIES, TILE // (batch * heads * keys)))):
+        for some, seen in self._tiles(queries, keys, min(QUERIES, _at_once(queries, TILE, batch * heads * keys))):
             scaled = (query[:, :, some].to(wide) * scale).reshape(batch, groups, -1, dim)
             logits = _products(scaled, key[:, :, seen]) if narrow else scaled @ key[:, :, seen].transpose(-1, -2)
             logits = logits.view(batch, heads, -1, logits.shape[-1])
@@ -338,6 +344,12 @@ def _mixtures(weights: Tensor, value: Tensor) -> Tensor:
     few = _few(value)
     parts = zip(weights.split(few, -1), value.split(few, 2), strict=True)
     return sum((some @ part.to(weights.dtype) for some, part in parts), start=weights.new_zeros(()))
+
+
+def _at_once(queries: int, limit: int, pairs: int) -> int:
+    """Queries to take at once, each with so many pairs, under a limit of pairs; a graph takes all, as comparing sizes
+    would bind it to them."""
+    return queries if queries == 1 or torch.compiler.is_compiling() else max(1, limit // pairs)
 
 
 def _few(states: Tensor) -> int:

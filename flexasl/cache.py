@@ -112,16 +112,23 @@ class LayerCache:
         self._hold(tuple(map(owned, states)), columns, valid, gapless)
 
     def extend(
-        self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None
+        self,
+        columns: Tensor,
+        valid: Tensor | None,
+        seen: int,
+        sliding_window: int | None = None,
+        *,
+        whole: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
         tensors returned [B, G, N + M, D], and then calls `settle` with these; until then the cache is as it was.
 
-        With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see. Where
-        storage must grow, older ones are dropped, but for those that a crop by `SPARE` tokens needs.
+        With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see, or all that
+        are held where `whole`. Where storage must grow, older ones are dropped, but for those that a crop by `SPARE`
+        tokens needs.
         """
         self._make_room(columns, valid, seen, sliding_window)
-        first = 0 if sliding_window is None else max(0, self._length - sliding_window + 1)
+        first = 0 if sliding_window is None or whole else max(0, self._length - sliding_window + 1)
         end = self._length + self._coming.count
         return self._read(0, first, end), self._read(1, first, end)
 
@@ -290,9 +297,7 @@ class LayerCache:
         (keys, key_scales), (values, value_scales) = (quantize(states, self.kv_dtype) for states in (keys, values))
         return keys, values, key_scales, value_scales
 
-    def _make_room(
-        self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None
-    ) -> None:
+    def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None) -> None:
         """All of `extend` but the keys and values."""
         assert self._columns is not None
         heads = self._states[0].shape[1]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import SPARE, LayerCache, owned
+from flexasl.compiling import bare
 from flexasl.errors import UnsupportedError
-from flexasl.masks import Visibility
+from flexasl.masks import SettledMask, Visibility
 from flexasl.ops import compact_kv, gather_tokens
 from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
@@ -39,9 +40,13 @@ class LayerStep:
         visible: Visibility | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
+        settled: bool = False,
+        reach: int | None = None,
     ) -> None:
-        """window: of how many last queries of each prompt tokens may be scored."""
+        """window: of how many last queries of each prompt tokens may be scored. settled: the sliding window has been
+        seen to, by the reach and by visible."""
         self.attention = attention
+        self._attends = attention.unwindowed if settled else attention
         self.packed = packed
         """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
         self.window = window
@@ -52,6 +57,8 @@ class LayerStep:
         """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
         first one."""
         self.values = values
+        self.reach = reach
+        """Where set, how many of the last keys a new token sees."""
         self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         """A prompt's last queries, its keys, and sinks."""
         self.cached: tuple[Tensor, Tensor] | None = None
@@ -68,12 +75,15 @@ class LayerStep:
         count = key.shape[2]
         self.keys[:, :, -count:] = key
         self.values[:, :, -count:] = value
-        return self.keys, self.values
+        if self.reach is None:
+            return self.keys, self.values
+        first = self.keys.shape[2] - self.reach
+        return self.keys[:, :, first:], self.values[:, :, first:]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
         if self.packed is None:
-            return self.attention(query, key, value, self.visible, sinks=sinks)
+            return self._attends(query, key, value, self.visible, sinks=sinks)
         assert self.last is not None
         key = _alone(key)
         self.scored = (query.index_select(2, self.last), key, sinks)
@@ -151,12 +161,17 @@ class Call:
 
     def table(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...] as the current layer's tokens need it; made once per table."""
-        if self.prefill is None:
+        if self.prefill is None and not self._compiled:
             return states
         for known, made in self._tables:
             if known is states:
                 return made
-        made = self._pack(states)
+        if self.prefill is not None:
+            made = self._pack(states)
+        else:
+            made = states.expand(self.columns.shape[0], *states.shape[1:])
+        if self._compiled:
+            made = bare(made.contiguous())
         self._tables.append((states, made))
         return made
 
@@ -172,8 +187,12 @@ class Call:
             continued = Continued(self.prefill.packed, cache.columns, valid, self._past)  # type: ignore[arg-type]
             return LayerStep(attention, packed=continued, window=scored, keys=cache.keys, values=cache.values)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
-        keys, values = cache.extend(self.columns, new, self._tokens, window)
-        visible = self._visible(cache, keys.shape[2], window)
+        settles = self._compiled and self._tokens == 1 and attention.kernel != "flex"
+        keys, values = cache.extend(self.columns, new, self._tokens, window, whole=settles)
+        count = min(window, keys.shape[2]) if settles and window is not None else keys.shape[2]
+        visible = self._visible(cache, count, window)
+        if settles:
+            return self._settled(attention, visible, keys, values, count)
         if self._compiled and visible is not None:
             attention.prepare(visible, self.columns)
         return LayerStep(attention, visible=visible, keys=keys, values=values)
@@ -294,6 +313,18 @@ class Call:
             kv_bytes_full=full,
             prefill_seconds=seconds,
         )
+
+    def _settled(
+        self, attention: FlexASLAttention, visible: Visibility | None, keys: Tensor, values: Tensor, count: int
+    ) -> LayerStep:
+        """A step that is the same to a graph whatever lengths, sliding window and mask. count: of how many last keys
+        visible is."""
+        window = attention.sliding_window
+        if visible is not None:
+            mask = visible.dense(window)
+            visible = SettledMask(bare(mask.expand(-1, keys.shape[1], -1, -1).contiguous()))
+        reach = None if window is None else count
+        return LayerStep(attention, visible=visible, keys=bare(keys), values=bare(values), settled=True, reach=reach)
 
     def _visible(self, cache: LayerCache, count: int, sliding_window: int | None) -> Visibility | None:
         """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import _config as shapes
 from torch.nn import functional as F
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -27,10 +28,34 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
     compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend or inductor)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), shapes.patch(use_duck_shape=False):
             return compiled(*args, **kwargs)
 
     return run
+
+
+def bare(states: Tensor) -> Tensor:
+    """The tensor by itself, at the start of its storage: a compiler takes views of others, and offsets, for other kinds
+    of input."""
+    return states.data if states.storage_offset() == 0 else states.clone()
+
+
+def kind_of(module: nn.Module) -> Hashable:
+    """What a compiled graph takes for granted of a module: classes, settings and the make of weights. Numbers are left
+    out, as a layer's index is one."""
+    plain = (bool, str, float, type(None))
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple((key, value) for key, value in sorted(vars(part).items()) if isinstance(value, plain)),
+            tuple(
+                (key, type(weight), weight.shape, weight.dtype, weight.requires_grad)
+                for key, weight in part.named_parameters(recurse=False)
+            ),
+        )
+        for name, part in module.named_modules()
+    )
 
 
 def run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -129,6 +129,19 @@ class Visibility:
         return sees
 
 
+class SettledMask(Visibility):
+    """One bool mask [B, 1 or G, M, N], sliding window included, which a graph takes as the tensor that it is."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def dense(self, sliding_window: int | None = None) -> Tensor:
+        return self.mask
+
+    def tile(self, queries: slice, keys: slice, sliding_window: int | None = None) -> Tensor:
+        return self.mask[:, :, queries, keys]
+
+
 def _by_head(states: Tensor) -> Tensor:
     return states[:, None] if states.dim() == 2 else states
 

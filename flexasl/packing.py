@@ -49,17 +49,19 @@ class Packed:
         columns: Tensor,
         stays: Tensor | None = None,
         gaps: bool = False,
-        counts: Tensor | None = None,
+        layout: Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> None:
-        """gaps: whether tokens are missing within rows; counts: lengths [B] int64 on the host, if there already; rows:
-        which rows of the batch these are, if not all."""
+        """gaps: whether tokens are missing within rows; layout: the attribute, if there already; rows: which rows of
+        the batch these are, if not all."""
         self.lengths = list(lengths)
         self.columns = columns
         self.stays = stays
         self.gaps = gaps
-        self.counts = torch.tensor(self.lengths, dtype=torch.int64, device="cpu") if counts is None else counts
-        """`lengths` as a tensor on the host, which a compiler takes for any lengths."""
+        if layout is None:
+            layout = torch.tensor([int(gaps), *self.lengths], dtype=torch.int64, device="cpu")
+        self.layout = layout
+        """[1 + B] int64 on the host: gaps, then lengths; a graph that is given these as a tensor is good for all."""
         self.rows = rows
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
@@ -76,7 +78,7 @@ class Packed:
 
     def masked(self, stays: Tensor) -> Packed:
         """The same tokens, of which some are masked out."""
-        return Packed(self.lengths, self.columns, stays, self.gaps, self.counts)
+        return Packed(self.lengths, self.columns, stays, self.gaps, self.layout)
 
     def runs(self) -> list[Run]:
         """The rows, as few batches."""
@@ -106,7 +108,7 @@ class Packed:
             rows = torch.arange(len(self.lengths), dtype=torch.int64, device=device)
         else:
             rows = torch.tensor(self.rows, dtype=torch.int64, device=device)
-        counts = self.counts.to(device)
+        counts = self.layout[1:].to(device)
         return rows.repeat_interleave(counts, output_size=self.total)
 
     def flat(self, tokens: int) -> Tensor:
@@ -123,18 +125,16 @@ class Packed:
         tokens = ends[:, None] + at
         if min(self.lengths) == self.width:
             return tokens, None
-        real = at >= -self.counts.to(device)[:, None]
+        real = at >= -self.layout[1:].to(device)[:, None]
         return tokens.where(real, ends[:, None] - 1), real
 
     def attend(
         self, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
     ) -> Tensor:
         """Attention of each row to itself: query [1, H, T, D], key, value [1, G, T, D] → [1, H, T, D]."""
-        if torch.compiler.is_compiling() and not self._is_one_plain_row(attention):
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and self._is_one_plain_row(attention)):
             settings = (attention.scale, attention.sliding_window, attention.softcap, attention.kernel)
-            return packed_attention(
-                query, key, value, self.counts, self.columns, self.gaps, self.stays, sinks, *settings
-            )
+            return packed_attention(query, key, value, self.layout, self.columns, self.stays, sinks, *settings)
         if len(self.lengths) == 1:
             visible = None if self._is_one_plain_row(attention) else self.visible(self.runs()[0])
             return attention(query, key, value, visible, sinks=sinks)
@@ -229,8 +229,8 @@ class Packed:
     def _group(self, first: int, stop: int) -> tuple[slice, Packed]:
         lengths = self.lengths[first:stop]
         tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
-        stays = None if self.stays is None else self.stays[tokens]
-        return tokens, Packed(lengths, self.columns[tokens], stays, self.gaps)
+        stays = None if self.stays is None else self.stays[tokens].clone()
+        return tokens, Packed(lengths, self.columns[tokens].clone(), stays, self.gaps)
 
     def _is_one_plain_row(self, attention: FlexASLAttention) -> bool:
         return len(self.lengths) == 1 and not self._masks(attention, Run(0, 1, 0, self.total))
@@ -323,9 +323,8 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Tensor,
+    layout: Tensor,
     columns: Tensor,
-    gaps: bool,
     stays: Tensor | None,
     sinks: Tensor | None,
     scale: float | None,
@@ -333,10 +332,11 @@ def packed_attention(
     softcap: float | None,
     kernel: str,
 ) -> Tensor:
-    """`Packed.attend` as one node of a graph, for any number of rows of any lengths [B] int64, which are on the
-    host."""
+    """`Packed.attend` as one node of a graph, for any number of rows of any lengths, which `Packed.layout` tells. It
+    has no gradients."""
     attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
-    out = Packed(lengths.tolist(), columns, stays, gaps).attend(attention, query, key, value, sinks)
+    gaps, *lengths = layout.tolist()
+    out = Packed(lengths, columns, stays, bool(gaps), layout).attend(attention, query, key, value, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

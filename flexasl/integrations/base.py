@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.call import Call, LayerStep
+from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.packing import Packed
@@ -241,7 +242,7 @@ class BasePatch:
 
 
 def _rows(table: Any, tokens: slice) -> Any:
-    return tuple(states[:, tokens] for states in table) if isinstance(table, tuple) else table[:, tokens]
+    return tuple(_rows(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])
 
 
 class SecondPass:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from flexasl.attention import FlexASLAttention
 from flexasl.call import Call, LayerStep
-from flexasl.compiling import compile_region, run_layer
+from flexasl.compiling import bare, compile_region, kind_of, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
@@ -20,7 +21,7 @@ from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
 from flexasl.integrations.transformers.placement import sum_over_ranks
-from flexasl.packing import Continued
+from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
 
@@ -57,12 +58,9 @@ class Patch(BasePatch):
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
         check = None if stack.tested else check_by_running(model)
         self._attention_before = model.config._attn_implementation
-        self._regions = [*stack.layers, model.get_output_embeddings()] if compile else []
+        self._regions: list[Any] = []
         if compile:
-            region = compile_region(run_layer)
-            head = compile_region(run_layer)
-            for module in self._regions:
-                module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
+            self._compile(stack.layers, model.get_output_embeddings())
         model.set_attn_implementation(NAME)
         attributes = dict(vars(model))
         self._guarded = guard_generation(model)
@@ -71,6 +69,17 @@ class Patch(BasePatch):
         self.hook(stack.decoder)
         if check is not None:
             check(self)
+
+    def _compile(self, layers: list[Any], head: Any) -> None:
+        """Makes the forward of layers, of each kind by itself, and of the head compiled regions."""
+        kinds: dict[Any, Regions] = {}
+        for layer, attention in zip(layers, self.attention, strict=True):
+            kind = kind_of(layer), attention.extra_repr()
+            if kind not in kinds:
+                kinds[kind] = Regions(compile_region(run_layer), compile_region(run_layer))
+            layer.forward = functools.partial(_run, kinds[kind], layer)
+        head.forward = functools.partial(_run_head, compile_region(run_layer), head)
+        self._regions = [*layers, head]
 
     def restore(self) -> None:
         for module in self._regions:
@@ -115,8 +124,7 @@ class Patch(BasePatch):
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         args, kwargs = super()._enter_layer(index, layer, (hidden, *args[1:]), kwargs)
         call: Call = kwargs[CALL]
-        held = None if call.caches is None else call.step
-        return args, kwargs | {OUTER: call, CALL: call.step, self._stack.cache_argument: held}
+        return args, kwargs | {OUTER: call, CALL: call.step, self._stack.cache_argument: call.step}
 
     def _step(self, kwargs: dict[str, Any]) -> LayerStep:
         step: LayerStep = kwargs[CALL]
@@ -186,13 +194,31 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's forward as the compiled region, but for later turns that are pruned, which are rare and run
-    uncompiled; the call itself stays outside, as it differs from pass to pass."""
+class Regions(NamedTuple):
+    """One kind of layer as compiled regions, each with a recompile limit of its own."""
+
+    prompts: Any
+    """[1, T, C], T > 1."""
+    new_tokens: Any
+    """[B, 1, C]."""
+
+
+@torch.no_grad()
+def _run(regions: Regions, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward as a compiled region; what is too rare to be worth a graph, prompts of one token and several
+    tokens over a cache, runs uncompiled. The call itself stays outside, as it differs from pass to pass."""
     kwargs.pop(OUTER, None)
-    step = kwargs.get(CALL)
-    later_turn = isinstance(step, LayerStep) and isinstance(step.packed, Continued)
-    return run_layer(module, args, kwargs) if later_turn else region(module, args, kwargs)
+    step: LayerStep = kwargs[CALL]
+    prompt, one = isinstance(step.packed, Packed), hidden.shape[1] == 1
+    if prompt == one or isinstance(step.packed, Continued):
+        return run_layer(layer, (hidden, *args), kwargs)
+    return (regions.prompts if prompt else regions.new_tokens)(layer, (bare(hidden), *args), kwargs)
+
+
+@torch.no_grad()
+def _run_head(region: Any, head: nn.Module, hidden: Tensor) -> Any:
+    """The head as a compiled region for a single row, whose product is bound by reading its weight."""
+    return (region if hidden.shape[:-1].numel() == 1 else run_layer)(head, (bare(hidden),), {})
 
 
 def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
