@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -12,26 +13,66 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental import _config as shapes
 from torch.nn import functional as F
 
+from flexasl.errors import FlexASLError, UnsupportedError
+
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_region(function: Callable[..., Any], backend: Backend | None = None) -> Callable[..., Any]:
     """`function`, whose first argument is a module, as one graph for all lengths and for all modules alike.
 
-    Raises where it cannot be one graph, or where it is compiled too often: it never runs uncompiled in silence. What it
-    returns has no gradients.
+    Raises `FlexASLError` where it cannot be one graph, or is compiled too often: it never runs uncompiled in silence.
+    What it returns has no gradients.
     """
+    from torch._dynamo import config
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
     # A code object of its own, because compilers count recompiles, and stop at 8, by code object.
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
     compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend or inductor)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), shapes.patch(use_duck_shape=False):
-            return compiled(*args, **kwargs)
+    first = True
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        # Sizes that happen to be equal in the first inputs are not to be equal in all. The patch costs time.
+        unequal: Any = shapes.patch(use_duck_shape=False) if first else contextlib.nullcontext()  # type: ignore[attr-defined]
+        kind = type(module).__name__
+        try:
+            with torch.no_grad(), unequal:
+                out = compiled(module, *args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            raise FlexASLError(
+                f"compile=True has made {config.recompile_limit} graphs of {kind}, as many as "
+                "torch._dynamo.config.recompile_limit allows, and these inputs need another; raise the limit, or patch "
+                "with compile=False"
+            ) from error
+        except (BackendCompilerFailed, Unsupported) as error:
+            why = str(error).strip().splitlines()[0]
+            raise UnsupportedError(
+                f"compile=True cannot make {kind} one graph: {why}; patch with compile=False"
+            ) from error
+        first = False
+        return out
 
     return run
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises `UnsupportedError` where graphs for this device need a C++ compiler and there is none."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"compile=True needs a C++ compiler on {device.type}, and there is none that works: {error}; install one, "
+            "such as g++, or give compile=False"
+        ) from error
 
 
 def bare(states: Tensor) -> Tensor:
@@ -41,6 +82,7 @@ def bare(states: Tensor) -> Tensor:
 
 
 def kind_of(module: nn.Module) -> Hashable:
+<<<<<<< HEAD
     """What a compiled graph takes for granted of a module: classes, settings and the make of weights. Numbers are left
     out, as a layer's index is one."""
     plain = (bool, str, float, type(None))
@@ -56,6 +98,19 @@ def kind_of(module: nn.Module) -> Hashable:
         )
         for name, part in module.named_modules()
     )
+=======
+    """What a graph takes for granted of a module: the classes, settings and make of weights of all its parts, but no
+    whole numbers, as a layer's index is one."""
+    kinds = []
+    for name, part in module.named_modules():
+        settings = [(key, value) for key, value in vars(part).items() if isinstance(value, bool | str | float | None)]
+        weights = [
+            (key, type(weight), weight.shape, weight.dtype, weight.requires_grad)
+            for key, weight in part.named_parameters(recurse=False)
+        ]
+        kinds.append((name, type(part), tuple(sorted(settings)), tuple(weights)))
+    return tuple(kinds)
+>>>>>>> w-compile
 
 
 def run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,12 +126,17 @@ def inductor(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """
     from torch._inductor.compile_fx import compile_fx
 
+    compiled: Any = compile_fx(with_fused_rows(graph), inputs)
+    return compiled
+
+
+def with_fused_rows(graph: GraphModule) -> GraphModule:
+    """The graph with its products of one row by a weight as reductions."""
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is F.linear and _is_one_row(node):
             node.target = _row_times_weight
     graph.recompile()
-    compiled: Any = compile_fx(graph, inputs)
-    return compiled
+    return graph
 
 
 def _row_times_weight(row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,26 +20,35 @@ def graphs():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """A model of its own, patched and warm: two prompts and a few new tokens."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny().config)).eval().requires_grad_(False)
-    model.load_state_dict(tiny().state_dict())
+def plain():
+    """A model with biases, unpatched."""
+    model = copy.deepcopy(tiny("qwen2"))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def compiled(plain):
+    """The same, patched and warm: two prompts and a few new tokens."""
+    model = copy.deepcopy(plain)
     torch._dynamo.reset()
     with flexasl.patch(model, SMALL, compile=True) as patch:
         before = graphs()
         for count in WARM:
             model.generate(prompts(count)[0][None], max_new_tokens=3, **GREEDY)
-        assert 0 < graphs() - before <= 6
+        assert graphs() - before == 3
         yield model, patch
 
 
-def pair(compiled, inputs, new_tokens):
+def pair(compiled, plain, inputs, new_tokens):
     """Generated output and report of the compiled model, and of the same model patched without compiling."""
     model, patch = compiled
     mine = model.generate(**inputs, max_new_tokens=new_tokens, output_logits=True, **GREEDY)
-    with flexasl.patch(tiny(), patch.config) as plain:
-        want = tiny().generate(**inputs, max_new_tokens=new_tokens, output_logits=True, **GREEDY)
-    return mine, want, patch.report, plain.report
+    with flexasl.patch(plain, patch.config) as other:
+        want = plain.generate(**inputs, max_new_tokens=new_tokens, output_logits=True, **GREEDY)
+    return mine, want, patch.report, other.report
 
 
 def check_same(mine, want, report, plain):
@@ -54,21 +63,21 @@ def check_same(mine, want, report, plain):
         torch.testing.assert_close(held.values, other.values, **CLOSE)
 
 
-def test_further_lengths_and_layers_compile_nothing(compiled):
+def test_further_lengths_and_layers_compile_nothing(compiled, plain):
     before, layers = graphs(), set()
     for seed, count in enumerate(LATER):
-        mine, want, report, plain = pair(compiled, {"input_ids": prompts(count, seed=seed)[0][None]}, 4)
-        check_same(mine, want, report, plain)
+        mine, want, report, other = pair(compiled, plain, {"input_ids": prompts(count, seed=seed)[0][None]}, 4)
+        check_same(mine, want, report, other)
         layers.add(report.rows[0].selected_layer)
     assert len(layers) > 1
     assert graphs() == before
 
 
-def test_decode_compiles_nothing_and_copies_no_cache(compiled):
+def test_decode_compiles_nothing_and_copies_no_cache(compiled, plain):
     before = graphs()
     ids = prompts(90)[0][None]
-    mine, want, report, plain = pair(compiled, {"input_ids": ids}, 65)
-    check_same(mine, want, report, plain)
+    mine, want, report, other = pair(compiled, plain, {"input_ids": ids}, 65)
+    check_same(mine, want, report, other)
     assert graphs() == before
     layer = mine.past_key_values.layers[0]
     assert layer.keys.untyped_storage().nbytes() > layer.keys.nbytes
@@ -78,17 +87,41 @@ def test_decode_compiles_nothing_and_copies_no_cache(compiled):
     assert layer.keys.data_ptr() == storage
 
 
-def test_a_later_turn_and_a_padded_batch(compiled):
+def test_all_padded_batches_are_one_more_graph(compiled, plain):
+    before = graphs()
+    for lengths in ((90, 71), (61, 33, 80), (50, 60, 70, 80), (40, 48, 20, 49, 60)):
+        mine, want, report, other = pair(compiled, plain, left_padded(prompts(*lengths)), 4)
+        check_same(mine, want, report, other)
+    assert graphs() == before + 1
+
+
+def test_a_later_turn_compiles_nothing(compiled, plain):
     model, patch = compiled
-    mine, want, report, plain = pair(compiled, left_padded(prompts(90, 71)), 4)
-    check_same(mine, want, report, plain)
-    ids = prompts(80)[0][None]
-    with flexasl.patch(tiny(), patch.config):
-        out = tiny()(ids)
-        follow = tiny()(prompts(5, seed=4)[0][None], past_key_values=out.past_key_values).logits
-    out = model(ids)
-    again = model(prompts(5, seed=4)[0][None], past_key_values=out.past_key_values).logits
+    before, ids, turn = graphs(), prompts(80)[0][None], prompts(5, seed=4)[0][None]
+    with flexasl.patch(plain, patch.config):
+        follow = plain(turn, past_key_values=plain(ids).past_key_values).logits
+    again = model(turn, past_key_values=model(ids).past_key_values).logits
     torch.testing.assert_close(again, follow, **CLOSE)
+    assert graphs() == before
+
+
+@torch.no_grad()
+def test_layers_of_two_kinds_under_a_sliding_window():
+    model, outputs = copy.deepcopy(tiny("gemma2")), []
+    for settings in ({}, {"compile": True}):
+        before = graphs()
+        with flexasl.patch(model, SMALL, **settings):
+            outputs.append(
+                [
+                    model.generate(prompts(count)[0][None], max_new_tokens=6, output_logits=True, **GREEDY)
+                    for count in (40, 45, 60)
+                ]
+            )
+    # A prompt and a new token for each kind of layer, and the head.
+    assert graphs() - before == 5
+    for want, mine in zip(*outputs, strict=True):
+        assert torch.equal(mine.sequences, want.sequences)
+        torch.testing.assert_close(torch.stack(mine.logits), torch.stack(want.logits), **CLOSE)
 
 
 def test_remove_makes_the_model_what_it_was():

@@ -137,7 +137,7 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     packed = Packed.left_padded([6, 4, 4], 6, torch.device("cpu"))
     stays = torch.arange(14) % 3 != 1 if masked else None
     query, key, value = (tensor.float() for tensor in states(14))
-    arguments = (query, key, value, packed.counts, packed.columns, False, stays, None, None, 3, None, "auto")
+    arguments = (query, key, value, packed.layout, packed.columns, stays, None, None, 3, None, "auto")
     torch.library.opcheck(packed_attention, arguments)
     want = packed.masked(stays).attend(FlexASLAttention(sliding_window=3), query, key, value)
     torch.testing.assert_close(packed_attention(*arguments), want)

@@ -249,6 +249,8 @@ def adopt(cache: Any, layers: int, slack: int) -> None:
             f"{type(cache).__name__}; a patched model takes a DynamicCache, or none to make its own"
         )
     if cache.layers and all(isinstance(layer, PrunedCacheLayer) for layer in cache.layers):
+        for layer in cache.layers:
+            layer.slack = slack
         return
     if cache.get_seq_length() > 0:
         raise UnsupportedError(

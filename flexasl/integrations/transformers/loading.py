@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -67,12 +66,9 @@ def _made_by(model: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of one token at every layer: no config says for all families what they look like."""
     patch = model.flexasl_patch
     report = patch.report
-    # A prompt of one token is not worth a graph.
-    eager = torch.compiler.set_stance("force_eager") if patch.compiled else contextlib.nullcontext()
     try:
-        with eager:
-            ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-            made = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        made = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
     finally:
         patch.report = report
     return [(layer.keys, layer.values) for layer in made.layers]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from flexasl.attention import FlexASLAttention
 from flexasl.call import Call, LayerStep
-from flexasl.compiling import bare, compile_region, kind_of, run_layer
+from flexasl.compiling import bare, compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
@@ -20,7 +21,7 @@ from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
-from flexasl.integrations.transformers.placement import sum_over_ranks
+from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
 from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
@@ -44,6 +45,8 @@ class Patch(BasePatch):
 
     def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
         stack = find_stack(model, kernel, compile)
+        if compile:
+            require_compiler(input_device(model))
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
@@ -72,12 +75,10 @@ class Patch(BasePatch):
 
     def _compile(self, layers: list[Any], head: Any) -> None:
         """Makes the forward of layers, of each kind by itself, and of the head compiled regions."""
-        kinds: dict[Any, Regions] = {}
+        kinds: defaultdict[Any, Any] = defaultdict(lambda: defaultdict(lambda: compile_region(run_layer)))
         for layer, attention in zip(layers, self.attention, strict=True):
-            kind = kind_of(layer), attention.extra_repr()
-            if kind not in kinds:
-                kinds[kind] = Regions(compile_region(run_layer), compile_region(run_layer))
-            layer.forward = functools.partial(_run, kinds[kind], layer)
+            regions = kinds[kind_of(layer), attention.extra_repr()]
+            layer.forward = functools.partial(_run, regions, layer)
         head.forward = functools.partial(_run_head, compile_region(run_layer), head)
         self._regions = [*layers, head]
 
@@ -194,25 +195,18 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-class Regions(NamedTuple):
-    """One kind of layer as compiled regions, each with a recompile limit of its own."""
-
-    prompts: Any
-    """[1, T, C], T > 1."""
-    new_tokens: Any
-    """[B, 1, C]."""
-
-
 @torch.no_grad()
-def _run(regions: Regions, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward as a compiled region; what is too rare to be worth a graph, prompts of one token and several
-    tokens over a cache, runs uncompiled. The call itself stays outside, as it differs from pass to pass."""
+def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward as the compiled region for such inputs, each of which is one graph. What is too rare to be
+    worth one, a prompt of one token and several tokens over a cache, runs uncompiled. The call itself stays outside, as
+    it differs from pass to pass."""
     kwargs.pop(OUTER, None)
     step: LayerStep = kwargs[CALL]
     prompt, one = isinstance(step.packed, Packed), hidden.shape[1] == 1
     if prompt == one or isinstance(step.packed, Continued):
         return run_layer(layer, (hidden, *args), kwargs)
-    return (regions.prompts if prompt else regions.new_tokens)(layer, (bare(hidden), *args), kwargs)
+    region = regions[prompt, hidden.shape[0] == 1, step.visible is None]
+    return region(layer, (bare(hidden), *args), kwargs)
 
 
 @torch.no_grad()
