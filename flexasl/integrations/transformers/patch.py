@@ -24,8 +24,8 @@ from flexasl.packing import Continued
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
 
-CALL, OUTER = "flexasl_call", "flexasl_outer_call"
-"""Keywords: what goes down to attention, the `Call` first and inside a layer its `LayerStep`; and there the `Call`."""
+CALL = "flexasl_call"
+"""The keyword that goes down to attention: the `Call` first, and inside a layer its `LayerStep`."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -41,12 +41,15 @@ class Patch(BasePatch):
     MASK = "attention_mask"
     TABLES = ("position_embeddings", "position_ids")
 
-    def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
+    def __init__(
+        self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool, foreign_hooks: str
+    ) -> None:
         stack = find_stack(model, kernel, compile)
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
         settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
+        settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
         self.compiled = compile
@@ -109,23 +112,9 @@ class Patch(BasePatch):
             ids, count = kwargs.get("input_ids"), call.columns.shape[1]
             cache.record(self._model, ids, kwargs.get("attention_mask"), count, report)
 
-    def _enter_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        args, kwargs = super()._enter_layer(index, layer, (hidden, *args[1:]), kwargs)
-        call: Call = kwargs[CALL]
-        held = None if call.caches is None else call.step
-        return args, kwargs | {OUTER: call, CALL: call.step, self._stack.cache_argument: held}
-
-    def _step(self, kwargs: dict[str, Any]) -> LayerStep:
-        step: LayerStep = kwargs[CALL]
-        return step
-
-    def _leave_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        return super()._leave_layer(index, layer, args, {CALL: kwargs[OUTER]}, output)
+    def _hand_down(self, call: Call, step: LayerStep, kwargs: dict[str, Any]) -> None:
+        kwargs[CALL] = step
+        kwargs[self._stack.cache_argument] = None if call.caches is None else step
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The call's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
@@ -188,8 +177,7 @@ AttentionMaskInterface.register(NAME, no_mask)
 
 def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's forward as the compiled region, but for later turns that are pruned, which are rare and run
-    uncompiled; the call itself stays outside, as it differs from pass to pass."""
-    kwargs.pop(OUTER, None)
+    uncompiled."""
     step = kwargs.get(CALL)
     later_turn = isinstance(step, LayerStep) and isinstance(step.packed, Continued)
     return run_layer(module, args, kwargs) if later_turn else region(module, args, kwargs)
