@@ -15,6 +15,9 @@ from flexasl.errors import FlexASLError
 from flexasl.ops import compact_kv, kept_slots
 from flexasl.quantizing import dequantize, name_of, primitives, quantize
 
+COLUMNS = 64
+"""Columns that are written down at a time."""
+
 
 class LayerCache:
     """What one layer remembers. All tensors are None until the first `append`.
@@ -97,6 +100,25 @@ class LayerCache:
         """Stores the last `count` entries of what `extend` gave, which are in place already without a `kv_dtype`."""
         if self.kv_dtype is not None:
             self._write(self._encoded(keys[:, :, -count:], values[:, :, -count:]))
+
+    @property
+    def tight(self) -> tuple[Tensor, ...] | None:
+        """Keys and values [B, G, N, D] where they are all real tokens, as they came and without slack, so that `take` may
+        follow; None otherwise."""
+        if self.slack or self.kv_dtype is not None or self._valid is not None:
+            return None
+        return self._states if self._states and self._states[0].shape[2] == self._length else None
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Holds these keys and values [B, G, N + 1, D] in place of its own: those that `tight` gave, and those of the
+        next column. Copies nothing, and writes columns down for many tokens at a time."""
+        assert self._columns is not None
+        self._states = (keys, values)
+        if self._length == self._columns.shape[-1]:
+            coming = torch.arange(self.seen, self.seen + COLUMNS, dtype=torch.int64, device=self._columns.device)
+            self._columns = torch.cat([self._columns, coming.expand(*self._columns.shape[:-1], -1)], -1)
+        self._length += 1
+        self.seen += 1
 
     def restore(
         self,

@@ -38,6 +38,7 @@ class LayerStep:
         visible: Visibility | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
+        room: bool = True,
     ) -> None:
         self.attention = attention
         self.packed = packed
@@ -47,6 +48,8 @@ class LayerStep:
         """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
         first one."""
         self.values = values
+        self.room = room
+        """Whether there is room for new tokens; otherwise `update` makes larger tensors."""
         self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         """A prompt's queries, keys and sinks."""
         self.cached: tuple[Tensor, Tensor] | None = None
@@ -60,6 +63,9 @@ class LayerStep:
             return key, value
         if isinstance(self.packed, Continued):
             return self.packed.join(self.keys, key), self.packed.join(self.values, value)
+        if not self.room:
+            self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+            return self.keys, self.values
         count = key.shape[2]
         self.keys[:, :, -count:] = key
         self.values[:, :, -count:] = value
@@ -68,7 +74,8 @@ class LayerStep:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
         if self.packed is None:
-            return self.attention(query, key, value, self.visible, sinks=sinks)
+            out: Tensor = self.attention.forward(query, key, value, self.visible, sinks=sinks)
+            return out
         self.scored = (query, key, sinks)
         return self.packed.attend(self.attention, query, key, value, sinks)
 
@@ -141,7 +148,7 @@ class Call:
         """That of the layer that runs, for adapters whose layers take one object all the way down to attention."""
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
-        self._started = _clock(columns.device)
+        self._started = 0.0 if prefill is None else _clock(columns.device)
 
     def start(self, hidden: Tensor) -> Tensor:
         """The first layer's input [B, M, C] as the layers take it: prompts as [1, T, C]. Raises `UnsupportedError` where
@@ -176,6 +183,10 @@ class Call:
         if self.prefill is not None:
             continued = Continued(self.prefill.packed, cache.columns, self._valid_entries(cache), self._past)  # type: ignore[arg-type]
             return LayerStep(attention, packed=continued, keys=cache.keys, values=cache.values)
+        if self._tokens == 1 and self._valid is None and (window is None or cache.seen < window):
+            held = cache.tight
+            if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
+                return LayerStep(attention, keys=held[0], values=held[1], room=False)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
         keys, values = cache.extend(self.columns, new, self._tokens)
         visible = self._visible(cache, window is not None and window < cache.seen)
@@ -198,6 +209,9 @@ class Call:
             tokens = self.prefill.advance()
         elif self.caches is not None:
             assert step.keys is not None and step.values is not None
+            if not step.room:
+                self.caches[layer].take(step.keys, step.values)
+                return hidden
             self.caches[layer].settle(step.keys, step.values, self._tokens)
         if self.caches is not None and step.attention.sliding_window is not None and self._tokens > 1:
             self._windows[layer] = step.attention.sliding_window

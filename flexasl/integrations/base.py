@@ -202,15 +202,15 @@ class BasePatch:
         if not isinstance(call, Call) or not self._handles:
             return forward(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if call.prefill is not None:
-            return self._run_prompts(index, forward, call, hidden, kwargs)
+        if call.prefill is not None or self.compiled:
+            return self._run_packed(index, forward, call, hidden, kwargs)
         step = call.enter(index, self.attention[index])
         self._hand_down(call, step, kwargs)
         output = forward(hidden, **kwargs)
         call.leave(index, step, hidden)
         return output
 
-    def _run_prompts(
+    def _run_packed(
         self, index: int, forward: Callable[..., Any], call: Call, hidden: Any, kwargs: dict[str, Any]
     ) -> Any:
         if isinstance(call.rerun, SecondPass):

@@ -129,8 +129,8 @@ class Patch(BasePatch):
         return cache
 
     def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
-        slides = any(attention.sliding_window is not None for attention in self.attention)
-        if past > 0 and slides and valid is not None and not bool(valid[:, past:].all()):
+        padded = past > 0 and valid is not None and not bool(valid[:, past:].all())
+        if padded and any(attention.sliding_window is not None for attention in self.attention):
             raise UnsupportedError(
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
