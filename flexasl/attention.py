@@ -87,6 +87,8 @@ class FlexASLAttention(nn.Module):
         the last M keys. visible says who sees whom; without it there is neither padding nor gap. sinks [H] are logits
         of a key that is no token. → [B, H, M, E]; with scoring also the scores [B, G, P] of `window_scores`.
         """
+        if query.shape[2] == 1 and visible is None and sinks is None and scoring is None and self._is_plain(key):
+            return _dense_attention(query, key, value, None, False, self._scale(query))
         kernel = self.choose(query, key, visible, sinks)
         whole = key
         if visible is None and query.shape[2] == 1 and self._slides(key.shape[2]):
@@ -194,6 +196,10 @@ class FlexASLAttention(nn.Module):
     def _slides(self, keys: int) -> bool:
         return self.sliding_window is not None and self.sliding_window < keys
 
+    def _is_plain(self, key: Tensor) -> bool:
+        """Whether sdpa, without a mask, gives a new token all that is asked for; what `choose` says, in a few steps."""
+        return self.kernel in ("auto", "sdpa") and self.softcap is None and not self._slides(key.shape[2])
+
     def _needed(self, queries: int, keys: int, visible: Visibility | None, device: torch.device) -> Visibility | None:
         """None where causal order, or a single query, says it all."""
         if visible is None and (queries not in (1, keys) or self._slides(keys)):
@@ -261,7 +267,8 @@ class FlexASLAttention(nn.Module):
         if narrow and not (queries == 1 and key.is_cpu):
             key, value, narrow = key.to(wide), value.to(wide), False
         plain = visible is None
-        visible = Visibility.last(queries, keys, query.device) if visible is None else visible
+        if plain and queries > 1:
+            visible = Visibility.last(queries, keys, query.device)
         scale = self._scale(query) / (self.softcap or 1.0)
         out = []
         for some, seen in self._tiles(queries, keys, min(QUERIES, _at_once(queries, TILE, batch * heads * keys))):
@@ -270,12 +277,13 @@ class FlexASLAttention(nn.Module):
             logits = logits.view(batch, heads, -1, logits.shape[-1])
             if self.softcap is not None:
                 logits = logits.tanh() * self.softcap if logits.requires_grad else logits.tanh_().mul_(self.softcap)
-            # In plain causal order only the last keys can be in the future of any query of the tile.
-            masked = slice(seen.stop - logits.shape[2], seen.stop) if plain and not self._slides(keys) else seen
-            allowed = visible.tile(some, masked, self.sliding_window)
-            if allowed.shape[1] > 1:
-                allowed = allowed.repeat_interleave(heads // groups, 1)
-            logits[..., masked.start - seen.start :].masked_fill_(~allowed, float("-inf"))
+            if visible is not None:
+                # In plain causal order only the last keys can be in the future of any query of the tile.
+                masked = slice(seen.stop - logits.shape[2], seen.stop) if plain and not self._slides(keys) else seen
+                allowed = visible.tile(some, masked, self.sliding_window)
+                if allowed.shape[1] > 1:
+                    allowed = allowed.repeat_interleave(heads // groups, 1)
+                logits[..., masked.start - seen.start :].masked_fill_(~allowed, float("-inf"))
             weights = logits.softmax(-1)
             if sinks is not None:
                 excess = logits.logsumexp(-1) - sinks.to(wide)[:, None]

@@ -18,12 +18,14 @@ from flexasl.quantizing import dequantize, name_of, primitives, quantize
 SPARE = 64
 """Tokens that can be cropped once new ones have made a sliding window drop entries; half the window where that is
 less."""
+COLUMNS = 64
+"""Columns that are written down at a time."""
 
 
 class _Coming(NamedTuple):
     """Entries that there is room for, behind those that are held."""
 
-    count: int = 0
+    entries: int = 0
     seen: int = 0
     gapless: bool = True
     """Whether they are those of the next columns, none of them padding."""
@@ -123,13 +125,13 @@ class LayerCache:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
         tensors returned [B, G, N + M, D], and then calls `settle` with these; until then the cache is as it was.
 
-        With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see, or all that
-        are held where `whole`. Where storage must grow, older ones are dropped, but for those that a crop by `SPARE`
-        tokens needs.
+        With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see, or all
+        that are held where `whole`. Where storage must grow, older ones are dropped, but for those that a crop by
+        `SPARE` tokens needs.
         """
         self._make_room(columns, valid, seen, sliding_window)
         first = 0 if sliding_window is None or whole else max(0, self._length - sliding_window + 1)
-        end = self._length + self._coming.count
+        end = self._length + self._coming.entries
         return self._read(0, first, end), self._read(1, first, end)
 
     def settle(self, keys: Tensor, values: Tensor, count: int) -> None:
@@ -141,14 +143,32 @@ class LayerCache:
     def marks(self, count: int) -> tuple[Tensor, Tensor | None]:
         """`columns` and `valid` of the last `count` entries, those that `extend` made room for among them."""
         assert self._columns is not None
-        end = self._length + self._coming.count
+        end = self._length + self._coming.entries
         valid = None if self._valid is None else _part(self._valid, -1, end - count, end)
         return _part(self._columns, -1, end - count, end), valid
 
     def is_gapless(self, count: int) -> bool:
         """Whether the last `count` entries, counted as by `marks`, are known to be those of the last `count` columns in
         all rows and heads, none of them padding."""
-        return count <= (self._gapless + self._coming.count if self._coming.gapless else 0)
+        return count <= (self._gapless + self._coming.entries if self._coming.gapless else 0)
+
+    @property
+    def tight(self) -> tuple[Tensor, ...] | None:
+        """Keys and values [B, G, N, D] where they are all real tokens, as they came and without slack, so that `take`
+        may follow; None otherwise."""
+        if self.slack or self.kv_dtype is not None or self._valid is not None:
+            return None
+        return self._states if self._states and self._states[0].shape[2] == self._length else None
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Holds these keys and values [B, G, N + 1, D] in place of its own: those that `tight` gave, and those of the
+        next column. Copies nothing, and writes columns down for many tokens at a time."""
+        assert self._columns is not None
+        self._states = (keys, values)
+        if self._length == self._columns.shape[-1]:
+            coming = torch.arange(self.seen, self.seen + COLUMNS, dtype=torch.int64, device=self._columns.device)
+            self._columns = torch.cat([self._columns, coming.expand(*self._columns.shape[:-1], -1)], -1)
+        self._length, self._gapless, self.seen = self._length + 1, self._gapless + 1, self.seen + 1
 
     def restore(
         self,
@@ -265,7 +285,8 @@ class LayerCache:
             held = [_widened(states, width) for states in mine]
             for states, others in zip(held, new):
                 states[at] = _widened(others, width)
-        self._hold(tuple(held[:-2]), *held[-2:])
+        *stored, columns, valid = held
+        self._hold(tuple(stored), columns, valid)
         assert self.columns is not None
         self.retain(torch.ones_like(self.columns, dtype=torch.bool))
 
@@ -365,7 +386,7 @@ class LayerCache:
     def _write(self, states: tuple[Tensor, ...]) -> None:
         """Puts these [B, G, M, D or 1] where room was made."""
         for held, new in zip(self._states, states, strict=True):
-            held[:, :, self._length : self._length + self._coming.count] = new
+            held[:, :, self._length : self._length + self._coming.entries] = new
 
     def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None, gapless: int = 0) -> None:
         self._states, self._columns, self._valid = states, columns, valid

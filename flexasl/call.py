@@ -42,6 +42,7 @@ class LayerStep:
         values: Tensor | None = None,
         settled: bool = False,
         reach: int | None = None,
+        room: bool = True,
     ) -> None:
         """window: of how many last queries of each prompt tokens may be scored. settled: the sliding window has been
         seen to, by the reach and by visible."""
@@ -59,6 +60,8 @@ class LayerStep:
         self.values = values
         self.reach = reach
         """Where set, how many of the last keys a new token sees."""
+        self.room = room
+        """Whether there is room for new tokens; otherwise `update` makes larger tensors."""
         self.scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         """A prompt's last queries, its keys, and sinks."""
         self.cached: tuple[Tensor, Tensor] | None = None
@@ -72,6 +75,9 @@ class LayerStep:
             return key, value
         if isinstance(self.packed, Continued):
             return self.packed.join(self.keys, key), self.packed.join(self.values, value)
+        if not self.room:
+            self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+            return self.keys, self.values
         count = key.shape[2]
         self.keys[:, :, -count:] = key
         self.values[:, :, -count:] = value
@@ -83,7 +89,8 @@ class LayerStep:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
         if self.packed is None:
-            return self._attends(query, key, value, self.visible, sinks=sinks)
+            out: Tensor = self._attends.forward(query, key, value, self.visible, sinks=sinks)
+            return out
         assert self.last is not None
         key = _alone(key)
         self.scored = (query.index_select(2, self.last), key, sinks)
@@ -126,12 +133,14 @@ class Call:
         *,
         compiled: bool = False,
         rerun: Callable[[Call, int], Tensor] | None = None,
+        unpacks: bool = False,
     ) -> None:
         """columns [B, M] int64 are the new tokens' columns in the sequence; valid [B, columns so far] bool is False at
         padding, None where there is none. Only a prompt can do without caches; with a `Prefill` and caches that hold
         something it is a later turn, which is pruned like a prompt. compiled: layers are graphs, which share what does
         not differ between them. rerun(call, layer) runs the model's layers from the first to this one under another
-        call, and returns the last output; policies with a second pass need it."""
+        call, and returns the last output; policies with a second pass need it. unpacks: as long as no token was
+        dropped, layers give their outputs in the prompt's own shape, and take these by `start`."""
         again = prefill is not None and prefill.packed.rows is not None
         if prefill is not None and prefill.policy.second_pass and rerun is None and not again:
             raise UnsupportedError(
@@ -148,16 +157,28 @@ class Call:
         self._valid = valid
         self._tokens = columns.shape[1]
         self._compiled = compiled
+        self._unpacks = unpacks
+        self.unpacked = True
+        """Whether hidden states have the model's own shape [B, M, C] now, and are to be given to `start`."""
         self.rerun = rerun
         self.step: LayerStep | None = None
         """That of the layer that runs, for adapters whose layers take one object all the way down to attention."""
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
-        self._started = _clock(columns.device)
+        self._started = 0.0 if prefill is None else _clock(columns.device)
 
     def start(self, hidden: Tensor) -> Tensor:
-        """The first layer's input [B, M, C] as the layers take it: prompts as [1, T, C]."""
-        return hidden if self.prefill is None else self._pack(hidden)
+        """The first layer's input [B, M, C] as the layers take it: prompts as [1, T, C]. Raises `UnsupportedError`
+        where others have changed its shape."""
+        if self.prefill is None:
+            return hidden
+        if hidden.shape[:2] != self.columns.shape:
+            raise UnsupportedError(
+                f"hidden states are {list(hidden.shape)} where {list(self.columns.shape)} tokens came in; a hook on a "
+                "patched model must leave their number as it is"
+            )
+        self.unpacked = False
+        return self._pack(hidden)
 
     def table(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...] as the current layer's tokens need it; made once per table."""
@@ -186,6 +207,10 @@ class Call:
             valid = self._valid_entries(cache.columns, cache.valid)
             continued = Continued(self.prefill.packed, cache.columns, valid, self._past)  # type: ignore[arg-type]
             return LayerStep(attention, packed=continued, window=scored, keys=cache.keys, values=cache.values)
+        if self._tokens == 1 and self._valid is None and (window is None or cache.seen < window):
+            held = cache.tight
+            if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
+                return LayerStep(attention, keys=held[0], values=held[1], room=False)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
         settles = self._compiled and self._tokens == 1 and attention.kernel != "flex"
         keys, values = cache.extend(self.columns, new, self._tokens, window, whole=settles)
@@ -208,16 +233,23 @@ class Call:
             entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups, packed=step.packed)
             if self.caches is not None and cached is not None:
                 self._remember(self.caches[layer], *cached, entries)
-            fresh = self.prefill.fresh
+            fresh, before = self.prefill.fresh, self.prefill.packed
             tokens = self.prefill.advance()
         elif self.caches is not None:
             assert step.keys is not None and step.values is not None
-            self.caches[layer].settle(step.keys, step.values, self._tokens)
+            if step.room:
+                self.caches[layer].settle(step.keys, step.values, self._tokens)
+            else:
+                self.caches[layer].take(step.keys, step.values)
         if self.caches is not None:
             self._forget_old(layer, step.attention.sliding_window)
+        if tokens is not None:
+            self._tables.clear()
+        if self.prefill is not None and self._unpacks and not before.gaps and layer + 1 < self.prefill.num_layers:
+            self.unpacked = True
+            return self._unpack(hidden, before)
         if tokens is None:
             return hidden
-        self._tables.clear()
         hidden = gather_tokens(hidden, tokens[None])
         return self._read_again(layer, fresh, hidden) if self.rerun is not None else hidden
 
@@ -226,16 +258,21 @@ class Call:
         which have none."""
         if self.prefill is None or self.prefill.packed.rows is not None:
             return hidden
-        prefill, batch = self.prefill, self.columns.shape[0]
-        if prefill.dropped is not None:
-            hidden = hidden.masked_fill(prefill.dropped[:, None], float("nan"))
+        if self.prefill.dropped is not None:
+            hidden = hidden.masked_fill(self.prefill.dropped[:, None], float("nan"))
+        return self._unpack(hidden, self.prefill.packed)
+
+    def _unpack(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """States [1, T, C] of packed tokens in the prompt's own shape [B, M, C]: 0 at padding, NaN at other tokens."""
+        assert self.prefill is not None
+        batch = self.columns.shape[0]
         places = batch * self._tokens
-        if prefill.packed.total == places:
+        if packed.total == places:
             return hidden.reshape(batch, self._tokens, -1)
         full = hidden.new_full((places, hidden.shape[2]), float("nan"))
-        for row, length in enumerate(prefill.lengths):
+        for row, length in enumerate(self.prefill.lengths):
             full[row * self._tokens : (row + 1) * self._tokens - length] = 0
-        full.index_copy_(0, prefill.packed.flat(self._tokens), hidden[0])
+        full.index_copy_(0, packed.flat(self._tokens), hidden[0])
         return full.view(batch, self._tokens, -1)
 
     def _read_again(self, layer: int, rows: list[int], hidden: Tensor) -> Tensor:

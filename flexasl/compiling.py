@@ -82,23 +82,6 @@ def bare(states: Tensor) -> Tensor:
 
 
 def kind_of(module: nn.Module) -> Hashable:
-<<<<<<< HEAD
-    """What a compiled graph takes for granted of a module: classes, settings and the make of weights. Numbers are left
-    out, as a layer's index is one."""
-    plain = (bool, str, float, type(None))
-    return tuple(
-        (
-            name,
-            type(part),
-            tuple((key, value) for key, value in sorted(vars(part).items()) if isinstance(value, plain)),
-            tuple(
-                (key, type(weight), weight.shape, weight.dtype, weight.requires_grad)
-                for key, weight in part.named_parameters(recurse=False)
-            ),
-        )
-        for name, part in module.named_modules()
-    )
-=======
     """What a graph takes for granted of a module: the classes, settings and make of weights of all its parts, but no
     whole numbers, as a layer's index is one."""
     kinds = []
@@ -110,7 +93,6 @@ def kind_of(module: nn.Module) -> Hashable:
         ]
         kinds.append((name, type(part), tuple(sorted(settings)), tuple(weights)))
     return tuple(kinds)
->>>>>>> w-compile
 
 
 def run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexasl.config import ASLConfig
-from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
 from flexasl.policies import Policy, find_policy
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def patch(
     *,
     kernel: Literal["auto", "flex", "sdpa", "eager"] = "auto",
     compile: bool = False,
+    foreign_hooks: Literal["refuse", "packed"] = "refuse",
 ) -> BasePatch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
@@ -31,11 +32,17 @@ def patch(
     the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what
     computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
     the first prompt and the first new token, good for all lengths and batches; later turns run uncompiled, and such a
-    model gives no gradients. Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for
-    a model that cannot be patched and `ConfigError` for settings that do not fit it; the model is then untouched.
+    model gives no gradients. foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them,
+    before or after patching. On a layer they see and give hidden states [B, N, C] as unpatched, with zeros at padding,
+    as long as no token was dropped. `"refuse"`: a prompt that a hook would see in another shape is refused; `"packed"`:
+    hooks see prompts as they run, [1, tokens that are left of all rows, C]; see docs/loading.md. Returns the patch,
+    whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and
+    `ConfigError` for settings that do not fit it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
+    if foreign_hooks not in ("refuse", "packed"):
+        raise ConfigError(f"foreign_hooks={foreign_hooks!r} is not known; give 'refuse' or 'packed'")
     chosen = find_policy(policy)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(
@@ -46,7 +53,7 @@ def patch(
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
 
-        return Patch(model, settings, chosen, kernel=kernel, compile=compile)
+        return Patch(model, settings, chosen, kernel=kernel, compile=compile, foreign_hooks=foreign_hooks)
     others = {
         "torchtune": ("torchtune.modules", "TransformerDecoder"),
         "torchtitan": ("torchtitan.models.common.decoder", "Decoder"),
@@ -60,7 +67,7 @@ def patch(
     if compile:
         raise UnsupportedError(f"compile=True is not available for {framework} models; give compile=False")
     adapter: Any = importlib.import_module(f"flexasl.integrations.{framework}")
-    patched: BasePatch = adapter.Patch(model, settings, chosen, kernel=kernel)
+    patched: BasePatch = adapter.Patch(model, settings, chosen, kernel=kernel, foreign_hooks=foreign_hooks)
     return patched
 
 

@@ -140,6 +140,15 @@ class Prefill:
         return self._entries(layer, scores, share)
 
     @property
+    def first_drop(self) -> int | None:
+        """The earliest layer after which tokens may be missing, -1 where layers are to read again what was selected;
+        None where all tokens go through all layers."""
+        over = any(count > self.config.token_budget(count) for count in self.lengths)
+        if self._masks or not over or not self.selector.rows:
+            return None
+        return -1 if self.policy.second_pass else self.selector.earliest
+
+    @property
     def fresh(self) -> list[int]:
         """Rows that were selected from at this layer; empty again once they have advanced."""
         return [selection.row for selection in self._fresh]

@@ -169,6 +169,11 @@ class LayerSelector:
             settled = seen.ratio < self._tau
         return settled | self.must_select(layer)
 
+    @property
+    def earliest(self) -> int | None:
+        """The first layer at which a row may select; None where none will."""
+        return self._first if self.rows and self.needs(self._first) else None
+
     def must_select(self, layer: int) -> bool:
         """Whether the wait ends at this layer, settled or not."""
         return layer == self._last and self.config.if_never == "select"
@@ -253,6 +258,11 @@ class StepSelector:
     def needs(self, layer: int) -> bool:
         """Whether a row drops tokens at this layer."""
         return any(layer in steps for steps in self._steps.values())
+
+    @property
+    def earliest(self) -> int | None:
+        """The first layer at which a row drops tokens; None where none will."""
+        return min((layer for steps in self._steps.values() for layer in steps), default=None)
 
     def observe(self, layer: int, scores: Tensor) -> None:
         """Takes the scores [R, P] float32 of the rows in `rows`, each row's at the right end."""

@@ -21,6 +21,7 @@ from flexasl.call import Call, LayerStep
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.hooks import ForeignHooks
 from flexasl.packing import Packed
 from flexasl.policies import Policy
 from flexasl.prefill import Observer, Prefill, left_padded_lengths
@@ -59,8 +60,10 @@ class BasePatch:
         voters: Sequence[int] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         kind: ModelKind | None = None,
+        foreign_hooks: str = "refuse",
     ) -> None:
-        """voters and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none."""
+        """voters and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none.
+        foreign_hooks: see `flexasl.patch`."""
         self.policy = policy
         config, self.preset = fill(config, kind) if policy.takes_presets and kind is not None else (config, None)
         """The name of the preset that filled in settings, None where none did."""
@@ -82,9 +85,10 @@ class BasePatch:
         """Layers whose ranks count, ascending; None for all."""
         self.reduce = reduce
         """Sums token scores [R, P] over the processes that hold a part of the heads each; None where one holds all."""
+        self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
-        self._forwards: list[tuple[Any, Any]] = []
-        """Layers whose forward is replaced, and what stood in the place of their class's, None where nothing did."""
+        self._forwards: list[tuple[Any, Any, Any]] = []
+        """Layers, their forward of ours, and what stood in the place of their class's, None where nothing did."""
 
     def hook(self, decoder: nn.Module) -> None:
         """Puts the hooks on decoder and layers, which makes the patch active."""
@@ -92,12 +96,10 @@ class BasePatch:
         self._handles.append(decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._leave, with_kwargs=True))
         for index, layer in enumerate(self._layers):
-            before, after = functools.partial(self._enter_layer, index), functools.partial(self._leave_layer, index)
-            self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
-            if not any(weight.is_meta for weight in layer.parameters()):  # which are loaded for each call
-                self._forwards.append((layer, vars(layer).get("forward")))
-                layer.forward = functools.partial(self._run_layer, layer.forward)
+            # A forward, and no hooks, so that hooks of others stand around it, whenever they were put there.
+            own = functools.partial(self._run_layer, index, layer.forward)
+            self._forwards.append((layer, own, vars(layer).get("forward")))
+            layer.forward = own
 
     def remove(self) -> None:
         """Makes the model exactly what it was; a second call does nothing."""
@@ -106,10 +108,12 @@ class BasePatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer, forward in self._forwards:
+        for layer, own, before in self._forwards:
+            if vars(layer).get("forward") is not own:  # another library has put its own around it, which hands on
+                continue
             del layer.forward
-            if forward is not None:
-                layer.forward = forward
+            if before is not None:
+                layer.forward = before
         self.restore()
         del self._model.flexasl_patch
 
@@ -161,6 +165,7 @@ class BasePatch:
         past = caches[0].seen if caches else 0
         columns = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
         if not self.is_prompt(past, count):
+            self._foreign.check_decode(self.compiled)
             return Call(caches, None, columns, valid, compiled=self.compiled)
         prefill = Prefill(
             self.policy,
@@ -174,7 +179,9 @@ class BasePatch:
             observer=self.observer,
         )
         again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
-        return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
+        shown = self._foreign.check_prompt(prefill, self.compiled)
+        valid = valid if past > 0 else None
+        return Call(caches, prefill, columns, valid, compiled=self.compiled, rerun=again, unpacks=shown)
 
     def end(self, call: Call) -> Report | None:
         """After the pass: the report, where it was a prompt."""
@@ -190,55 +197,76 @@ class BasePatch:
     def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.end(kwargs[self.CALL])
 
-    def _enter_layer(
-        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0]
-        kwargs = dict(zip(self.ARGUMENTS, args[1:], strict=False)) | kwargs
-        call: Call = kwargs[self.CALL]
+    def _run_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of a layer's forward, which it runs on the tokens that are left, with a step of the call."""
+        if len(args) > 1:
+            args, kwargs = args[:1], dict(zip(self.ARGUMENTS, args[1:], strict=False)) | kwargs
+        call = kwargs.get(self.CALL)
+        if not isinstance(call, Call) or not self._handles:
+            return forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if call.prefill is not None or self.compiled:
+            return self._run_packed(index, forward, call, hidden, kwargs)
+        step = call.enter(index, self.attention[index])
+        self._hand_down(call, step, kwargs)
+        output = forward(hidden, **kwargs)
+        call.leave(index, step, hidden)
+        return output
+
+    def _run_packed(
+        self, index: int, forward: Callable[..., Any], call: Call, hidden: Any, kwargs: dict[str, Any]
+    ) -> Any:
         if isinstance(call.rerun, SecondPass):
             call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
-        if index == 0:
+        given, hidden = hidden, self._whole(hidden)
+        if call.unpacked:
             hidden = call.start(hidden)
-        call.step = call.enter(index, self.attention[index])
+        step = call.enter(index, self.attention[index])
         for name in self.TABLES:
             states = kwargs.get(name)
             if states is not None:
                 kwargs[name] = tuple(map(call.table, states)) if isinstance(states, tuple) else call.table(states)
-        return (hidden,), kwargs
+        self._hand_down(call, step, kwargs)
+        output = self._run_groups(index, forward, step, self._spread(given, hidden), kwargs)
+        made = output[0] if isinstance(output, tuple) else output
+        hidden = call.leave(index, step, self._whole(made))
+        if index == len(self._layers) - 1:
+            hidden = call.finish(hidden)
+        hidden = self._spread(made, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _run_layer(self, forward: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run_groups(
+        self, index: int, forward: Callable[..., Any], step: LayerStep, hidden: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """The layer's forward. On CPU it takes a batch of prompts some rows at a time: memory of 32 MiB or more goes
         back to the system when a tensor ends, and the next one pays for each page of it again."""
-        step = self._step(kwargs)
         plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
-        if not plain or not isinstance(step.packed, Packed) or len(step.packed.groups()) == 1:
-            return forward(hidden, *args, **kwargs)
+        one_run = not plain or not isinstance(step.packed, Packed) or len(step.packed.groups()) == 1
+        if one_run or any(weight.is_meta for weight in self._layers[index].parameters()):  # loaded for each run
+            return forward(hidden, **kwargs)
         output: Any = None
 
         def run(tokens: slice) -> Tensor:
             nonlocal output
             own = {name: _rows(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
-            output = forward(hidden[:, tokens], *args, **kwargs | own)
+            output = forward(hidden[:, tokens], **kwargs | own)
             return output[0] if isinstance(output, tuple) else output
 
         joined = step.in_groups(run)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
 
-    def _step(self, kwargs: dict[str, Any]) -> LayerStep:
-        """The step of the layer whose forward is given these."""
-        step = kwargs[self.CALL].step
-        assert step is not None
-        return step
+    def _hand_down(self, call: Call, step: LayerStep, kwargs: dict[str, Any]) -> None:
+        """Puts the step where the layer's attention finds it."""
+        call.step = step
 
-    def _leave_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call: Call = kwargs[self.CALL]
-        assert call.step is not None
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = call.leave(index, call.step, hidden)
-        if index == len(self._layers) - 1:
-            hidden = call.finish(hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def _whole(self, hidden: Any) -> Tensor:
+        """Hidden states whole on this rank."""
+        made: Tensor = hidden
+        return made
+
+    def _spread(self, like: Any, hidden: Tensor) -> Any:
+        """Hidden states that are whole on this rank, spread over the ranks as those are that they are like."""
+        return hidden
 
 
 def _rows(table: Any, tokens: slice) -> Any:

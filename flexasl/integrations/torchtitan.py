@@ -45,11 +45,12 @@ class Patch(BasePatch):
     ARGUMENTS = ("attention_masks", "positions")
     TABLES = ("positions",)
 
-    def __init__(self, model: Decoder, config: ASLConfig, policy: Policy, *, kernel: Any) -> None:
+    def __init__(self, model: Decoder, config: ASLConfig, policy: Policy, *, kernel: Any, foreign_hooks: str) -> None:
         _refuse_model(model, kernel)
         layers = list(model.layers.values())
         attention = [FlexASLAttention(scale=layer.attention.scaling, kernel=kernel) for layer in layers]
-        super().__init__(model, layers, attention, config, policy, reduce=functools.partial(_sum_over_ranks, model))
+        reduce = functools.partial(_sum_over_ranks, model)
+        super().__init__(model, layers, attention, config, policy, reduce=reduce, foreign_hooks=foreign_hooks)
         self._before = [layer.attention.inner_attention for layer in layers]
         for layer, inner in zip(layers, self._before, strict=True):
             if not isinstance(inner, PrunedAttention):
@@ -82,14 +83,15 @@ class Patch(BasePatch):
                 positions = (positions - (~valid).sum(1, keepdim=True)).clamp(min=0)
         return (tokens,), {"positions": positions, "attention_masks": call}
 
-    def _enter_layer(
-        self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        (hidden,), kwargs = super()._enter_layer(index, layer, (_local(args[0]), *args[1:]), kwargs)
-        return (_spread_as(args[0], hidden),), kwargs
+    def _whole(self, hidden: Any) -> Tensor:
+        made: Tensor = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
+        return made
 
-    def _leave_layer(self, index: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return _spread_as(output, super()._leave_layer(index, layer, args, kwargs, _local(output)))
+    def _spread(self, like: Any, hidden: Tensor) -> Any:
+        if not isinstance(like, DTensor):
+            return hidden
+        whole = DTensor.from_local(hidden, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+        return whole.redistribute(placements=like.placements)
 
 
 class KVCache:
@@ -277,19 +279,6 @@ def _refuse_call(decoder: Decoder, positions: Tensor | None, masks: Any) -> None
 
 def _is_bool(masks: Any) -> bool:
     return isinstance(masks, Tensor) and masks.dtype == torch.bool
-
-
-def _local(hidden: Tensor) -> Tensor:
-    """Hidden states whole on this rank."""
-    return hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
-
-
-def _spread_as(before: Tensor, hidden: Tensor) -> Tensor:
-    """Hidden states that are whole on this rank, spread over the ranks as those before."""
-    if not isinstance(before, DTensor):
-        return hidden
-    whole = DTensor.from_local(hidden, before.device_mesh, [Replicate()] * before.device_mesh.ndim, run_check=False)
-    return whole.redistribute(placements=before.placements)
 
 
 def _tensor_parallel(model: Decoder) -> DeviceMesh | None:

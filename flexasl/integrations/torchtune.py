@@ -33,10 +33,12 @@ class Patch(BasePatch):
     CALL = MASK = "mask"
     TABLES = ("input_pos",)
 
-    def __init__(self, model: TransformerDecoder, config: ASLConfig, policy: Policy, *, kernel: Any) -> None:
+    def __init__(
+        self, model: TransformerDecoder, config: ASLConfig, policy: Policy, *, kernel: Any, foreign_hooks: str
+    ) -> None:
         _refuse_model(model, kernel)
         attention = [FlexASLAttention(kernel=kernel) for _ in model.layers]
-        super().__init__(model, model.layers, attention, config, policy)
+        super().__init__(model, model.layers, attention, config, policy, foreign_hooks=foreign_hooks)
         self._before = model.decoder_max_cache_seq_len, [layer.attn._attention_call for layer in model.layers]
         for layer in model.layers:
             own = layer.attn

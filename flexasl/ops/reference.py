@@ -92,7 +92,7 @@ def window_scores_and_mass(
     if scores.shape[-1] > 0:
         pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
         scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    return tuple(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in (scores, mass))  # type: ignore[return-value]
+    return tuple(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in (scores, mass))
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -26,8 +26,8 @@ from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
 
-CALL, OUTER = "flexasl_call", "flexasl_outer_call"
-"""Keywords: what goes down to attention, the `Call` first and inside a layer its `LayerStep`; and there the `Call`."""
+CALL = "flexasl_call"
+"""The keyword that goes down to attention: the `Call` first, and inside a layer its `LayerStep`."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -43,7 +43,9 @@ class Patch(BasePatch):
     MASK = "attention_mask"
     TABLES = ("position_embeddings", "position_ids")
 
-    def __init__(self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool) -> None:
+    def __init__(
+        self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool, foreign_hooks: str
+    ) -> None:
         stack = find_stack(model, kernel, compile)
         if compile:
             require_compiler(input_device(model))
@@ -51,6 +53,7 @@ class Patch(BasePatch):
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
         settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
+        settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
         self.compiled = compile
@@ -119,22 +122,8 @@ class Patch(BasePatch):
             ids, count = kwargs.get("input_ids"), call.columns.shape[1]
             cache.record(self._model, ids, kwargs.get("attention_mask"), count, report)
 
-    def _enter_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        args, kwargs = super()._enter_layer(index, layer, (hidden, *args[1:]), kwargs)
-        call: Call = kwargs[CALL]
-        return args, kwargs | {OUTER: call, CALL: call.step, self._stack.cache_argument: call.step}
-
-    def _step(self, kwargs: dict[str, Any]) -> LayerStep:
-        step: LayerStep = kwargs[CALL]
-        return step
-
-    def _leave_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        return super()._leave_layer(index, layer, args, {CALL: kwargs[OUTER]}, output)
+    def _hand_down(self, call: Call, step: LayerStep, kwargs: dict[str, Any]) -> None:
+        kwargs[CALL] = kwargs[self._stack.cache_argument] = step
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The call's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
@@ -149,8 +138,8 @@ class Patch(BasePatch):
         return cache
 
     def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
-        slides = any(attention.sliding_window is not None for attention in self.attention)
-        if past > 0 and slides and valid is not None and not bool(valid[:, past:].all()):
+        padded = past > 0 and valid is not None and not bool(valid[:, past:].all())
+        if padded and any(attention.sliding_window is not None for attention in self.attention):
             raise UnsupportedError(
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
@@ -198,9 +187,7 @@ AttentionMaskInterface.register(NAME, no_mask)
 @torch.no_grad()
 def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's forward as the compiled region for such inputs, each of which is one graph. What is too rare to be
-    worth one, a prompt of one token and several tokens over a cache, runs uncompiled. The call itself stays outside, as
-    it differs from pass to pass."""
-    kwargs.pop(OUTER, None)
+    worth one, a prompt of one token and several tokens over a cache, runs uncompiled."""
     step: LayerStep = kwargs[CALL]
     prompt, one = isinstance(step.packed, Packed), hidden.shape[1] == 1
     if prompt == one or isinstance(step.packed, Continued):
