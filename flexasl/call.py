@@ -160,7 +160,9 @@ class Call:
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
         if self.prefill is not None:
-            continued = Continued(self.prefill.packed, cache.columns, self._valid_entries(cache.columns, cache.valid), self._past)  # type: ignore[arg-type]
+            assert cache.columns is not None
+            valid = self._valid_entries(cache.columns, cache.valid)
+            continued = Continued(self.prefill.packed, cache.columns, valid, self._past)
             return LayerStep(attention, packed=continued, keys=cache.keys, values=cache.values)
         new = None if self._valid is None else self._valid.gather(1, self.columns)
         keys, values = cache.extend(self.columns, new, self._tokens, window)
@@ -186,6 +188,7 @@ class Call:
             assert step.keys is not None and step.values is not None
             self.caches[layer].settle(step.keys, step.values, self._tokens)
         if self.caches is not None:
+            self.caches[0].unfinished = True
             self._forget_old(layer, step.attention.sliding_window)
         if tokens is None:
             return hidden
@@ -274,7 +277,9 @@ class Call:
         kept = [cache.columns.shape[-1] for cache in caches if cache.columns is not None]
         used = sum(cache.nbytes for cache in caches)
         whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
-        full = sum(cache.nbytes_unquantized // has * had for cache, has, had in zip(caches, kept, whole, strict=True))
+        full = sum(
+            cache.nbytes_unquantized // max(1, has) * had for cache, has, had in zip(caches, kept, whole, strict=True)
+        )
         return Report(
             policy=policy.name,
             config=prefill.config.to_dict(),
@@ -298,8 +303,7 @@ class Call:
             return None
         return Visibility(self.columns, columns, valid)
 
-    def _valid_entries(self, columns: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        assert columns is not None
+    def _valid_entries(self, columns: Tensor, valid: Tensor | None) -> Tensor | None:
         if self._valid is None:
             return valid
         current = _look_up(self._valid, columns)
@@ -308,12 +312,10 @@ class Call:
     def _forget_old(self, layer: int, sliding_window: int | None) -> None:
         """Drops the entries that no later token can see through the sliding window; after a single token this waits
         until storage must grow."""
-        assert self.caches is not None
-        cache = self.caches[layer]
-        if layer == 0:
-            cache.unfinished = True
         if sliding_window is None or self._tokens == 1:
             return
+        assert self.caches is not None
+        cache = self.caches[layer]
         if not cache.record_past:
             self._windows[layer] = sliding_window
         cache.forget(sliding_window, 0 if self.prefill is not None else min(SPARE, sliding_window // 2))
