@@ -6,14 +6,15 @@ Shapes: B batch, G KV heads, N entries, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from flexasl.entries import by_head, grown, owned, span, stack_rows, widened
 from flexasl.errors import FlexASLError
 from flexasl.ops import compact_kv, kept_slots
-from flexasl.quantizing import dequantize, name_of, primitives, quantize
+from flexasl.quantizing import dequantize, name_of, primitives, quantize_both
 
 SPARE = 64
 """Tokens that can be cropped once new ones have made a sliding window drop entries; half the window where that is
@@ -77,7 +78,7 @@ class LayerCache:
     def stored(self) -> tuple[Tensor, ...]:
         """Keys and values as they are in memory, [B, G, N, D]; with a `kv_dtype` their scales after them, [B, G, N, 1].
         Empty before the first `append`."""
-        return tuple(_part(states, 2, 0, self._length) for states in self._states)
+        return tuple(span(states, 2, 0, self._length) for states in self._states)
 
     @property
     def keys(self) -> Tensor | None:
@@ -92,12 +93,12 @@ class LayerCache:
     @property
     def columns(self) -> Tensor | None:
         """[B, N], or [B, G, N] where heads differ, int64: the column of the sequence that each entry came from."""
-        return None if self._columns is None else _part(self._columns, -1, 0, self._length)
+        return None if self._columns is None else span(self._columns, -1, 0, self._length)
 
     @property
     def valid(self) -> Tensor | None:
         """Bool like `columns`, False at padding; None where there is none."""
-        return None if self._valid is None else _part(self._valid, -1, 0, self._length)
+        return None if self._valid is None else span(self._valid, -1, 0, self._length)
 
     def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
@@ -144,8 +145,8 @@ class LayerCache:
         """`columns` and `valid` of the last `count` entries, those that `extend` made room for among them."""
         assert self._columns is not None
         end = self._length + self._coming.entries
-        valid = None if self._valid is None else _part(self._valid, -1, end - count, end)
-        return _part(self._columns, -1, end - count, end), valid
+        valid = None if self._valid is None else span(self._valid, -1, end - count, end)
+        return span(self._columns, -1, end - count, end), valid
 
     def is_gapless(self, count: int) -> bool:
         """Whether the last `count` entries, counted as by `marks`, are known to be those of the last `count` columns in
@@ -198,7 +199,7 @@ class LayerCache:
         held = [(cache.keys, cache.values) for cache in caches if cache.keys is not None and cache.values is not None]
         marks = [_marks(cache, keys.shape[1]) for cache, (keys, _) in zip(caches, held, strict=True)]
         keys, values, columns, valid = (
-            _stacked(parts, slack) for parts in (*zip(*held, strict=True), *zip(*marks, strict=True))
+            stack_rows(parts, slack) for parts in (*zip(*held, strict=True), *zip(*marks, strict=True))
         )
         if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
             columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
@@ -216,7 +217,7 @@ class LayerCache:
         stored, heads = self.stored, self._states[0].shape[1]
         every = slots if slots.dim() == 3 else slots[:, None].expand(-1, heads, -1)
         pairs = (compact_kv(*pair, every) for pair in zip(stored[::2], stored[1::2]))
-        columns = self.columns if slots.dim() == self.columns.dim() else _by_head(self.columns, heads)
+        columns = self.columns if slots.dim() == self.columns.dim() else by_head(self.columns, heads)
         self._hold(tuple(states for pair in pairs for states in pair), columns.gather(-1, slots), valid)
 
     def retain(self, wanted: Tensor) -> None:
@@ -282,11 +283,10 @@ class LayerCache:
             held = [states[order] for states in new]
         else:
             width = max(mine[0].shape[2], new[0].shape[2])
-            held = [_widened(states, width) for states in mine]
+            held = [widened(states, width) for states in mine]
             for states, others in zip(held, new):
-                states[at] = _widened(others, width)
-        *stored, columns, valid = held
-        self._hold(tuple(stored), columns, valid)
+                states[at] = widened(others, width)
+        self._hold(tuple(held[:-2]), held[-2], held[-1])
         assert self.columns is not None
         self.retain(torch.ones_like(self.columns, dtype=torch.bool))
 
@@ -302,7 +302,7 @@ class LayerCache:
 
     def _read(self, part: int, first: int, end: int) -> Tensor:
         """Keys (0) or values (1) from one entry to another."""
-        stored = [_part(states, 2, first, end) for states in self._states[part::2]]
+        stored = [span(states, 2, first, end) for states in self._states[part::2]]
         if self.kv_dtype is None:
             return stored[0]
         assert self._dtype is not None
@@ -312,20 +312,16 @@ class LayerCache:
         """As `stored` would have them."""
         if self.kv_dtype is None:
             return keys, values
-        if keys.shape[-1] == values.shape[-1]:  # one call in place of two: for a new token, calls are all the time
-            numbers, scales = quantize(torch.cat([keys, values], 1), self.kv_dtype)
-            return (*numbers.chunk(2, 1), *scales.chunk(2, 1))
-        (keys, key_scales), (values, value_scales) = (quantize(states, self.kv_dtype) for states in (keys, values))
-        return keys, values, key_scales, value_scales
+        return quantize_both(keys, values, self.kv_dtype)
 
     def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None) -> None:
         """All of `extend` but the keys and values."""
         assert self._columns is not None
         heads = self._states[0].shape[1]
         if columns.dim() == 3 and self._columns.dim() == 2:
-            self._columns, self._valid = _by_head(self._columns, heads), _by_head(self._valid, heads)
+            self._columns, self._valid = by_head(self._columns, heads), by_head(self._valid, heads)
         elif columns.dim() == 2 and self._columns.dim() == 3:
-            columns, valid = _by_head(columns, heads), _by_head(valid, heads)
+            columns, valid = by_head(columns, heads), by_head(valid, heads)
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         count = columns.shape[-1]
@@ -352,15 +348,15 @@ class LayerCache:
             slack = min(slack, spare)
         moved = slice(self._length - kept, self._length)
         most = kept + count + slack
-        self._states = tuple(_grown(states[:, :, moved], 2, most) for states in self._states)
+        self._states = tuple(grown(states[:, :, moved], 2, most) for states in self._states)
         assert self._columns is not None
-        self._columns = _grown(self._columns[..., moved], -1, most)
-        self._valid = None if self._valid is None else _grown(self._valid[..., moved], -1, most)
+        self._columns = grown(self._columns[..., moved], -1, most)
+        self._valid = None if self._valid is None else grown(self._valid[..., moved], -1, most)
         self._length, self._gapless = kept, min(self._gapless, kept)
 
     def _needed(self, sliding_window: int, spare: int) -> int:
-        """Columns before the next one that a sliding window must not drop. Each column has at most one entry, and no
-        entry behind it is without a column, so that older entries than so many are of older columns."""
+        """Last columns that a sliding window must not drop. Their entries are among as many last ones: of the entries
+        behind an entry, each is of another column."""
         recorded = self.seen - self._recorded if self.record_past else 0
         return sliding_window - 1 + max(spare, recorded)
 
@@ -396,55 +392,7 @@ class LayerCache:
 def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:
     """Columns and validity of a cache's entries by head: [B, G, N]."""
     assert cache.columns is not None
-    columns = cache.columns if cache.columns.dim() == 3 else _by_head(cache.columns, heads)
+    columns = cache.columns if cache.columns.dim() == 3 else by_head(cache.columns, heads)
     if cache.valid is None:
         return columns, torch.ones_like(columns, dtype=torch.bool)
-    return columns, cache.valid if cache.valid.dim() == 3 else _by_head(cache.valid, heads)
-
-
-def _widened(states: Tensor, width: int) -> Tensor:
-    """[B, G, N, ...] → [B, G, width, ...], zero (False) on the left."""
-    filler = states.new_zeros(*states.shape[:2], width - states.shape[2], *states.shape[3:])
-    return torch.cat([filler, states], 2)
-
-
-def _stacked(parts: Sequence[Tensor], slack: int) -> Tensor:
-    """[B, G, N, ...] each → [sum of B, G, largest N + slack, ...], zero (False) on the left of shorter ones."""
-    width, one = max(part.shape[2] for part in parts), parts[0]
-    made = one.new_empty(sum(map(len, parts)), one.shape[1], width + slack, *one.shape[3:])
-    for part, rows in zip(parts, made.split([len(part) for part in parts]), strict=True):
-        rows[:, :, : width - part.shape[2]] = 0
-        rows[:, :, width - part.shape[2] : width] = part
-    return made
-
-
-def _part(held: Tensor, dim: int, first: int, end: int) -> Tensor:
-    return held if end - first == held.shape[dim] else held.narrow(dim, first, end - first)
-
-
-@overload
-def _by_head(marks: Tensor, heads: int) -> Tensor: ...
-@overload
-def _by_head(marks: Tensor | None, heads: int) -> Tensor | None: ...
-def _by_head(marks: Tensor | None, heads: int) -> Tensor | None:
-    """[B, N] → [B, G, N]."""
-    return None if marks is None else marks[:, None].repeat(1, heads, 1)
-
-
-def _grown(held: Tensor, dim: int, capacity: int) -> Tensor:
-    """The same entries at the beginning of storage for `capacity`."""
-    shape = list(held.shape)
-    shape[dim] = capacity
-    larger = held.new_empty(shape)
-    larger.narrow(dim, 0, held.shape[dim]).copy_(held)
-    return larger
-
-
-def owned(states: Tensor) -> Tensor:
-    """The same values in storage that holds nothing else, so that no view keeps a larger tensor alive."""
-    if (
-        not torch.compiler.is_compiling()
-        and states.untyped_storage().nbytes() == states.numel() * states.element_size()
-    ):
-        return states
-    return states.clone(memory_format=torch.contiguous_format)
+    return columns, cache.valid if cache.valid.dim() == 3 else by_head(cache.valid, heads)

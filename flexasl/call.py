@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
-from flexasl.cache import SPARE, LayerCache, owned
+from flexasl.cache import SPARE, LayerCache
 from flexasl.compiling import bare
+from flexasl.entries import owned
 from flexasl.errors import UnsupportedError
 from flexasl.masks import SettledMask, Visibility
 from flexasl.ops import compact_kv, gather_tokens
@@ -204,8 +205,9 @@ class Call:
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
         if self.prefill is not None:
+            assert cache.columns is not None
             valid = self._valid_entries(cache.columns, cache.valid)
-            continued = Continued(self.prefill.packed, cache.columns, valid, self._past)  # type: ignore[arg-type]
+            continued = Continued(self.prefill.packed, cache.columns, valid, self._past)
             return LayerStep(attention, packed=continued, window=scored, keys=cache.keys, values=cache.values)
         if self._tokens == 1 and self._valid is None and (window is None or cache.seen < window):
             held = cache.tight
@@ -242,6 +244,7 @@ class Call:
             else:
                 self.caches[layer].take(step.keys, step.values)
         if self.caches is not None:
+            self.caches[0].unfinished = True
             self._forget_old(layer, step.attention.sliding_window)
         if tokens is not None:
             self._tables.clear()
@@ -339,7 +342,9 @@ class Call:
         kept = [cache.columns.shape[-1] for cache in caches if cache.columns is not None]
         used = sum(cache.nbytes for cache in caches)
         whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
-        full = sum(cache.nbytes_unquantized // has * had for cache, has, had in zip(caches, kept, whole, strict=True))
+        full = sum(
+            cache.nbytes_unquantized // max(1, has) * had for cache, has, had in zip(caches, kept, whole, strict=True)
+        )
         return Report(
             policy=policy.name,
             config=prefill.config.to_dict(),
@@ -375,8 +380,7 @@ class Call:
             return None
         return Visibility(self.columns, columns, valid)
 
-    def _valid_entries(self, columns: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        assert columns is not None
+    def _valid_entries(self, columns: Tensor, valid: Tensor | None) -> Tensor | None:
         if self._valid is None:
             return valid
         current = _look_up(self._valid, columns)
@@ -385,12 +389,10 @@ class Call:
     def _forget_old(self, layer: int, sliding_window: int | None) -> None:
         """Drops the entries that no later token can see through the sliding window; after a single token this waits
         until storage must grow."""
-        assert self.caches is not None
-        cache = self.caches[layer]
-        if layer == 0:
-            cache.unfinished = True
         if sliding_window is None or self._tokens == 1:
             return
+        assert self.caches is not None
+        cache = self.caches[layer]
         if not cache.record_past:
             self._windows[layer] = sliding_window
         cache.forget(sliding_window, 0 if self.prefill is not None else min(SPARE, sliding_window // 2))

@@ -42,6 +42,16 @@ def quantize(states: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
     return affine.quantize_affine(wide, block, scales.float(), zeros, number, -most, most), scales
 
 
+def quantize_both(keys: Tensor, values: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of keys and values [B, G, N, D], then the scales of both [B, G, N, 1]."""
+    if keys.shape[-1] == values.shape[-1]:  # one call in place of two: for a new token, calls are all the time
+        numbers, scales = quantize(torch.cat([keys, values], 1), kv_dtype)
+        key_numbers, value_numbers, key_scales, value_scales = *numbers.chunk(2, 1), *scales.chunk(2, 1)
+        return key_numbers, value_numbers, key_scales, value_scales
+    (key_numbers, key_scales), (value_numbers, value_scales) = (quantize(part, kv_dtype) for part in (keys, values))
+    return key_numbers, value_numbers, key_scales, value_scales
+
+
 def dequantize(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantize` was given, in dtype and up to rounding."""
     kv_dtype = name_of(numbers.dtype)

@@ -178,8 +178,9 @@ class PrunedCache(DynamicCache):
         all. Raises `FlexASLError` where the cache is empty, its model is gone, or the folder does not exist.
         """
         model, lengths = self._reader.model(), {layer.seen for layer in self.layers}
-        if len(lengths) != 1 or 0 in lengths or model is None:
-            what = "is half filled" if len(lengths) > 1 else "has outlived the model that filled it"
+        half_filled = len(lengths) > 1 or any(layer.unfinished for layer in self.layers)
+        if half_filled or len(lengths) != 1 or 0 in lengths or model is None:
+            what = "is half filled" if half_filled else "has outlived the model that filled it"
             what = "is empty" if lengths <= {0} else what
             raise FlexASLError(f"the cache {what}; save it after a prefill, while the model is there")
         mask = self.attention_mask
