@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import FlexASLError
+from flexasl.gradients import refuse_gradients
 from flexasl.ops import compact_kv, kept_slots
 from flexasl.quantizing import dequantize, name_of, primitives, quantize
+
+NO_GRADIENTS = "no gradients flow through a cache in eight bits; patch the model with kv_dtype=None"
 
 
 class LayerCache:
@@ -42,6 +45,7 @@ class LayerCache:
         self._columns: Tensor | None = None
         self._valid: Tensor | None = None
         self._dtype: torch.dtype | None = None
+        self._cut = False
         self.seen = 0
         """Columns of the sequence so far, dropped ones included."""
         self.uncroppable = 0
@@ -216,12 +220,14 @@ class LayerCache:
         if self.kv_dtype is None:
             return stored[part]
         assert self._dtype is not None
-        return dequantize(stored[part], stored[part + 2], self._dtype)
+        states = dequantize(stored[part], stored[part + 2], self._dtype)
+        return refuse_gradients(states, NO_GRADIENTS).clone() if self._cut and torch.is_grad_enabled() else states
 
     def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """As `stored` would have them."""
         if self.kv_dtype is None:
             return keys, values
+        self._cut = self._cut or (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
         if keys.shape[-1] == values.shape[-1]:  # one call in place of two: for a new token, calls are all the time
             numbers, scales = quantize(torch.cat([keys, values], 1), self.kv_dtype)
             return (*numbers.chunk(2, 1), *scales.chunk(2, 1))
@@ -241,7 +247,8 @@ class LayerCache:
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         length = self._length + count
-        if length > self._states[0].shape[2]:
+        # With gradients, earlier steps need the storage as it was.
+        if length > self._states[0].shape[2] or self._states[0].requires_grad:
             most = length + self.slack
             self._states = tuple(_grown(states, 2, self._length, most) for states in self._states)
             self._columns = _grown(self._columns, -1, self._length, most)

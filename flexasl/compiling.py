@@ -11,14 +11,17 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from flexasl.gradients import refuse_gradients
+
+NO_GRADIENTS = "compile=True gives no gradients; patch the model with compile=False"
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_region(function: Callable[..., Any], backend: Backend | None = None) -> Callable[..., Any]:
     """`function`, whose first argument is a module, as one graph for all lengths and for all modules alike.
 
-    Raises where it cannot be one graph, or where it is compiled too often: it never runs uncompiled in silence. What it
-    returns has no gradients.
+    Raises where it cannot be one graph, or where it is compiled too often: it never runs uncompiled in silence. It
+    gives no gradients: a backward pass through what it returns raises `UnsupportedError`.
     """
     # A code object of its own, because compilers count recompiles, and stop at 8, by code object.
     own = types.FunctionType(
@@ -26,9 +29,14 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
     )
     compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend or inductor)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wanted = torch.is_grad_enabled() and any(map(_needs_gradients, (*args, *module.parameters())))
         with torch.no_grad():
-            return compiled(*args, **kwargs)
+            # Graphs for inputs with gradients and without would be two.
+            made = compiled(module, tuple(map(_detached, args)), kwargs)
+        if not wanted:
+            return made
+        return tuple(map(_refusing, made)) if isinstance(made, tuple) else _refusing(made)
 
     return run
 
@@ -68,6 +76,18 @@ def _is_one_row(node: Node) -> bool:
         return False
     plain = all(type(value).__name__ in ("FakeTensor", "Parameter", "Tensor") for value in (states, weight))
     return plain and states.is_floating_point() and all(size == 1 for size in states.shape[:-1])
+
+
+def _needs_gradients(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if _needs_gradients(value) else value
+
+
+def _refusing(value: Any) -> Any:
+    return refuse_gradients(value, NO_GRADIENTS) if isinstance(value, torch.Tensor) else value
 
 
 def _example(argument: Any) -> torch.Tensor | None:

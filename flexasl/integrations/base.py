@@ -171,7 +171,10 @@ class BasePatch:
             observer=self.observer,
         )
         again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
-        return Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
+        call = Call(caches, prefill, columns, valid if past > 0 else None, compiled=self.compiled, rerun=again)
+        if torch.is_grad_enabled():
+            call.blank = 0.0  # until the weights after the last layer have been used
+        return call
 
     def end(self, call: Call) -> Report | None:
         """After the pass: the report, where it was a prompt."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -26,6 +27,8 @@ from flexasl.presets import ModelKind
 
 CALL, OUTER = "flexasl_call", "flexasl_outer_call"
 """Keywords: what goes down to attention, the `Call` first and inside a layer its `LayerStep`; and there the `Call`."""
+PASS = "flexasl_pass"
+"""Keyword from model to decoder, which puts the `Call` there."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -68,6 +71,8 @@ class Patch(BasePatch):
         self._guarded = guard_generation(model)
         self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
         self._handles.append(model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(_begin_pass, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_end_pass, with_kwargs=True))
         self.hook(stack.decoder)
         if check is not None:
             check(self)
@@ -98,7 +103,12 @@ class Patch(BasePatch):
         past = self.past(caches, batch)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[CALL] = self.begin(caches, valid, batch, count, tokens.device)
+        kwargs[CALL] = call = self.begin(caches, valid, batch, count, tokens.device)
+        outer: _Pass | None = kwargs.pop(PASS, None)
+        if outer is not None:
+            outer.call = call
+        elif torch.is_grad_enabled():
+            call.blank = float("nan")  # the decoder alone: nobody would blank out its output
         return (), kwargs
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -148,6 +158,27 @@ class Patch(BasePatch):
             )
         if self.is_prompt(past, count) and valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
+
+
+class _Pass:
+    """What the model learns from its decoder; no list, which other libraries' hooks would copy on the way down."""
+
+    call: Call | None = None
+
+
+def _begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {PASS: _Pass()} if torch.is_grad_enabled() else kwargs
+
+
+def _end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Writes NaN into the logits of dropped tokens where gradients are recorded: in hidden states, it would become the
+    gradients of the model's last weights."""
+    call = None if PASS not in kwargs else kwargs[PASS].call
+    if call is None:
+        return
+    logits = output[0] if isinstance(output, tuple) else output.logits
+    wanted = kwargs.get("logits_to_keep", 0)
+    call.blank_out(logits, wanted if isinstance(wanted, Tensor) else slice(-logits.shape[1], None))
 
 
 def attention_forward(
