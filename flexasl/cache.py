@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexasl.entries import by_head, grown, owned, span, stack_rows, widened
 from flexasl.errors import FlexASLError
+from flexasl.gradients import refuse_gradients
 from flexasl.ops import compact_kv, kept_slots
 from flexasl.quantizing import dequantize, name_of, primitives, quantize_both
 
@@ -30,6 +31,9 @@ class _Coming(NamedTuple):
     seen: int = 0
     gapless: bool = True
     """Whether they are those of the next columns, none of them padding."""
+
+
+NO_GRADIENTS = "no gradients flow through a cache in eight bits; patch the model with kv_dtype=None"
 
 
 class LayerCache:
@@ -67,6 +71,7 @@ class LayerCache:
         self._coming = _Coming()
         self._gapless = 0  # of the last entries, how many are known to be those of the last columns; see `is_gapless`
         self._recorded = 0
+        self._had_gradients = False
         self.unfinished = False
         """Whether the last pass has stored entries, here or in deeper layers, and did not come to its end."""
         self.seen = 0
@@ -306,12 +311,15 @@ class LayerCache:
         if self.kv_dtype is None:
             return stored[0]
         assert self._dtype is not None
-        return dequantize(stored[0], stored[1], self._dtype)
+        made = dequantize(stored[0], stored[1], self._dtype)
+        lost = self._had_gradients and torch.is_grad_enabled()
+        return refuse_gradients(made, NO_GRADIENTS).clone() if lost else made
 
     def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """As `stored` would have them."""
         if self.kv_dtype is None:
             return keys, values
+        self._had_gradients |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         return quantize_both(keys, values, self.kv_dtype)
 
     def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None) -> None:
@@ -326,9 +334,11 @@ class LayerCache:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         count = columns.shape[-1]
         # With slack, room is left at the end always: a graph takes full storage for another kind of tensor.
-        # What was made under inference mode cannot be written into outside of it.
+        # What was made under inference mode cannot be written into outside of it; with gradients, earlier steps need
+        # the storage as it was.
         full = self._length + count + bool(self.slack) > self._states[0].shape[2]
-        if full or (self._states[0].is_inference() and not torch.is_inference_mode_enabled()):
+        locked = self._states[0].is_inference() and not torch.is_inference_mode_enabled()
+        if full or locked or self._states[0].requires_grad:
             self._grow(count, sliding_window)
         room = slice(self._length, self._length + count)
         self._columns[..., room] = columns

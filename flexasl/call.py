@@ -164,6 +164,9 @@ class Call:
         self.rerun = rerun
         self.step: LayerStep | None = None
         """That of the layer that runs, for adapters whose layers take one object all the way down to attention."""
+        self.blank = float("nan")
+        """What `finish` puts in the place of dropped tokens. NaN there becomes the gradients of all weights after the
+        last layer; to train, set 0, and call `blank_out` on what these weights make of it."""
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._windows: dict[int, int] = {}
         self._started = 0.0 if prefill is None else _clock(columns.device)
@@ -257,26 +260,34 @@ class Call:
         return self._read_again(layer, fresh, hidden) if self.rerun is not None else hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """The last layer's output in the prompt's own shape [B, M, C]: 0 at padding, NaN at tokens that were dropped,
-        which have none."""
+        """The last layer's output in the prompt's own shape [B, M, C]: 0 at padding, `blank` (NaN) at tokens that were
+        dropped, which have none."""
         if self.prefill is None or self.prefill.packed.rows is not None:
             return hidden
         if self.prefill.dropped is not None:
-            hidden = hidden.masked_fill(self.prefill.dropped[:, None], float("nan"))
+            hidden = hidden.masked_fill(self.prefill.dropped[:, None], self.blank)
         return self._unpack(hidden, self.prefill.packed)
 
     def _unpack(self, hidden: Tensor, packed: Packed) -> Tensor:
-        """States [1, T, C] of packed tokens in the prompt's own shape [B, M, C]: 0 at padding, NaN at other tokens."""
+        """States [1, T, C] of packed tokens in the prompt's own shape [B, M, C]: 0 at padding, `blank` at others."""
         assert self.prefill is not None
         batch = self.columns.shape[0]
         places = batch * self._tokens
         if packed.total == places:
             return hidden.reshape(batch, self._tokens, -1)
-        full = hidden.new_full((places, hidden.shape[2]), float("nan"))
+        full = hidden.new_full((places, hidden.shape[2]), self.blank)
         for row, length in enumerate(self.prefill.lengths):
             full[row * self._tokens : (row + 1) * self._tokens - length] = 0
         full.index_copy_(0, packed.flat(self._tokens), hidden[0])
         return full.view(batch, self._tokens, -1)
+
+    def blank_out(self, states: Tensor, columns: slice | Tensor = slice(None)) -> None:
+        """Writes NaN, at tokens that were dropped, into what was made of `finish`'s output, or of some of its columns:
+        [B, columns, ...]."""
+        if self.prefill is not None:
+            gone = self.prefill.gone()
+            if gone is not None:
+                states.masked_fill_(gone[:, columns].view(*states.shape[:2], *[1] * (states.dim() - 2)), float("nan"))
 
     def _read_again(self, layer: int, rows: list[int], hidden: Tensor) -> Tensor:
         """The output [1, T, C] of this layer, for which these rows' tokens have been read as if they were the prompt.

@@ -14,7 +14,9 @@ from torch.fx.experimental import _config as shapes
 from torch.nn import functional as F
 
 from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.gradients import refuse_gradients
 
+NO_GRADIENTS = "compile=True gives no gradients; patch the model with compile=False"
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
@@ -22,7 +24,7 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
     """`function`, whose first argument is a module, as one graph for all lengths and for all modules alike.
 
     Raises `FlexASLError` where it cannot be one graph, or is compiled too often: it never runs uncompiled in silence.
-    What it returns has no gradients.
+    It gives no gradients: a backward pass through what it returns raises `UnsupportedError`.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
@@ -35,14 +37,16 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
 
     first = True
 
-    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal first
+        wanted = torch.is_grad_enabled() and any(map(_needs_gradients, (*args, *module.parameters())))
         # Sizes that happen to be equal in the first inputs are not to be equal in all. The patch costs time.
         unequal: Any = shapes.patch(use_duck_shape=False) if first else contextlib.nullcontext()  # type: ignore[attr-defined]
         kind = type(module).__name__
         try:
             with torch.no_grad(), unequal:
-                out = compiled(module, *args, **kwargs)
+                # Graphs for inputs with gradients and without would be two.
+                made = compiled(module, tuple(bare(arg) if isinstance(arg, Tensor) else arg for arg in args), kwargs)
         except FailOnRecompileLimitHit as error:
             raise FlexASLError(
                 f"compile=True has made {config.recompile_limit} graphs of {kind}, as many as "
@@ -55,7 +59,9 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
                 f"compile=True cannot make {kind} one graph: {why}; patch with compile=False"
             ) from error
         first = False
-        return out
+        if not wanted:
+            return made
+        return tuple(map(_refusing, made)) if isinstance(made, tuple) else _refusing(made)
 
     return run
 
@@ -135,6 +141,14 @@ def _is_one_row(node: Node) -> bool:
         return False
     plain = all(type(value).__name__ in ("FakeTensor", "Parameter", "Tensor") for value in (states, weight))
     return plain and states.is_floating_point() and all(size == 1 for size in states.shape[:-1])
+
+
+def _needs_gradients(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _refusing(value: Any) -> Any:
+    return refuse_gradients(value, NO_GRADIENTS) if isinstance(value, torch.Tensor) else value
 
 
 def _example(argument: Any) -> torch.Tensor | None:

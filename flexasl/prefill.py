@@ -180,6 +180,16 @@ class Prefill:
         stays = self.packed.stays
         return None if stays is None else ~stays
 
+    def gone(self) -> Tensor | None:
+        """[B, N] bool: tokens that do not come out of the last layer; None where all do."""
+        stays = self.packed.stays
+        if stays is None and self.packed.total == sum(self.lengths):
+            return None
+        stays = torch.ones(self.packed.total, dtype=torch.bool, device=self.device) if stays is None else stays
+        firsts = torch.tensor([self.tokens - n for n in self.lengths], dtype=torch.int64, device=self.device)
+        real = torch.arange(self.tokens, dtype=torch.int64, device=self.device) >= firsts[:, None]
+        return real & ~self._padded(stays)
+
     def close(self) -> dict[int, Tensor]:
         """After the last layer: where tokens were masked out, the columns [B, N] bool that each layer's cache keeps."""
         if not self._masks:

@@ -124,6 +124,18 @@ def test_layers_of_two_kinds_under_a_sliding_window():
         torch.testing.assert_close(torch.stack(mine.logits), torch.stack(want.logits), **CLOSE)
 
 
+def test_gradients_are_refused_when_they_are_asked_for(compiled):
+    model, before = compiled[0], graphs()
+    ids = prompts(90)[0][None]
+    with torch.no_grad():
+        want = model(ids).logits
+    out = model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_())
+    torch.testing.assert_close(out.logits, want, equal_nan=True)
+    with pytest.raises(UnsupportedError, match="compile=True gives no gradients; patch the model with compile=False"):
+        out.logits[:, -1].sum().backward()
+    assert graphs() == before
+
+
 def test_remove_makes_the_model_what_it_was():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny().config)).eval()
     model.load_state_dict(tiny().state_dict())

@@ -181,7 +181,10 @@ class BasePatch:
         again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
         shown = self._foreign.check_prompt(prefill, self.compiled)
         valid = valid if past > 0 else None
-        return Call(caches, prefill, columns, valid, compiled=self.compiled, rerun=again, unpacks=shown)
+        call = Call(caches, prefill, columns, valid, compiled=self.compiled, rerun=again, unpacks=shown)
+        if torch.is_grad_enabled():
+            call.blank = 0.0  # until the weights after the last layer have been used
+        return call
 
     def end(self, call: Call) -> Report | None:
         """After the pass: the report, where it was a prompt."""

@@ -83,6 +83,12 @@ class Patch(BasePatch):
                 positions = (positions - (~valid).sum(1, keepdim=True)).clamp(min=0)
         return (tokens,), {"positions": positions, "attention_masks": call}
 
+    def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        super()._leave(decoder, args, kwargs, output)
+        call: Call = kwargs[self.CALL]
+        if call.blank == 0:
+            call.blank_out(output.to_local() if isinstance(output, DTensor) else output)
+
     def _whole(self, hidden: Any) -> Tensor:
         made: Tensor = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
         return made

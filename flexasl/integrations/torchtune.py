@@ -48,6 +48,15 @@ class Patch(BasePatch):
                 own.kv_cache = PrunedKVCache.replacing(own.kv_cache)
         self.hook(model)
 
+    def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        super()._leave(decoder, args, kwargs, output)
+        call: Call = kwargs[self.CALL]
+        if call.blank == 0:
+            first = 0
+            for logits in output if isinstance(output, list) else [output]:
+                call.blank_out(logits, slice(first, first + logits.shape[1]))
+                first += logits.shape[1]
+
     def restore(self) -> None:
         self._model.decoder_max_cache_seq_len, functions = self._before
         for layer, function in zip(self._layers, functions, strict=True):

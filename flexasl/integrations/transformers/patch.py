@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from flexasl.attention import FlexASLAttention
 from flexasl.call import Call, LayerStep
-from flexasl.compiling import bare, compile_region, kind_of, require_compiler, run_layer
+from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
@@ -28,6 +28,8 @@ from flexasl.presets import ModelKind
 
 CALL = "flexasl_call"
 """The keyword that goes down to attention: the `Call` first, and inside a layer its `LayerStep`."""
+PASS = "flexasl_pass"
+"""Keyword from model to decoder, which puts the `Call` there."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -72,6 +74,8 @@ class Patch(BasePatch):
         self._guarded = guard_generation(model)
         self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
         self._handles.append(model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(_begin_pass, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_end_pass, with_kwargs=True))
         self.hook(stack.decoder)
         if check is not None:
             check(self)
@@ -111,7 +115,12 @@ class Patch(BasePatch):
         past = self.past(caches, batch)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[CALL] = self.begin(caches, valid, batch, count, tokens.device)
+        kwargs[CALL] = call = self.begin(caches, valid, batch, count, tokens.device)
+        outer: _Pass | None = kwargs.pop(PASS, None)
+        if outer is not None:
+            outer.call = call
+        elif torch.is_grad_enabled():
+            call.blank = float("nan")  # the decoder alone: nobody would blank out its output
         return (), kwargs
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -146,6 +155,27 @@ class Patch(BasePatch):
             )
         if self.is_prompt(past, count) and valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
+
+
+class _Pass:
+    """What the model learns from its decoder; no list, which other libraries' hooks would copy on the way down."""
+
+    call: Call | None = None
+
+
+def _begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {PASS: _Pass()} if torch.is_grad_enabled() else kwargs
+
+
+def _end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Writes NaN into the logits of dropped tokens where gradients are recorded: in hidden states, it would become the
+    gradients of the model's last weights."""
+    call = None if PASS not in kwargs else kwargs[PASS].call
+    if call is None:
+        return
+    logits = output[0] if isinstance(output, tuple) else output.logits
+    wanted = kwargs.get("logits_to_keep", 0)
+    call.blank_out(logits, wanted if isinstance(wanted, Tensor) else slice(-logits.shape[1], None))
 
 
 def attention_forward(
@@ -184,7 +214,6 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-@torch.no_grad()
 def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's forward as the compiled region for such inputs, each of which is one graph. What is too rare to be
     worth one, a prompt of one token and several tokens over a cache, runs uncompiled."""
@@ -193,13 +222,12 @@ def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, 
     if prompt == one or isinstance(step.packed, Continued):
         return run_layer(layer, (hidden, *args), kwargs)
     region = regions[prompt, hidden.shape[0] == 1, step.visible is None]
-    return region(layer, (bare(hidden), *args), kwargs)
+    return region(layer, (hidden, *args), kwargs)
 
 
-@torch.no_grad()
 def _run_head(region: Any, head: nn.Module, hidden: Tensor) -> Any:
     """The head as a compiled region for a single row, whose product is bound by reading its weight."""
-    return (region if hidden.shape[:-1].numel() == 1 else run_layer)(head, (bare(hidden),), {})
+    return (region if hidden.shape[:-1].numel() == 1 else run_layer)(head, (hidden,), {})
 
 
 def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
