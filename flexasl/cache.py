@@ -160,7 +160,7 @@ class LayerCache:
 
     @property
     def tight(self) -> tuple[Tensor, ...] | None:
-        """Keys and values [B, G, N, D] where they are all real tokens, as they came and without slack, so that `take`
+        """Keys and values [B, G, N, D] where all are of real tokens, as they came and without slack, so that `take`
         may follow; None otherwise."""
         if self.slack or self.kv_dtype is not None or self._valid is not None:
             return None

@@ -229,17 +229,17 @@ class Call:
 
     def leave(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
         """The layer's output as the next layer takes it; remembers and scores a prompt's tokens, and may drop some."""
-        tokens = None
-        if self.prefill is not None:
+        tokens, prefill = None, self.prefill
+        if prefill is not None:
             assert step.scored is not None
             (query, key, sinks), cached = step.scored, step.cached
             step.scored = step.cached = None
             groups = None if cached is None else cached[0].shape[1]
-            entries = self.prefill.observe(layer, query, key, step.attention, sinks, groups=groups, packed=step.packed)
+            entries = prefill.observe(layer, query, key, step.attention, sinks, groups=groups, packed=step.packed)
             if self.caches is not None and cached is not None:
                 self._remember(self.caches[layer], *cached, entries)
-            fresh, before = self.prefill.fresh, self.prefill.packed
-            tokens = self.prefill.advance()
+            fresh, before = prefill.fresh, prefill.packed
+            tokens = prefill.advance()
         elif self.caches is not None:
             assert step.keys is not None and step.values is not None
             if step.room:
@@ -251,7 +251,7 @@ class Call:
             self._forget_old(layer, step.attention.sliding_window)
         if tokens is not None:
             self._tables.clear()
-        if self.prefill is not None and self._unpacks and not before.gaps and layer + 1 < self.prefill.num_layers:
+        if prefill is not None and self._unpacks and not before.gaps and layer + 1 < prefill.num_layers:
             self.unpacked = True
             return self._unpack(hidden, before)
         if tokens is None:

@@ -32,12 +32,15 @@ def patch(
     the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what
     computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
     the first prompt and the first new token, good for all lengths and batches; later turns run uncompiled, and such a
-    model gives no gradients. foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them,
-    before or after patching. On a layer they see and give hidden states [B, N, C] as unpatched, with zeros at padding,
-    as long as no token was dropped. `"refuse"`: a prompt that a hook would see in another shape is refused; `"packed"`:
-    hooks see prompts as they run, [1, tokens that are left of all rows, C]; see docs/loading.md. Returns the patch,
-    whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and
-    `ConfigError` for settings that do not fit it; the model is then untouched.
+    model gives no gradients.
+
+    foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them, before or after patching.
+    On a layer they see and give hidden states [B, N, C] as unpatched, with 0 at padding, as long as no token was
+    dropped. `"refuse"`: a prompt that a hook would see otherwise is refused; `"packed"`: hooks see prompts as they run,
+    [1, tokens that are left of all rows, C]. See docs/loading.md.
+
+    Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be
+    patched and `ConfigError` for settings that do not fit it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")

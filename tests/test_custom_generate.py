@@ -64,7 +64,7 @@ def test_the_patch_goes_when_generation_fails():
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    handle = model.model.layers[4].register_forward_hook(fail)
+    handle = model.model.layers[1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         recipe(model, batch, **SETTINGS)
     handle.remove()

@@ -1,4 +1,4 @@
-"""Hooks of others on a patched model: they see what the unpatched model shows them, or the prompt is refused by name."""
+"""Hooks of others on a patched model: they see what the unpatched model shows them, or the prompt is refused."""
 
 import copy
 import functools
@@ -7,7 +7,8 @@ import pytest
 import torch
 from models import FAMILIES, GREEDY, LAYERS, SMALL, decoder_layers, left_padded, prompts, tiny
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import flexasl
 from flexasl import UnsupportedError
@@ -171,9 +172,11 @@ def test_a_layer_that_may_see_fewer_tokens_is_refused_by_name():
         model(ids[:, :20])
         with pytest.raises(UnsupportedError, match=r"model\.layers\.0 has a hook .* layers read again the tokens"):
             model(ids)
-    with flexasl.patch(model, SMALL, "pyramid_infer"):
-        with pytest.raises(UnsupportedError, match=r"model\.layers\.2 has a hook .* layer 1 may see fewer"):
-            model(ids)
+    refusal = pytest.raises(
+        UnsupportedError, match=r"model\.layers\.2 has a hook .* layer 1 may see fewer .*; give a pr"
+    )
+    with flexasl.patch(model, SMALL, "pyramid_infer"), refusal:
+        model(ids)
     for handle in handles:
         handle.remove()
 
@@ -287,7 +290,7 @@ def test_foreign_hooks_packed(monkeypatch):
 
 
 def test_gradients_reach_backward_hooks_of_layers():
-    model, batch = copy.deepcopy(tiny()), left_padded(prompts(40, 25))
+    model, batch = copy.deepcopy(tiny()), left_padded(prompts(40, 40))
     embeds = model.get_input_embeddings()(batch["input_ids"])
     mask = batch["attention_mask"]
 
@@ -328,10 +331,10 @@ def test_global_hooks_are_hooks_inside_layers():
 
 def test_hooks_that_look_at_no_rows_go_on_working():
     model, batch = copy.deepcopy(tiny()), left_padded(prompts(40, 25))
-    torch.nn.utils.prune.random_unstructured(model.model.layers[5].mlp.up_proj, "weight", amount=0.2)
+    prune.random_unstructured(model.model.layers[5].mlp.up_proj, "weight", amount=0.2)
     parametrizations.weight_norm(model.model.layers[4].mlp.gate_proj)
     want = model(**batch, output_hidden_states=True).logits
-    with torch.utils.flop_counter.FlopCounterMode(display=False), flexasl.patch(model, KEEP_ALL):
+    with FlopCounterMode(display=False), flexasl.patch(model, KEEP_ALL):
         got = model(**batch).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
@@ -340,9 +343,9 @@ def test_hooks_that_look_at_no_rows_go_on_working():
 def test_a_hook_that_changes_the_number_of_tokens_is_refused():
     model, ids = tiny(), prompts(40)[0][None]
     handle = model.model.layers[1].register_forward_hook(lambda layer, args, out: torch.cat([out, out], 1))
-    with flexasl.patch(model, KEEP_ALL.replace(later_turns="prune")):
-        with pytest.raises(UnsupportedError, match=r"hidden states are \[2, 80, 64\] where \[2, 40\] tokens came in"):
-            model(ids.repeat(2, 1))
+    refusal = pytest.raises(UnsupportedError, match=r"hidden states are \[2, 80, 64\] where \[2, 40\] tokens came in")
+    with flexasl.patch(model, KEEP_ALL), refusal:
+        model(ids.repeat(2, 1))
     handle.remove()
 
 
@@ -362,7 +365,8 @@ def test_a_removed_patch_leaves_the_forward_that_came_after_it():
     assert torch.equal(model(ids).logits, want) and ran == [1]
 
 
-def test_compiled_layers_take_hooks_around_them_and_refuse_those_inside():
+def test_compiled_layers_take_hooks_around_them_and_refuse_those_inside(monkeypatch):
+    monkeypatch.setattr("flexasl.compiling.inductor", lambda graph, inputs: graph.forward)
     model = copy.deepcopy(tiny())
     batch = left_padded(prompts(60, 41))
     want, saw = steered(model, answers(batch))

@@ -294,23 +294,6 @@ def attended(monkeypatch):
     return sizes
 
 
-def test_hooks_on_layers_see_all_rows(monkeypatch):
-    monkeypatch.setattr("flexasl.packing.GROUP", 80)
-    model, seen, inside = tiny(), [], []
-    layer = model.model.layers[0]
-    with flexasl.patch(model, SMALL):
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])),
-            layer.register_forward_hook(lambda _, args, output: seen.append(output.shape[1])),
-            layer.mlp.register_forward_hook(lambda _, args, output: inside.append(output.shape[1])),
-        ]
-        model(**left_padded(prompts(90, 61, 9, 33)))
-        for handle in handles:
-            handle.remove()
-    assert seen == [193, 193]
-    assert inside == [90, 70, 33]
-
-
 def test_remove_puts_back_a_forward_of_another_library():
     model = copy.deepcopy(tiny())
     layer = model.model.layers[2]
@@ -348,7 +331,7 @@ def test_an_error_inside_a_layer_leaves_patch_and_model_usable():
         def fail(*_):
             raise RuntimeError("out of memory")
 
-        handle = model.model.layers[4].register_forward_hook(fail)
+        handle = model.model.layers[1].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids)
         handle.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flexasl.errors import UnsupportedError
 from flexasl.prefill import Prefill
+from flexasl.selector import StepSelector
 
 KNOWN = ("accelerate", "flexasl", "peft", "torch", "torchao", "torchtitan", "torchtune", "transformers")
 """Packages whose hooks read neither rows nor positions: they move, gather, cast or make weights, or count calls."""
@@ -46,17 +47,19 @@ class ForeignHooks:
         shown = False
         for index, module, hook in self._find():
             if module is not self._layers[index]:
-                raise UnsupportedError(
-                    f"{self._name(module, hook)}, and inside decoder layers prompts run packed, "
-                    f"as [1, tokens of all rows, width]; hook whole layers, or {self._ways_out(last is None)}"
-                )
+                enough = "one prompt without padding" if last is None else "one prompt within the budget"
+                why = "inside decoder layers prompts run packed, as [1, tokens that are left of all rows, width]"
+                self._refuse(module, hook, why, f"hook whole layers, give {enough}")
             if last is not None and index > last:
-                rest = "layers read again the tokens that are kept" if last < 0 else f"layers after layer {last} may"
-                rest = rest if last < 0 else f"{rest} see fewer tokens than the prompt has"
-                raise UnsupportedError(
-                    f"{self._name(module, hook)}, and {rest}; give propagate='mask', which drops none, "
-                    f"or {self._ways_out(False)}"
+                if last < 0:
+                    self._refuse(
+                        module, hook, "layers read again the tokens that are kept", "give a prompt within the budget"
+                    )
+                masks = (
+                    "" if isinstance(prefill.selector, StepSelector) else "give propagate='mask', which drops none, "
                 )
+                why = f"layers after layer {last} may see fewer tokens than the prompt has"
+                self._refuse(module, hook, why, masks + "give a prompt within the budget")
             shown = True
         return shown
 
@@ -76,9 +79,10 @@ class ForeignHooks:
                 )
         self._known_until = known_until
 
-    def _ways_out(self, within_budget: bool) -> str:
-        prompt = "one prompt without padding" if within_budget else "one prompt within the budget"
-        return f"give {prompt}, remove the hook, or patch with foreign_hooks='packed'"
+    def _refuse(self, module: nn.Module, hook: Callable[..., Any], why: str, instead: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{self._name(module, hook)}, and {why}; {instead}, remove the hook, or patch with foreign_hooks='packed'"
+        )
 
     def _find(self) -> Iterator[tuple[int, nn.Module, Any]]:
         """Layer, module and hook of each module of the layers that has a hook of others."""

@@ -72,6 +72,28 @@ def test_keep_all_is_identity(name):
     assert torch.equal(out[:, -8:], torch.stack(want))
 
 
+def test_hooks_of_others_on_layers_see_rows_and_places():
+    model, batch, seen = tiny("llama3"), torch.stack(prompts(60, 60)), []
+
+    def steer(layer, args, output):
+        seen.append(output.shape)
+        output = output.clone()
+        output[0, -1] += torch.linspace(-1, 1, output.shape[-1])
+        return output
+
+    handles = [layer.register_forward_hook(steer) for layer in model.layers.values()]
+    want, shapes = model(batch), list(seen)
+    seen.clear()
+    with flexasl.patch(model, KEEP_ALL):
+        torch.testing.assert_close(model(batch), want, **CLOSE)
+        assert seen == shapes
+        handles.append(model.layers["2"].attention.register_forward_hook(lambda *_: None))
+        with pytest.raises(UnsupportedError, match=r"layers\.2\.attention has a hook of others"):
+            model(batch)
+    for handle in handles:
+        handle.remove()
+
+
 class Masked(nn.Module):
     """Attention under a mask of its own [1, H, N, N]."""
 
@@ -287,7 +309,7 @@ def test_refuses_caches_that_do_not_fit():
         model(prompt, attention_masks=cache)
         with pytest.raises(UnsupportedError, match="the batch has 2 rows where KV caches hold 1; give as many"):
             model(prompt[:, :1].repeat(2, 1), attention_masks=cache)
-        handle = model.layers["4"].register_forward_hook(lambda *_: 1 / 0)
+        handle = model.layers["1"].register_forward_hook(lambda *_: 1 / 0)
         cache = KVCache(model)
         with pytest.raises(ZeroDivisionError):
             model(prompt, attention_masks=cache)

@@ -98,6 +98,29 @@ def test_keep_all_is_identity(name):
     torch.testing.assert_close(mine, logits, **CLOSE)
 
 
+def test_hooks_of_others_on_layers_see_rows_and_places():
+    model, batch, seen = tiny(), torch.stack(prompts(60, 60)), []
+    push = torch.linspace(-1, 1, WIDTH)
+
+    def steer(layer, args, output):
+        seen.append(output.shape)
+        output = output.clone()
+        output[0, -1] += push
+        return output
+
+    handles = [layer.register_forward_hook(steer) for layer in model.layers]
+    want, shapes = model(batch), list(seen)
+    seen.clear()
+    with flexasl.patch(model, KEEP_ALL):
+        torch.testing.assert_close(model(batch), want, **CLOSE)
+        assert seen == shapes
+        with pytest.raises(UnsupportedError, match=r"layers\.2\.mlp has a hook of others"):
+            handles.append(model.layers[2].mlp.register_forward_hook(lambda *_: None))
+            model(batch)
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.mark.parametrize("pruning", PRUNING)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_pruned_decode_equals_recompute(name, pruning):
@@ -313,7 +336,7 @@ def test_an_error_inside_a_layer_leaves_model_usable():
         def fail(*_):
             raise RuntimeError("out of memory")
 
-        handle = model.layers[4].register_forward_hook(fail)
+        handle = model.layers[1].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(prompt, **causal(64))
         handle.remove()
