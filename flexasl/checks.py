@@ -1,0 +1,108 @@
+"""Checks of arguments. Each raises one sentence that names the argument, what was given and what is allowed, or returns
+the value as the rest of the code takes it: an int of numpy as an int."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flexasl.errors import ConfigError, FlexASLError
+
+LONGEST = 60
+"""Characters of a value that an error shows."""
+
+
+def shown(value: Any) -> str:
+    """The value as an error shows it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def article(value: Any) -> str:
+    """The kind of a value, with its article: "an int"."""
+    kind = "None" if value is None else type(value).__name__
+    return kind if value is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def instance(
+    name: str, value: Any, kinds: type | tuple[type, ...], allowed: str, error: type[FlexASLError] = FlexASLError
+) -> Any:
+    """The value, which must be of one of these kinds; allowed says which in words."""
+    if not isinstance(value, kinds):
+        given = "" if value is None else f"={shown(value)}"
+        raise error(f"{name}{given} is {article(value)}; give {allowed}")
+    return value
+
+
+def integer(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    *,
+    error: type[FlexASLError] = FlexASLError,
+) -> int:
+    """The value as an int, within these bounds; numpy's ints count, truth values do not."""
+    bounds = _bounds(least, most)
+    whole = None
+    if not isinstance(value, bool):
+        try:
+            whole = operator.index(value)
+        except TypeError:
+            pass
+    if whole is None:
+        raise error(f"{name}={shown(value)} is not a whole number; give an int{f' {bounds}' if bounds else ''}")
+    if least is not None and whole < least:
+        raise error(f"{name}={whole} is too small; give {bounds}")
+    if most is not None and whole > most:
+        raise error(f"{name}={whole} is too large; give {bounds}")
+    return whole
+
+
+def real(name: str, value: Any, allowed: str, *, error: type[FlexASLError] = FlexASLError) -> float | int:
+    """The value as a finite int or float; allowed says in words which."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise error(f"{name}={shown(value)} is out of range; give {allowed}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def amount(name: str, value: Any, window: int) -> int | float:
+    """A count of tokens beyond the window, or a share in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{name}={shown(value)} is not an amount; give a count of tokens or a share in (0, 1]")
+    if not isinstance(value, numbers.Integral):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
+        return float(value)
+    if value <= window:
+        raise ConfigError(
+            f"{name}={value} does not exceed window={window}, whose tokens are always kept; give at least {window + 1}"
+        )
+    return int(value)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any], *, error: type[FlexASLError] = FlexASLError) -> Any:
+    """The value, which must be one of these."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+        raise error(f"{name}={shown(value)} is not known; give {' or '.join(map(repr, allowed))}")
+    return value
+
+
+def several(name: str, values: Any, kind: type, allowed: str) -> list[Any]:
+    """The values, an iterable of this kind, which may be text itself but is not given as one text."""
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise FlexASLError(f"{name}={shown(values)} is {article(values)}; give a list of {allowed}")
+    found = list(values)
+    for value in found:
+        if not isinstance(value, kind):
+            raise FlexASLError(f"{name} holds {shown(value)}, {article(value)}; give {allowed}")
+    return found
+
+
+def _bounds(least: int | None, most: int | None) -> str:
+    if least is not None and most is not None:
+        return f"from {least} to {most}"
+    return f"of at least {least}" if least is not None else f"of at most {most}" if most is not None else ""
