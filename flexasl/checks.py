@@ -3,6 +3,7 @@ the value as the rest of the code takes it: an int of numpy as an int."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -49,10 +50,8 @@ def integer(
     bounds = _bounds(least, most)
     whole = None
     if not isinstance(value, bool):
-        try:
+        with contextlib.suppress(TypeError):
             whole = operator.index(value)
-        except TypeError:
-            pass
     if whole is None:
         raise error(f"{name}={shown(value)} is not a whole number; give an int{f' {bounds}' if bounds else ''}")
     if least is not None and whole < least:
@@ -74,14 +73,16 @@ def amount(name: str, value: Any, window: int) -> int | float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{name}={shown(value)} is not an amount; give a count of tokens or a share in (0, 1]")
     if not isinstance(value, numbers.Integral):
-        if not 0 < value <= 1:
+        share = float(value)
+        if not 0 < share <= 1:
             raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
-        return float(value)
-    if value <= window:
+        return share
+    count = int(value)
+    if count <= window:
         raise ConfigError(
-            f"{name}={value} does not exceed window={window}, whose tokens are always kept; give at least {window + 1}"
+            f"{name}={count} does not exceed window={window}, whose tokens are always kept; give at least {window + 1}"
         )
-    return int(value)
+    return count
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any], *, error: type[FlexASLError] = FlexASLError) -> Any:

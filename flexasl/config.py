@@ -25,6 +25,14 @@ LATER_TURNS = ("keep", "prune")
 PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
 """Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
 KV_DTYPES = ("int8", "fp8")
+PAPER_RULE: dict[str, Any] = {
+    "variance_reference": "initial",
+    "select_on": "last",
+    "if_never": "keep",
+    "kernel_size": 7,
+    "pooling": "avgpool",
+}
+"""Settings of the published rule, where they are not the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +115,7 @@ class ASLConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ASLConfig:
         """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
-        settings: dict[str, Any] = {
-            "variance_reference": "initial",
-            "select_on": "last",
-            "if_never": "keep",
-            "kernel_size": 7,
-            "pooling": "avgpool",
-        }
-        return cls(**(settings | changes))
+        return cls(**(PAPER_RULE | changes))
 
     def replace(self, **changes: Any) -> ASLConfig:
         """A copy with some settings changed, checked again."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
-from flexasl.policies import Policy, find_policy
+from flexasl.policies import Policy, choose
 
 if TYPE_CHECKING:
     import os
@@ -28,21 +28,21 @@ def patch(
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
     model: a causal decoder in eval mode, of transformers (or a PEFT model around one), torchtune or torchtitan. config:
-    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what
-    computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
-    the first prompt and the first new token, good for all lengths; such a model gives no gradients. Returns the patch,
-    whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and
-    `ConfigError` for settings that do not fit it; the model is then untouched.
+    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or `paper`, alone or with
+    settings (`"fixed_layer:layer=9"`, `"asl:tau=0.3,min_layer=10"`), or an instance. kernel: what computes attention,
+    see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on the first prompt and
+    the first new token, good for all lengths; such a model gives no gradients. Returns the patch, whose `report` tells
+    of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that
+    do not fit it, that the policy would ignore, or that were calibrated for another model; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
-    chosen = find_policy(policy)
+    chosen, settings = choose(policy, config)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
     model = without_peft(model)
-    settings = config or ASLConfig()
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
 

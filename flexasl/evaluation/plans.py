@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
-from flexasl.policies import POLICIES, Policy
+from flexasl.policies import Policy
+from flexasl.policies.grammar import number, parse, parse_several, parts
 
 FULL = "full"
-PAPER = "paper"
-KILO = 1024
 
 
 @dataclass(frozen=True)
@@ -131,16 +127,16 @@ def plan(
 
 def parse_lengths(text: str) -> list[int]:
     """`"1k,2k,4096"` as tokens; k is 1,024."""
-    return [_length(part) for part in _parts("lengths", text)]
+    return [_length(part) for part in parts("lengths", text)]
 
 
 def parse_budgets(text: str) -> list[int | float]:
-    """`"256,0.25"` as amounts: counts of tokens, shares of the prompt."""
+    """`"256,4k,0.25"` as amounts: counts of tokens, shares of the prompt."""
     budgets = []
-    for part in _parts("budget", text):
-        value = _value(part)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512) or a share (0.25)")
+    for part in parts("budget", text):
+        value = number(part)
+        if value is None:
+            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512, 4k) or a share (0.25)")
         budgets.append(value)
     return budgets
 
@@ -148,39 +144,26 @@ def parse_budgets(text: str) -> list[int | float]:
 def parse_depths(text: str) -> tuple[float, ...]:
     """`"0,0.5,1"` as shares of the document."""
     try:
-        return tuple(float(part) for part in _parts("depths", text))
+        return tuple(float(part) for part in parts("depths", text))
     except ValueError as error:
         raise FlexASLError(f"depths={text!r} are no shares of the document; give numbers in [0, 1]") from error
 
 
 def parse_policies(text: str) -> list[str]:
     """`"asl:tau=0.3,min_layer=10,full"` as policies with their settings: two here."""
-    policies: list[str] = []
-    for part in _parts("policies", text):
-        if policies and "=" in part and ":" not in part.partition("=")[0]:
-            policies[-1] += f",{part}"
-        else:
-            policies.append(part)
-    return policies
+    return parse_several(text)
 
 
 def parse_names(name: str, text: str) -> list[str]:
     """Names between commas."""
-    return _parts(name, text)
-
-
-def _parts(name: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise FlexASLError(f"{name}={text!r} has an empty entry; give entries with single commas between them")
-    return parts
+    return parts(name, text)
 
 
 def _length(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)k|(\d+)", text, re.IGNORECASE)
-    if not found:
+    value = number(text) if re.fullmatch(r"\d+(\.\d+)?k|\d+", text, re.IGNORECASE) else None
+    if not isinstance(value, int):
         raise FlexASLError(f"length={text} is no number of tokens; give one such as 4096 or 4k")
-    return int(float(found[1]) * KILO) if found[1] else int(found[2])
+    return value
 
 
 def _tasks(
@@ -203,50 +186,13 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
             continue
         for budget in budgets:
             label = f"{spec}@{budget}"
-            settings[label] = _setting(label, spec, name, _given(spec, rest), budget, base)
+            settings[label] = _setting(label, spec, budget, base)
     return tuple(settings.values())
 
 
-def _setting(
-    label: str, spec: str, name: str, given: dict[str, Any], budget: int | float, base: ASLConfig | None
-) -> Setting:
-    if name != PAPER and name not in POLICIES:
-        known = ", ".join(dict.fromkeys([*POLICIES, PAPER]))
-        raise FlexASLError(f"policy={name!r} is not known; give one of {known}")
-    kind = POLICIES["asl" if name == PAPER else name]
-    own = list(inspect.signature(kind).parameters)
-    shared = [setting.name for setting in dataclasses.fields(ASLConfig) if setting.name != "select_tokens"]
-    for key in given:
-        if key not in (*own, *shared):
-            hint = "--budget sets it" if key == "select_tokens" else f"its settings are {', '.join(own + shared)}"
-            raise FlexASLError(f"policy={spec!r}: {key} is no setting of {name}; {hint}")
-    settings = {key: value for key, value in given.items() if key not in own} | {"select_tokens": budget}
-    if name == PAPER:
-        config = ASLConfig.paper(**settings)
-    else:
-        config = (base if base is not None and kind.takes_presets else ASLConfig()).replace(**settings)
-    policy = kind(**{key: value for key, value in given.items() if key in own})
-    return Setting(label=label, policy=policy, config=config, spec=spec, budget=budget)
-
-
-def _given(spec: str, rest: str) -> dict[str, Any]:
-    given = {}
-    for part in rest.split(",") if rest else []:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise FlexASLError(f"policy={spec!r}: {part!r} is no setting; give name=value")
-        given[key] = _value(value)
-    return given
-
-
-def _value(text: str) -> Any:
-    """A word as the number, truth value or None that it writes, else as itself."""
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _setting(label: str, spec: str, budget: int | float, base: ASLConfig | None) -> Setting:
+    named = parse(spec, {"select_tokens": "--budget sets it"})
+    starts = base is not None and named.policy.takes_presets and not named.rule
+    config = named.onto(base if starts and base is not None else ASLConfig(), {"select_tokens": budget})
+    named.policy.check(config)
+    return Setting(label=label, policy=named.policy, config=config, spec=spec, budget=budget)
