@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, LAYERS, left_padded, prompts, recompute, sliding_window, tiny
+from models import FAMILIES, GREEDY, LAYERS, counting, left_padded, prompts, recompute, sliding_window, tiny
 from test_ops import mass_oracle, top_p_oracle
 from test_selector import Decision, decide
 
@@ -74,7 +74,7 @@ policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
 def patched(model, config, policy="asl"):
     """The patch; settings that the model's layers cannot run are no example."""
     try:
-        return flexasl.patch(model, config, policy)
+        return flexasl.patch(model, counting(policy, config), policy)
     except flexasl.ConfigError:
         reject()
 

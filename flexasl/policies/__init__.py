@@ -3,7 +3,7 @@
 
 from flexasl.policies.asl import ASL
 from flexasl.policies.asl_two_pass import ASLTwoPass
-from flexasl.policies.base import Policy
+from flexasl.policies.base import CACHE, RULE, SCORES, Policy
 from flexasl.policies.fixed_layer import FixedLayer
 from flexasl.policies.full import Full
 from flexasl.policies.gemfilter import GemFilter
@@ -16,7 +16,10 @@ from flexasl.policies.table import POLICIES
 
 __all__ = [
     "ASL",
+    "CACHE",
     "POLICIES",
+    "RULE",
+    "SCORES",
     "ASLTwoPass",
     "FixedLayer",
     "Full",

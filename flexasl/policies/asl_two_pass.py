@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from flexasl.policies.base import Policy
 
+NO_TOP_P = "would have no effect where no layer caches more than select_tokens: give kv_budget"
+
 
 def once_a_prompt(name: str) -> Mapping[str, str]:
     """Refusals of a policy that needs tokens to be dropped, once a sequence."""
@@ -27,9 +29,10 @@ class ASLTwoPass(Policy):
     name = "asl_two_pass"
     takes_presets = True
     second_pass = True
-    takes = Policy.takes - {"if_never", "propagate", "later_turns"}
+    takes = Policy.takes - {"if_never", "propagate", "later_turns", "kv_top_p"}
     fixes: ClassVar[Mapping[str, Any]] = {"if_never": "select"}
     refusals: ClassVar[Mapping[str, str]] = {
         "if_never": f"does not go with policy {name!r}, which selects in any case",
+        "kv_top_p": NO_TOP_P,
         **once_a_prompt(name),
     }

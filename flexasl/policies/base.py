@@ -52,7 +52,8 @@ class Policy:
         what is so anyway.
         """
         plain = ASLConfig()
-        own = {name: getattr(plain, name) for name in SETTINGS if name not in self.takes} | self.fixes
+        own = {name: getattr(plain, name) for name in SETTINGS if name not in self.takes}
+        own.update(self.fixes)
         found = self.rule(config.replace(**own), num_layers, voters)
         self.check(config, found)
         return found

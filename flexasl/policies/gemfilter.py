@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from flexasl.policies.asl_two_pass import once_a_prompt
+from flexasl.policies.asl_two_pass import NO_TOP_P, once_a_prompt
 from flexasl.policies.base import CACHE
 from flexasl.policies.fixed_layer import FixedLayer, own_layer
 
@@ -21,9 +21,13 @@ class GemFilter(FixedLayer):
 
     name = "gemfilter"
     second_pass = True
-    takes = CACHE | {"select_tokens"}
+    takes = CACHE - {"kv_top_p"} | {"select_tokens"}
     fixes: ClassVar[Mapping[str, Any]] = {**FixedLayer.fixes, "window": 1, "kernel_size": 5, "pooling": "avgpool"}
-    refusals: ClassVar[Mapping[str, str]] = {**own_layer(name, "GemFilter"), **once_a_prompt(name)}
+    refusals: ClassVar[Mapping[str, str]] = {
+        **own_layer(name, "GemFilter"),
+        **once_a_prompt(name),
+        "kv_top_p": NO_TOP_P,
+    }
 
     def __init__(self, layer: int | None = None) -> None:
         super().__init__(layer, depth=14 / 32)
