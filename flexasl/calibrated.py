@@ -38,14 +38,12 @@ class CalibratedFor:
     def refuse_other(self, model: CalibratedFor) -> None:
         """Raises `ConfigError` for another model. Weights are compared where both have the same dtype: in another one
         the same weights have another digest."""
-        if (self.model_type, self.num_layers, self.hidden_size) != (
-            model.model_type,
-            model.num_layers,
-            model.hidden_size,
-        ):
-            self._refuse(f"is {model}")
-        if self.dtype == model.dtype and None not in (self.weights, model.weights) and self.weights != model.weights:
-            self._refuse(f"is {model}, whose weights are others")
+        for name in ("model_type", "num_layers", "hidden_size"):
+            if getattr(self, name) != getattr(model, name):
+                self._refuse(f"is {model}")
+        comparable = self.dtype == model.dtype and None not in (self.weights, model.weights)
+        if comparable and self.weights != model.weights:
+            self._refuse(f"is {model}, of the same shape but with other weights")
 
     def _refuse(self, what: str) -> None:
         raise ConfigError(

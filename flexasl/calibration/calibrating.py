@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,12 +50,15 @@ def calibrate(
     do not fit the context or lose no token to the budget.
     """
     from flexasl import run
+    from flexasl.integrations.transformers.fingerprint import calibrated_for
 
-    config, sources = (config or ASLConfig(select_tokens=SELECT_TOKENS)).pooled(OWN_POOLING), sources or Sources()
+    config, sources = config or ASLConfig(select_tokens=SELECT_TOKENS), sources or Sources()
+    config = config.pooled(OWN_POOLING).replace(calibrated_for=None)
     tasks = tuple(dict.fromkeys(tasks))
     model = without_peft(model)
     _check(model, tasks, unseen, samples)
     patch(model, config).remove()
+    made_for = calibrated_for(model, model_name(model))
     run.check_fits(model, length, 1)
     asked = [(task, index) for index in range(samples) for task in (*tasks, *([unseen] if unseen else []))]
     prompts: list[Prompt] = []
@@ -81,15 +85,10 @@ def calibrate(
         Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
         for layer in tables[0].voters
     ]
-    text = model.config.get_text_config(decoder=True)
     return Calibration(
-        config=config.replace(**settings_of(chosen.rule)),
+        config=config.replace(**settings_of(chosen.rule), calibrated_for=made_for),
         about={
-            "model": model_name(model),
-            "model_type": text.model_type,
-            "num_layers": len(costs),
-            "hidden_size": text.hidden_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **dataclasses.asdict(made_for),
             "samples": samples,
             "length": length,
             "seed": seed,

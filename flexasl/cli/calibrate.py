@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from flexasl.cli.answering import load
-from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, config_of, need_extra
+from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, amount_of, need_extra
 from flexasl.cli.terminal import counted_progress
+from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 
 
@@ -35,7 +36,7 @@ def calibrate(
     from flexasl.evaluation import Sources, plans
 
     _check_writable(evidence.files_of(out))
-    config = config_of(select_tokens=select_tokens)
+    config = ASLConfig(select_tokens=amount_of("select_tokens", select_tokens))
     lengths = plans.parse_lengths(length)
     if len(lengths) > 1:
         raise FlexASLError(f"--length {length} is several lengths; give one")

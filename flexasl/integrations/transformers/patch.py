@@ -17,6 +17,7 @@ from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
+from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
 from flexasl.integrations.transformers.placement import sum_over_ranks
@@ -46,6 +47,8 @@ class Patch(BasePatch):
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
+        if config.calibrated_for is not None:
+            config.calibrated_for.refuse_other(calibrated_for(model))
         settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
