@@ -7,10 +7,13 @@ import contextlib
 import math
 import numbers
 import operator
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from flexasl.errors import ConfigError, FlexASLError
+from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
 
 LONGEST = 60
 """Characters of a value that an error shows."""
@@ -92,7 +95,7 @@ def one_of(name: str, value: Any, allowed: Sequence[Any], *, error: type[FlexASL
     return value
 
 
-def several(name: str, values: Any, kind: type, allowed: str) -> list[Any]:
+def several(name: str, values: Any, kind: type | tuple[type, ...], allowed: str) -> list[Any]:
     """The values, an iterable of this kind, which may be text itself but is not given as one text."""
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise FlexASLError(f"{name}={shown(values)} is {article(values)}; give a list of {allowed}")
@@ -101,6 +104,26 @@ def several(name: str, values: Any, kind: type, allowed: str) -> list[Any]:
         if not isinstance(value, kind):
             raise FlexASLError(f"{name} holds {shown(value)}, {article(value)}; give {allowed}")
     return found
+
+
+def tokenizer(value: Any) -> Any:
+    """The value, which must turn text into ids and ids into text."""
+    if not callable(value) or not callable(getattr(value, "decode", None)):
+        raise FlexASLError(f"tokenizer={shown(value)} is {article(value)}; give the model's tokenizer")
+    return value
+
+
+def transformers_model(value: Any) -> Any:
+    """The value, which must be a model of transformers."""
+    found = sys.modules.get("transformers")
+    if found is None or not isinstance(value, found.PreTrainedModel):
+        raise UnsupportedError(f"model is {article(value)}; give a transformers causal language model")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """The value as a path."""
+    return Path(instance(name, value, (str, os.PathLike), "a path"))
 
 
 def _bounds(least: int | None, most: int | None) -> str:

@@ -34,6 +34,8 @@ def calibrate(
     from flexasl import calibration
     from flexasl.calibration import calibrating, evidence
     from flexasl.evaluation import Sources, plans
+    from flexasl.evaluation import tasks as evaluation_tasks
+    from flexasl.evaluation.tasks import find_task
 
     _check_writable(evidence.files_of(out))
     config = ASLConfig(select_tokens=amount_of("select_tokens", select_tokens))
@@ -41,6 +43,12 @@ def calibrate(
     if len(lengths) > 1:
         raise FlexASLError(f"--length {length} is several lengths; give one")
     named = calibrating.TASKS if tasks is None else tuple(plans.parse_names("tasks", tasks))
+    for name in (*named, *([] if unseen.lower() == "none" else [unseen])):
+        if find_task(name).needs:
+            generated = ", ".join(task for task, about in evaluation_tasks().items() if not about.needs)
+            raise FlexASLError(
+                f"task={name!r} is made from files, which calibrate does not take; give some of {generated}"
+            )
     sources = Sources(haystack=haystack)
     loaded, tokenizer = load(model, dtype, device)
     with counted_progress(hidden=False) as advance:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
+from flexasl.checks import instance, integer, several
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
 from flexasl.policies import Policy
-from flexasl.policies.grammar import number, parse, parse_several, parts
+from flexasl.policies.grammar import PAPER, number, parse, parse_several, parts
 
 FULL = "full"
+MOST_SAMPLES = 10**6
+"""Of each task and length. A plan lists its prompts, so far more would fill the memory before the first one is made."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +100,19 @@ def plan(
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
-    defaults, sources = find_suite(suite), sources or Sources()
+    instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
+    sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
+    defaults = find_suite(suite)
     chosen, left_out = _tasks(defaults.tasks, tasks, sources)
-    lengths = tuple(dict.fromkeys(lengths or defaults.lengths))
-    budgets = tuple(dict.fromkeys(budgets or defaults.budgets))
-    samples = defaults.samples if samples is None else samples
+    lengths = _distinct("lengths", lengths, Integral, "numbers of tokens, such as 4096", defaults.lengths)
+    budgets = _distinct("budgets", budgets, Real, "counts of tokens (512) or shares (0.25)", defaults.budgets)
+    samples = defaults.samples if samples is None else few("samples", samples, MOST_SAMPLES)
     if answer_tokens is None and tasks is None:
         answer_tokens = defaults.answer_tokens
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        if isinstance(length, bool) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
-    if answer_tokens is not None and answer_tokens < 1:
-        raise FlexASLError(f"answer_tokens={answer_tokens} is too few; give at least 1")
-    if samples < 1:
-        raise FlexASLError(f"samples={samples} is too few; give at least 1")
+    answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
     for name in chosen:
         check_supply(find_task(name), sources, samples)
     return Plan(
@@ -116,8 +120,8 @@ def plan(
         tasks=chosen,
         lengths=lengths,
         samples=samples,
-        settings=_settings(policies, budgets, config),
-        seed=seed,
+        settings=_settings(several("policies", policies, str, "policies such as 'asl'"), budgets, config),
+        seed=integer("seed", seed),
         sources=sources,
         config=config,
         answer_tokens=answer_tokens,
@@ -166,12 +170,29 @@ def _length(text: str) -> int:
     return value
 
 
+def few(name: str, value: Any, most: int | None = None) -> int:
+    """A number of things, of which there is at least one."""
+    count = integer(name, value)
+    if count < 1:
+        raise FlexASLError(f"{name}={count} is too few; give at least 1")
+    return integer(name, count, most=most)
+
+
+def _distinct(name: str, values: Any, kind: Any, allowed: str, defaults: Sequence[Any]) -> tuple[Any, ...]:
+    """The values, each once; the defaults where None was given."""
+    found = tuple(dict.fromkeys(defaults if values is None else several(name, values, kind, allowed)))
+    if not found:
+        raise FlexASLError(f"{name} is empty; give {allowed}")
+    return found
+
+
 def _tasks(
     suite: tuple[str, ...], named: Sequence[str] | None, sources: Sources
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The tasks to run, and those of the suite that lack a file; a task that is named must have it."""
     if named is not None:
-        return tuple(dict.fromkeys(find_task(name).name for name in named)), {}
+        chosen = _distinct("tasks", named, str, "tasks such as 'needle'", ())
+        return tuple(find_task(name).name for name in chosen), {}
     lacking = {name: tasks()[name].needs or "" for name in suite if tasks()[name].supply(sources) == 0}
     return tuple(name for name in suite if name not in lacking), lacking
 
@@ -187,12 +208,22 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
         for budget in budgets:
             label = f"{spec}@{budget}"
             settings[label] = _setting(label, spec, budget, base)
+    if base is not None and len(settings) > 1 and not any(_starts(one.policy, one.spec) for one in settings.values()):
+        raise FlexASLError(
+            "config has no effect: of the policies, 'asl' and 'asl_two_pass' start from it, and neither is there; give "
+            "settings with a policy, such as 'snapkv:kernel_size=5'"
+        )
     return tuple(settings.values())
 
 
 def _setting(label: str, spec: str, budget: int | float, base: ASLConfig | None) -> Setting:
     named = parse(spec, {"select_tokens": "--budget sets it"})
-    starts = base is not None and named.policy.takes_presets and not named.rule
-    config = named.onto(base if starts and base is not None else ASLConfig(), {"select_tokens": budget})
+    start = base if base is not None and _starts(named.policy, spec) else ASLConfig()
+    config = named.onto(start, {"select_tokens": budget})
     named.policy.check(config)
     return Setting(label=label, policy=named.policy, config=config, spec=spec, budget=budget)
+
+
+def _starts(policy: Policy | None, spec: str) -> bool:
+    """Whether it starts from the plan's config, which says where adaptive selection selects."""
+    return policy is not None and policy.takes_presets and spec.partition(":")[0] != PAPER
