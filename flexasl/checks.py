@@ -50,13 +50,17 @@ def integer(
     error: type[FlexASLError] = FlexASLError,
 ) -> int:
     """The value as an int, within these bounds; numpy's ints count, truth values do not."""
-    bounds = _bounds(least, most)
+    if least is not None and most is not None:
+        bounds = f"from {least} to {most}"
+    else:
+        bounds = f"at least {least}" if least is not None else f"at most {most}"
     whole = None
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             whole = operator.index(value)
     if whole is None:
-        raise error(f"{name}={shown(value)} is not a whole number; give an int{f' {bounds}' if bounds else ''}")
+        limit = "" if least is most is None else f" {bounds}" if bounds.startswith("from") else f" of {bounds}"
+        raise error(f"{name}={shown(value)} is not a whole number; give an int{limit}")
     if least is not None and whole < least:
         raise error(f"{name}={whole} is too small; give {bounds}")
     if most is not None and whole > most:
@@ -109,7 +113,8 @@ def several(name: str, values: Any, kind: type | tuple[type, ...], allowed: str)
 def tokenizer(value: Any) -> Any:
     """The value, which must turn text into ids and ids into text."""
     if not callable(value) or not callable(getattr(value, "decode", None)):
-        raise FlexASLError(f"tokenizer={shown(value)} is {article(value)}; give the model's tokenizer")
+        given = "" if value is None else f"={shown(value)}"
+        raise FlexASLError(f"tokenizer{given} is {article(value)}; give the model's tokenizer")
     return value
 
 
@@ -124,9 +129,3 @@ def transformers_model(value: Any) -> Any:
 def path(name: str, value: Any) -> Path:
     """The value as a path."""
     return Path(instance(name, value, (str, os.PathLike), "a path"))
-
-
-def _bounds(least: int | None, most: int | None) -> str:
-    if least is not None and most is not None:
-        return f"from {least} to {most}"
-    return f"of at least {least}" if least is not None else f"of at most {most}" if most is not None else ""

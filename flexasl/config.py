@@ -324,6 +324,19 @@ def _by_known_names(init: Callable[..., None]) -> Callable[..., None]:
 ASLConfig.__init__ = _by_known_names(ASLConfig.__init__)  # type: ignore[method-assign]
 
 
+def refuse_open(rule: ASLConfig, num_layers: int | None = None, found: str = "config has") -> None:
+    """Raises `ConfigError` where settings are not resolved for so many layers, or, with None, for scores that
+    are there already; found: whose they are."""
+    scoring = () if num_layers is None else ("kernel_size", "pooling")
+    for name in ("tau", "min_layer", "max_layer", "observe_layers", "if_never", *scoring):
+        if getattr(rule, name) is None:
+            raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")
+    if num_layers is not None and rule.max_layer is not None and rule.max_layer >= num_layers:
+        raise ConfigError(
+            f"{found} max_layer={rule.max_layer}, of {num_layers} layers; give layers up to {num_layers - 1}"
+        )
+
+
 def _amount(value: int | float, prompt_tokens: int, window: int) -> int:
     if isinstance(value, int):
         return value

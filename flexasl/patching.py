@@ -6,8 +6,10 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from flexasl import checks
+from flexasl.checks import instance
 from flexasl.config import ASLConfig
-from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.errors import UnsupportedError
 from flexasl.policies import Policy, choose
 
 if TYPE_CHECKING:
@@ -35,9 +37,8 @@ def patch(
     of the last prompt. Raises `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that
     do not fit it, that the policy would ignore, or that were calibrated for another model; the model is then untouched.
     """
-    if config is not None and not isinstance(config, ASLConfig):
-        raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
     chosen, settings = choose(policy, config)
+    instance("compile", compile, bool, "True or False")
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
@@ -78,7 +79,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not an unchanged cache of
     this format version or belongs to another model, FileNotFoundError where there is none.
     """
-    model = without_peft(model)
+    path, model = checks.path("path", path), without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
         raise UnsupportedError(
             f"model is a {type(model).__name__}; saved caches are for transformers causal language models"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention, Scoring
-from flexasl.config import ASLConfig
+from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import UnsupportedError
 from flexasl.ops import kept_slots, top_k_entries, top_p_entries
 from flexasl.packing import Continued, Packed
 from flexasl.policies.base import Policy
-from flexasl.policies.contract import budgets_of, refuse_open, steps_of
+from flexasl.policies.contract import budgets_of, steps_of
 from flexasl.selector import LayerSelector, Selection, StepSelector, budget_of
 
 Observer = Callable[[int, Tensor], None]

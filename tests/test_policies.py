@@ -252,7 +252,7 @@ def _of(kind, **settings):
         (_of(policies.FixedLayer, depth="abc"), "depth='abc' is out of range"),
         (_of(policies.FixedLayer, layer="abc"), "layer='abc' is out of range; give an int from 0 on, or None"),
         (_of(policies.GemFilter, layer=[3]), r"layer=\[3\] is out of range"),
-        (_of(policies.PyramidInfer, first=-1), "first=-1 is too small; give of at least 0"),
+        (_of(policies.PyramidInfer, first=-1), "first=-1 is too small; give at least 0"),
         (_of(policies.PyramidInfer, last="abc"), "last='abc' is not a whole number; give an int of at least 0"),
     ],
 )
@@ -307,7 +307,7 @@ class Own(policies.Policy):
         (
             Own(rule=lambda config, layers: config.resolve(9).replace(max_layer=8)),
             {},
-            "resolves settings to min_layer=1 and max_layer=8, of 6 layers; give layers up to 5",
+            "policy 'own' resolves settings to max_layer=8, of 6 layers; give layers up to 5",
         ),
         (
             Own(rule=lambda config, layers: config.replace(propagate="gather").resolve(layers)),

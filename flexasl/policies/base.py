@@ -40,9 +40,8 @@ class Policy:
     """Cache entries by position: the first so many and the last; None where they go by attention."""
 
     def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        """The settings of this policy on `num_layers` layers, from a config whose settings beside `takes` are at their
-        defaults or as `fixes` has them; raises `ConfigError` where they cannot work. By default those of adaptive
-        selection."""
+        """The settings of this policy on `num_layers` layers, from what `counting` makes of a config; raises
+        `ConfigError` where they cannot work. By default those of adaptive selection."""
         return config.resolve(num_layers, voters)
 
     def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
@@ -51,12 +50,15 @@ class Policy:
         Raises `ConfigError` where they cannot work, and for a setting that is given and does not count, unless it says
         what is so anyway.
         """
-        plain = ASLConfig()
-        own = {name: getattr(plain, name) for name in SETTINGS if name not in self.takes}
-        own.update(self.fixes)
-        found = self.rule(config.replace(**own), num_layers, voters)
+        found = self.rule(self.counting(config), num_layers, voters)
         self.check(config, found)
         return found
+
+    def counting(self, config: ASLConfig) -> ASLConfig:
+        """The config with settings that do not count at their defaults, or as `fixes` has them."""
+        plain = ASLConfig()
+        own = {name: getattr(plain, name) for name in SETTINGS if name not in self.takes}
+        return config.replace(**{**own, **self.fixes})
 
     def check(self, config: ASLConfig, resolved: ASLConfig | None = None) -> None:
         """Raises `ConfigError` for settings that are given, do not count, and are not as resolved has them; no model is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexasl.checks import article, integer, shown
-from flexasl.config import ASLConfig
+from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
 
@@ -34,19 +34,6 @@ def resolved(policy: Policy, config: ASLConfig, num_layers: int, voters: Sequenc
         if asked != made:
             raise ConfigError(f"policy {policy.name!r} makes {name}={made!r} of {name}={asked!r}; raise ConfigError")
     return rule
-
-
-def refuse_open(rule: ASLConfig, num_layers: int, found: str = "config has") -> None:
-    """Raises `ConfigError` where settings are not those of a stack of so many layers; found: whose these are."""
-    for name in ("tau", "min_layer", "max_layer", "observe_layers", "kernel_size", "pooling", "if_never"):
-        if getattr(rule, name) is None:
-            raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")
-    assert rule.max_layer is not None and rule.min_layer is not None
-    if not rule.min_layer <= rule.max_layer < num_layers:
-        raise ConfigError(
-            f"{found} min_layer={rule.min_layer} and max_layer={rule.max_layer}, of {num_layers} layers; "
-            f"give layers up to {num_layers - 1}"
-        )
 
 
 def steps_of(

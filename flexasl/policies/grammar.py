@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flexasl.checks import article, shown
+from flexasl.checks import article, instance, shown
 from flexasl.config import PAPER_RULE, SETTINGS, ASLConfig
 from flexasl.errors import ConfigError, FlexASLError
 from flexasl.policies.base import Policy
@@ -49,7 +49,7 @@ def choose(policy: str | Policy, config: ASLConfig | None = None) -> tuple[Polic
     Raises `FlexASLError` for a name that is not known and `ConfigError` for settings that cannot be, also where the
     config and the policy give the same one differently.
     """
-    config = ASLConfig() if config is None else config
+    config = instance("config", ASLConfig() if config is None else config, ASLConfig, "an ASLConfig or None")
     if isinstance(policy, Policy):
         return policy, config
     named = parse(policy)
