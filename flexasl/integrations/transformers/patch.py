@@ -19,6 +19,7 @@ from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
+from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
 from flexasl.integrations.transformers.placement import sum_over_ranks
 from flexasl.packing import Continued
@@ -99,6 +100,8 @@ class Patch(BasePatch):
         cache = self._cache(decoder, kwargs)
         caches = None if cache is None else cache.layers
         past = self.past(caches, batch)
+        if past == 0:
+            refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
         kwargs[CALL] = self.begin(caches, valid, batch, count, tokens.device)
