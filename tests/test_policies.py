@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +226,20 @@ def test_every_setting_counts_or_is_refused(policy):
         with contextlib.nullcontext() if said_anyway else refused, flexasl.patch(model, after, chosen):
             pass
         assert not hasattr(model, "flexasl_patch")
+
+
+def test_the_page_says_which_settings_count():
+    page = (Path(__file__).parents[1] / "docs/policies.md").read_text(encoding="utf-8")
+    told = {}
+    for names, which in re.findall(r"^\| ((?:`\w+`,? ?)+) \| (all.*|`asl`.*) \|$", page, re.MULTILINE):
+        listed = set(re.findall(r"`(\w+)`", which.partition(": its")[0]))
+        every = set(policies.POLICIES) - {"fastkv"}
+        told |= {name: every - listed if which.startswith("all") else listed for name in re.findall(r"`(\w+)`", names)}
+    counts = {
+        name: {policy for policy, kind in policies.POLICIES.items() if name in kind.takes} - {"fastkv"}
+        for name in SETTINGS
+    }
+    assert told == counts
 
 
 @pytest.mark.parametrize("policy", policies.POLICIES)
