@@ -107,6 +107,10 @@ def lone(name, **given):
         (lone("plan", policies=["snapkv:tau=0.3"]), "tau=0.3 would have no effect under policy 'snapkv'"),
         (lone("plan", policies=["snapkv"], config=ASLConfig(tau=0.3)), "config has no effect: of the policies, 'asl'"),
         (
+            lone("plan", policies=["snapkv:kv_budget=48"], budgets=[64, 96]),
+            "has a budget of its own, the same at each of",
+        ),
+        (
             lone("plan", policies=["asl", "asl_two_pass"], config=ASLConfig(if_never="keep")),
             "if_never='keep' does not go with policy 'asl_two_pass', which selects in any case",
         ),

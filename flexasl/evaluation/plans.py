@@ -14,9 +14,10 @@ from flexasl.errors import FlexASLError
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
 from flexasl.policies import Policy
-from flexasl.policies.grammar import PAPER, number, parse, parse_several, parts
+from flexasl.policies.grammar import PAPER, Named, number, parse, parse_several, parts
 
 FULL = "full"
+_ELSEWHERE = {"select_tokens": "--budget sets it"}
 MOST_SAMPLES = 10**6
 """Of each task and length. A plan lists its prompts, so far more would fill the memory before the first one is made."""
 
@@ -205,9 +206,14 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
             if rest:
                 raise FlexASLError(f"policy={spec!r} is the unpatched model, which has no settings; give 'full'")
             continue
+        named = parse(spec, _ELSEWHERE)
+        if len(budgets) > 1 and not named.policy.prunes_tokens and named.settings.get("kv_budget") is not None:
+            raise FlexASLError(
+                f"policy={spec!r} has a budget of its own, the same at each of {budgets}; give one of them"
+            )
         for budget in budgets:
             label = f"{spec}@{budget}"
-            settings[label] = _setting(label, spec, budget, base)
+            settings[label] = _setting(label, named, budget, base)
     if base is not None and len(settings) > 1 and not any(_starts(one.policy, one.spec) for one in settings.values()):
         raise FlexASLError(
             "config has no effect: of the policies, 'asl' and 'asl_two_pass' start from it, and neither is there; give "
@@ -216,8 +222,8 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
     return tuple(settings.values())
 
 
-def _setting(label: str, spec: str, budget: int | float, base: ASLConfig | None) -> Setting:
-    named = parse(spec, {"select_tokens": "--budget sets it"})
+def _setting(label: str, named: Named, budget: int | float, base: ASLConfig | None) -> Setting:
+    spec = named.text
     start = base if base is not None and _starts(named.policy, spec) else ASLConfig()
     config = named.onto(start, {"select_tokens": budget})
     named.policy.check(config)
