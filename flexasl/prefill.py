@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention, Scoring
+from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
-from flexasl.errors import UnsupportedError
+from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.ops import kept_slots, top_k_entries, top_p_entries
 from flexasl.packing import Continued, Packed
 from flexasl.policies.base import Policy
@@ -65,7 +66,10 @@ class Prefill:
         runs in rows that are too short to lose a token. packed, where given, are tokens that were selected from these
         prompts and are read alone; none of them is dropped.
         """
-        refuse_open(config, num_layers)
+        instance("policy", policy, Policy, "an instance of a policy")
+        refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
+        if not lengths:
+            raise ConfigError("lengths is empty; give the tokens of each prompt")
         self.policy = policy
         self.config = config
         self.num_layers = num_layers

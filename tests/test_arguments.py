@@ -11,6 +11,7 @@ from tiny_chat import tiny_tokenizer
 import flexasl
 from flexasl import ASLConfig, evaluation
 from flexasl.attention import Scoring
+from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
 from flexasl.selector import LayerSelector
 
@@ -114,6 +115,20 @@ def lone(name, **given):
             lone("plan", policies=["asl", "asl_two_pass"], config=ASLConfig(if_never="keep")),
             "if_never='keep' does not go with policy 'asl_two_pass', which selects in any case",
         ),
+        (
+            lambda: evaluation.Sources(qa_files="squad.json"),
+            "qa_files='squad.json' is a str; give a list of paths of files",
+        ),
+        (lambda: evaluation.Sources(haystack=3), "haystack=3 is an int; give a path"),
+        (lambda: evaluation.Sources(infinitebench="none"), "infinitebench=none is not a folder"),
+        (lambda: evaluation.Sources(depths=0.5), "depths=0.5 is a float; give a list of numbers in [0, 1]"),
+        (lambda: evaluation.Sources(depths=["a"]), "depths holds 'a', a str; give numbers in [0, 1]"),
+        (lambda: Prefill("asl", SMALL.resolve(6), 6, [80]), "policy='asl' is a str; give an instance of a policy"),
+        (
+            lambda: Prefill(flexasl.policies.ASL(), ASLConfig(), 6, [80]),
+            "config has tau=None; give those of policy.res",
+        ),
+        (lambda: Prefill(flexasl.policies.ASL(), SMALL.resolve(6), 6, []), "lengths is empty"),
         (lone("build", tokenizer=None), "tokenizer is None; give the model's tokenizer"),
         (lone("build", length="300"), "length='300' is not a whole number"),
         (lone("build", index=-1), "index=-1 is too small; give at least 0"),
