@@ -69,7 +69,8 @@ def read_prompt(model: Decoder, prompt: Tensor, config: ASLConfig) -> tuple[Tens
     """Logits [B, M, vocabulary] of a batch of prompts, and the call, whose caches hold what is left of them."""
     caches = [LayerCache() for _ in model.blocks]  # FlexASL
     lengths = [prompt.shape[1]] * prompt.shape[0]  # FlexASL
-    prefill = Prefill(ASL(), config.resolve(len(caches)), len(caches), lengths, device=prompt.device)  # FlexASL
+    rule = ASL().resolve(config, len(caches))  # FlexASL
+    prefill = Prefill(ASL(), rule, len(caches), lengths, device=prompt.device)  # FlexASL
     columns = torch.arange(prompt.shape[1], device=prompt.device).expand(prompt.shape)
     call = Call(caches, prefill, columns, None)  # FlexASL
     logits = model(prompt, call)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexasl.checks import integer, real
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.masks import BLOCK, SettledMask, Visibility
 from flexasl.ops import window_scores, window_scores_and_mass
@@ -38,6 +39,14 @@ class Scoring:
     kernel_size: int = 7
     pooling: str = "avgpool"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ConfigError(f"window={self.window!r} is no number of queries; give an int of at least 1")
+        if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size={self.kernel_size!r} is no odd number of tokens; give 1, 3, 5, ...")
+        if self.pooling not in ("avgpool", "maxpool"):
+            raise ConfigError(f"pooling={self.pooling!r} is not known; give 'avgpool' or 'maxpool'")
+
 
 class FlexASLAttention(nn.Module):
     """Attention for any decoder: causal by position, grouped KV heads, padding, ragged rows, prompts and decode.
@@ -59,11 +68,15 @@ class FlexASLAttention(nn.Module):
         kernel: Literal["auto", "flex", "sdpa", "eager"] = "auto",
     ) -> None:
         super().__init__()
-        if kernel not in KERNELS:
+        if not isinstance(kernel, str) or kernel not in KERNELS:
             raise ConfigError(f"kernel={kernel!r} is not known; give {', '.join(map(repr, KERNELS[:-1]))} or 'eager'")
+        if scale is not None:
+            scale = real("scale", scale, "a finite number or None", error=ConfigError)
         for name, value in (("sliding_window", sliding_window), ("softcap", softcap)):
-            if value is not None and not value > 0:
+            if value is not None and real(name, value, "a positive number or None", error=ConfigError) <= 0:
                 raise ConfigError(f"{name}={value} is too small; give a positive number or None")
+        if sliding_window is not None:
+            sliding_window = integer("sliding_window", sliding_window, error=ConfigError)
         if kernel == "sdpa" and softcap is not None:
             raise UnsupportedError(
                 f"kernel='sdpa' has no soft-cap (softcap={softcap}); give kernel='auto', 'flex' or 'eager'"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flexasl.calibrated import CalibratedFor
+from flexasl.checks import amount, instance, integer, one_of, real
 from flexasl.errors import ConfigError
 
 POOLINGS = ("avgpool", "maxpool")
@@ -22,6 +25,14 @@ LATER_TURNS = ("keep", "prune")
 PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
 """Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
 KV_DTYPES = ("int8", "fp8")
+PAPER_RULE: dict[str, Any] = {
+    "variance_reference": "initial",
+    "select_on": "last",
+    "if_never": "keep",
+    "kernel_size": 7,
+    "pooling": "avgpool",
+}
+"""Settings of the published rule, where they are not the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,9 @@ class ASLConfig:
     """What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like a prompt,
     by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either way."""
 
+    calibrated_for: CalibratedFor | None = dataclasses.field(default=None, compare=False)
+    """No setting: the model that calibration found the settings for. Another one refuses them; None: any takes them."""
+
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_choices()
@@ -101,33 +115,27 @@ class ASLConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ASLConfig:
         """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
-        settings: dict[str, Any] = {
-            "variance_reference": "initial",
-            "select_on": "last",
-            "if_never": "keep",
-            "kernel_size": 7,
-            "pooling": "avgpool",
-        }
-        return cls(**(settings | changes))
+        return cls(**(PAPER_RULE | changes))
 
     def replace(self, **changes: Any) -> ASLConfig:
         """A copy with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a JSON-ready dict."""
-        return dataclasses.asdict(self)
+        """The settings as a JSON-ready dict; `calibrated_for` only where it is given."""
+        settings = dataclasses.asdict(self)
+        if self.calibrated_for is None:
+            del settings["calibrated_for"]
+        return settings
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> ASLConfig:
         """The inverse of `to_dict`; an unknown name raises `ConfigError`."""
         if not isinstance(settings, dict):
             raise ConfigError(f"settings are a {type(settings).__name__}; give a dict as `to_dict` makes it")
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(names))
-        if unknown:
-            raise ConfigError(f"{unknown[0]!r} is not a setting of ASLConfig; the settings are {', '.join(names)}")
-        return cls(**settings)
+        _refuse_unknown(settings)
+        model = settings.get("calibrated_for")
+        return cls(**(settings if model is None else settings | {"calibrated_for": CalibratedFor.from_dict(model)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ASLConfig:
@@ -149,8 +157,11 @@ class ASLConfig:
 
         voters are the layers that a ranking may be taken from, ascending; None for all. Where these are not all,
         `observe_layers` counts voters, `min_layer` becomes the first one from there on that has so many, and
-        `max_layer` the last one up to there.
+        `max_layer` the last one up to there. Raises `ConfigError` for settings that do not fit so many layers, or were
+        calibrated for a model of another depth.
         """
+        if self.calibrated_for is not None:
+            self.calibrated_for.refuse_depth(num_layers)
         if voters is not None and len(voters) < num_layers:
             return self._resolve_among(voters, num_layers)
         paper = self.variance_reference == "initial"
@@ -199,14 +210,15 @@ class ASLConfig:
         least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name != "window":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"{name}={value!r} is not a whole number; give an int of at least {minimum}")
-            if value < minimum:
-                raise ConfigError(f"{name}={value} is too small; give at least {minimum}")
+            if value is not None or name == "window":
+                self._set(name, integer(name, value, minimum, error=ConfigError))
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number, so that pooling is centred")
+        instance("calibrated_for", self.calibrated_for, (CalibratedFor, type(None)), "None", ConfigError)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Puts a checked value in the place of the one that was given, such as an int for numpy's."""
+        object.__setattr__(self, name, value)
 
     def _resolve_among(self, voters: Sequence[int], num_layers: int) -> ASLConfig:
         bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
@@ -225,9 +237,10 @@ class ASLConfig:
                     f"{', '.join(map(str, voters))} of {num_layers}"
                 )
             least = place
-        found = self.replace(**bounds).resolve(len(voters))
+        found = self.replace(**bounds, calibrated_for=None).resolve(len(voters))
         assert found.min_layer is not None and found.max_layer is not None
-        return found.replace(min_layer=voters[found.min_layer], max_layer=voters[found.max_layer])
+        layers = {"min_layer": voters[found.min_layer], "max_layer": voters[found.max_layer]}
+        return found.replace(**layers, calibrated_for=self.calibrated_for)
 
     def _check_choices(self) -> None:
         choices = {
@@ -240,31 +253,20 @@ class ASLConfig:
             "kv_dtype": (*KV_DTYPES, None),
         }
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                options = " or ".join(repr(choice) for choice in allowed)
-                raise ConfigError(f"{name}={value!r} is not known; give {options}")
+            one_of(name, getattr(self, name), allowed, error=ConfigError)
 
     def _check_amounts(self) -> None:
         for name in ("select_tokens", "kv_budget"):
             value = getattr(self, name)
-            if value is None and name == "kv_budget":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{name}={value!r} is not an amount; give a count of tokens or a share in (0, 1]")
-            if isinstance(value, float) and not 0 < value <= 1:
-                raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
-            if isinstance(value, int) and value <= self.window:
-                raise ConfigError(
-                    f"{name}={value} does not exceed window={self.window}, whose tokens are always kept; "
-                    f"give at least {self.window + 1}"
-                )
+            if value is not None or name == "select_tokens":
+                self._set(name, amount(name, value, self.window))
         for name in ("tau", "kv_top_p"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ConfigError(f"{name}={value!r} is out of range; give a number in (0, 1]")
+            if value is not None:
+                value = real(name, value, "a number in (0, 1]", error=ConfigError)
+                if not 0 < value <= 1:
+                    raise ConfigError(f"{name}={value} is out of range; give a number in (0, 1]")
+                self._set(name, value)
         if self.kv_budget is not None and self.kv_top_p is not None:
             raise ConfigError(
                 f"kv_budget={self.kv_budget} and kv_top_p={self.kv_top_p} exclude each other; give one of them"
@@ -296,6 +298,43 @@ class ASLConfig:
                 f"max_layer={last} leaves fewer than observe_layers={observe} layers to take ranks from; "
                 f"give max_layer of at least {observe - 1}"
             )
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(ASLConfig) if field.name != "calibrated_for")
+"""Names of all settings."""
+
+
+def _refuse_unknown(settings: dict[Any, Any]) -> None:
+    for name in settings:
+        if name not in (*SETTINGS, "calibrated_for"):
+            raise ConfigError(f"{name!r} is not a setting of ASLConfig; the settings are {', '.join(SETTINGS)}")
+
+
+def _by_known_names(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which says which settings there are where a name is none of them."""
+
+    @functools.wraps(init)
+    def checked(self: ASLConfig, *args: Any, **settings: Any) -> None:
+        _refuse_unknown(settings)
+        init(self, *args, **settings)
+
+    return checked
+
+
+ASLConfig.__init__ = _by_known_names(ASLConfig.__init__)  # type: ignore[method-assign]
+
+
+def refuse_open(rule: ASLConfig, num_layers: int | None = None, found: str = "config has") -> None:
+    """Raises `ConfigError` where settings are not resolved for so many layers, or, with None, for scores that
+    are there already; found: whose they are."""
+    scoring = () if num_layers is None else ("kernel_size", "pooling")
+    for name in ("tau", "min_layer", "max_layer", "observe_layers", "if_never", *scoring):
+        if getattr(rule, name) is None:
+            raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")
+    if num_layers is not None and rule.max_layer is not None and rule.max_layer >= num_layers:
+        raise ConfigError(
+            f"{found} max_layer={rule.max_layer}, of {num_layers} layers; give layers up to {num_layers - 1}"
+        )
 
 
 def _amount(value: int | float, prompt_tokens: int, window: int) -> int:

@@ -6,9 +6,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from flexasl import checks
+from flexasl.checks import instance
 from flexasl.config import ASLConfig
-from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
-from flexasl.policies import Policy, find_policy
+from flexasl.errors import ConfigError, UnsupportedError
+from flexasl.policies import Policy, choose
 
 if TYPE_CHECKING:
     import os
@@ -29,10 +31,11 @@ def patch(
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
     model: a causal decoder in eval mode, of transformers (or a PEFT model around one), torchtune or torchtitan. config:
-    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or an instance. kernel: what
-    computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
-    the first prompt and the first new token, good for all lengths and batches; later turns run uncompiled, and such a
-    model gives no gradients.
+    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or `paper`, alone or with
+    settings (`"fixed_layer:layer=9"`, `"asl:tau=0.3,min_layer=10"`), or an instance. kernel: what computes attention,
+    see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on the first prompt and
+    the first new token, good for all lengths and batches; later turns run uncompiled, and such a model gives no
+    gradients.
 
     foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them, before or after patching.
     On a layer they see and give hidden states [B, N, C] as unpatched, with 0 at padding, as long as no token was
@@ -40,19 +43,17 @@ def patch(
     [1, tokens that are left of all rows, C]. See docs/loading.md.
 
     Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be
-    patched and `ConfigError` for settings that do not fit it; the model is then untouched.
+    patched and `ConfigError` for settings that do not fit it, that the policy would ignore, or that were calibrated for
+    another model; the model is then untouched.
     """
-    if config is not None and not isinstance(config, ASLConfig):
-        raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
-    if foreign_hooks not in ("refuse", "packed"):
-        raise ConfigError(f"foreign_hooks={foreign_hooks!r} is not known; give 'refuse' or 'packed'")
-    chosen = find_policy(policy)
+    chosen, settings = choose(policy, config)
+    instance("compile", compile, bool, "True or False")
+    checks.one_of("foreign_hooks", foreign_hooks, ("refuse", "packed"), error=ConfigError)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
     model = without_peft(model)
-    settings = config or ASLConfig()
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
 
@@ -88,7 +89,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not an unchanged cache of
     this format version or belongs to another model, FileNotFoundError where there is none.
     """
-    model = without_peft(model)
+    path, model = checks.path("path", path), without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
         raise UnsupportedError(
             f"model is a {type(model).__name__}; saved caches are for transformers causal language models"

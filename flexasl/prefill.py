@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention, Scoring
-from flexasl.config import ASLConfig
-from flexasl.errors import UnsupportedError
+from flexasl.checks import instance
+from flexasl.config import ASLConfig, refuse_open
+from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.ops import kept_slots, top_k_entries, top_p_entries
 from flexasl.packing import Continued, Packed
 from flexasl.policies.base import Policy
+from flexasl.policies.contract import budgets_of, steps_of
 from flexasl.selector import LayerSelector, Selection, StepSelector, budget_of
 
 Observer = Callable[[int, Tensor], None]
@@ -64,6 +66,10 @@ class Prefill:
         runs in rows that are too short to lose a token. packed, where given, are tokens that were selected from these
         prompts and are read alone; none of them is dropped.
         """
+        instance("policy", policy, Policy, "an instance of a policy")
+        refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
+        if not lengths:
+            raise ConfigError("lengths is empty; give the tokens of each prompt")
         self.policy = policy
         self.config = config
         self.num_layers = num_layers
@@ -80,6 +86,7 @@ class Prefill:
         """By layer and row, the tokens that the layer ran on."""
         self.reread: dict[int, list[int]] = {}
         """By layer, the rows of which all layers up to it have read the selected tokens again."""
+        self._budgets = budgets_of(policy, config, num_layers, self.lengths)
         self._observer = observer
         self._reduce = reduce
         self._voters = voters
@@ -235,9 +242,10 @@ class Prefill:
         self.selections.update((made.row, made) for made in self._fresh)
 
     def _selector(self, rows: list[int]) -> LayerSelector | StepSelector:
-        steps = {row: self.policy.steps(self.config, self.num_layers, self.lengths[row]) for row in rows}
-        if steps and all(plan is not None for plan in steps.values()):
-            return StepSelector(steps, self.tokens, self.config.window)  # type: ignore[arg-type]
+        prompts = {row: self.lengths[row] for row in rows}
+        steps = steps_of(self.policy, self.config, self.num_layers, prompts, self._voters)
+        if steps:
+            return StepSelector(steps, self.tokens, self.config.window)
         settings: dict[str, Any] = {"tokens": self.tokens, "voters": self._voters, "device": self.device}
         return LayerSelector(self.config, self.lengths, rows=rows, **settings)
 
@@ -307,7 +315,7 @@ class Prefill:
         budget."""
         limits = []
         for row, (prompt, count) in enumerate(zip(self.lengths, self.counts, strict=True)):
-            budget = self.policy.cache_budget(self.config, layer, self.num_layers, prompt)
+            budget = self._budgets[layer][row]
             if self.policy.second_pass and row in self.selector.rows:
                 # Its tokens are read again once they are selected.
                 limits.append(count)

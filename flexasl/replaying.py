@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
+from flexasl.checks import article, instance
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.ops import token_ranks
-from flexasl.policies import Policy, find_policy
+from flexasl.policies import Policy, choose
+from flexasl.policies.contract import resolved
 from flexasl.prefill import Entries, Prefill, left_padded_lengths
 from flexasl.selector import LayerSelector, Trace
 
@@ -61,16 +63,14 @@ def replay(
 
     query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
     attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5. The rule also runs
-    where the prompt is too short to lose a token, and every layer up to the selection is scored.
+    where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do
+    not count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError
+    for tensors that do not belong together and settings that the policy cannot run with.
     """
-    if query.dim() != 5 or key.dim() != 5 or query.shape[:2] != key.shape[:2] or query.shape[3:] != key.shape[3:]:
-        raise FlexASLError(
-            f"query {list(query.shape)} and key {list(key.shape)} do not match; "
-            "give query [layer, batch, head, token, dim] and key [layer, batch, KV head, token, dim]"
-        )
+    _check_states(query, key, attention_mask)
     layers, batch, _, tokens, _ = query.shape
-    chosen = find_policy(policy)
-    rule = chosen.resolve(config or ASLConfig(), layers).replace(propagate="gather")
+    chosen, settings = choose(policy, config)
+    rule = resolved(chosen, chosen.counting(settings), layers).replace(propagate="gather")
     lengths = [tokens] * batch if attention_mask is None else left_padded_lengths(attention_mask)
     scores: dict[int, Tensor] = {}
     prefill = Prefill(
@@ -109,8 +109,11 @@ def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, voters: Se
     voters are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;
     `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
     """
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
+        given = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else article(scores)
+        raise FlexASLError(f"scores is {given}; give floats [layer, token]")
     layers, prefix = scores.shape
-    rule = (config or ASLConfig()).resolve(layers, voters)
+    rule = instance("config", config or ASLConfig(), ASLConfig, "an ASLConfig or None").resolve(layers, voters)
     selector = LayerSelector(rule, [prefix + rule.window], voters=voters, device=scores.device)
     result = Replay()
     for layer in range(layers):
@@ -121,6 +124,34 @@ def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, voters: Se
         result.scored_layers.append(layer)
     _finish(result, selector.traces[0], dict(enumerate(scores)), prefix)
     return result
+
+
+def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises FlexASLError where states [L, B, H or G, N, D] and mask [B, N] do not belong together."""
+    for name, states in (("query", query), ("key", key)):
+        if not isinstance(states, Tensor) or not states.is_floating_point():
+            given = f"of {states.dtype}" if isinstance(states, Tensor) else article(states)
+            raise FlexASLError(f"{name} is {given}; give a tensor of floats")
+    if query.dim() != 5 or key.dim() != 5 or query.shape[:2] != key.shape[:2] or query.shape[3:] != key.shape[3:]:
+        raise FlexASLError(
+            f"query {list(query.shape)} and key {list(key.shape)} do not match; "
+            "give query [layer, batch, head, token, dim] and key [layer, batch, KV head, token, dim]"
+        )
+    if not query.numel() or not key.numel():
+        raise FlexASLError(f"query {list(query.shape)} and key {list(key.shape)} are empty; give states of some tokens")
+    heads, groups = query.shape[2], key.shape[2]
+    if heads % groups:
+        raise FlexASLError(f"query has {heads} heads and key has {groups}; give a multiple of the KV heads")
+    if (query.dtype, query.device) != (key.dtype, key.device):
+        raise FlexASLError(
+            f"query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}; give both alike"
+        )
+    if attention_mask is None:
+        return
+    mask = instance("attention_mask", attention_mask, Tensor, "a tensor [batch, token] or None")
+    wanted = [query.shape[1], query.shape[3]]
+    if list(mask.shape) != wanted:
+        raise FlexASLError(f"attention_mask is {list(mask.shape)}; give [batch, token], here {wanted}")
 
 
 def _pack(states: Tensor, prefill: Prefill) -> Tensor:

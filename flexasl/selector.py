@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexasl.config import ASLConfig
+from flexasl.checks import instance, integer
+from flexasl.config import ASLConfig, refuse_open
+from flexasl.errors import ConfigError
 from flexasl.masks import Visibility
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 
@@ -119,9 +121,10 @@ class LayerSelector:
         """config is resolved; lengths are the real tokens of every row, at the right end of `tokens` slots (default:
         the longest row); rows are those to decide (default: all); voters are the layers whose ranks count, ascending
         (default: all up to `max_layer`)."""
-        self.config = config
-        self.lengths = list(lengths)
-        self.tokens = max(self.lengths) if tokens is None else tokens
+        self.config = _checked(config, voters)
+        self.lengths = [integer("lengths", length, 0) for length in lengths]
+        most = max(self.lengths, default=0)
+        self.tokens = most if tokens is None else integer("tokens", tokens, most)
         self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
         self._traces = {row: Trace() for row in self.rows}
         self._seen: list[tuple[int, list[int], Tensor]] = []
@@ -237,6 +240,20 @@ class LayerSelector:
         padded = any(n < self.tokens for n in lengths)
         valid = torch.arange(self.tokens, dtype=torch.int64, device=device) >= starts[:, None] if padded else None
         return valid, torch.tensor(budget, dtype=torch.int64, device=device)
+
+
+def _checked(config: ASLConfig, voters: Sequence[int] | None) -> ASLConfig:
+    """The settings, which must be resolved, and for layers that vote."""
+    instance("config", config, ASLConfig, "an ASLConfig")
+    refuse_open(config)
+    for name in ("min_layer", "max_layer"):
+        layer = getattr(config, name)
+        if voters is not None and layer not in voters:
+            raise ConfigError(
+                f"{name}={layer} does not see the whole prompt; give one of {', '.join(map(str, voters))}, "
+                "or settings resolved for these voters"
+            )
+    return config
 
 
 class StepSelector:

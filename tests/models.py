@@ -71,6 +71,15 @@ SMALL = flexasl.ASLConfig(
 """Settings that prune short prompts of the tiny models."""
 
 
+def counting(policy: str | flexasl.policies.Policy, config: flexasl.ASLConfig = SMALL) -> flexasl.ASLConfig:
+    """Those of the settings that count under the policy; the others at their defaults."""
+    takes = flexasl.policies.find_policy(policy).takes
+    own = {name: value for name, value in config.to_dict().items() if name in takes}
+    if "window" not in takes:  # the default's, which every budget exceeds
+        own |= {name: max(own[name], 33) for name in ("select_tokens", "kv_budget") if isinstance(own.get(name), int)}
+    return flexasl.ASLConfig(**own)
+
+
 @functools.cache
 def tiny(
     family: str = "llama", dtype: torch.dtype = torch.float32, sliding_window: int | None = None

@@ -1,9 +1,12 @@
 """Calibration: what is recorded, what is looked up, what is chosen, what is written, and what is refused."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -287,6 +290,84 @@ def test_the_picture_shows_every_candidate(made) -> None:
     assert len(left.lines[0].get_xdata()) == 6
     chosen = right.collections[-1].get_offsets()[0].tolist()
     assert chosen == pytest.approx([made.chosen.cost(made.checking), made.chosen.kept(made.checking) / 5])
+
+
+# Which model it is for.
+
+
+def other_model(kind: str) -> Any:
+    """A copy of the tiny model of another shape or with other weights."""
+    torch.manual_seed(9)
+    config = tiny("llama").config if kind == "weights" else None
+    if kind == "depth":
+        config = type(tiny("llama").config)(**(tiny("llama").config.to_dict() | {"num_hidden_layers": 8}))
+    if kind == "type":
+        config = tiny("qwen2").config
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+
+
+@pytest.mark.parametrize("way", ["object", "file"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "weights",
+            r"this model is LlamaForCausalLM \(llama, 6 layers, hidden size 64\), of the same shape but with oth",
+        ),
+        ("depth", r"this model is LlamaForCausalLM \(llama, 8 layers, hidden size 64\); calibrate this one"),
+        ("type", r"this model is Qwen2ForCausalLM \(qwen2, 6 layers, hidden size 64\); calibrate this one, or drop"),
+    ],
+)
+def test_settings_are_refused_by_another_model(made, model, tmp_path: Path, kind: str, words: str, way: str) -> None:
+    config = made.config
+    if way == "file":
+        made.save(tmp_path / "own.json")
+        config = flexasl.ASLConfig.load(tmp_path / "own.json")
+    assert config.calibrated_for == made.config.calibrated_for is not None
+    flexasl.patch(model, config.replace(select_tokens=50)).remove()
+    other = other_model(kind)
+    with pytest.raises(flexasl.ConfigError, match=rf"calibrated for {config.calibrated_for.model} \(llama, 6.*{words}"):
+        flexasl.patch(other, config.replace(select_tokens=50))
+    assert not hasattr(other, "flexasl_patch")
+    if kind != "depth":
+        flexasl.patch(other, config.replace(calibrated_for=None)).remove()
+
+
+def test_weights_of_another_dtype_or_out_of_reach_are_known_by_their_shape(made, model) -> None:
+    flexasl.patch(copy.deepcopy(model).to(torch.bfloat16), made.config).remove()
+    unknown = made.config.replace(calibrated_for=dataclasses.replace(made.config.calibrated_for, weights=None))
+    flexasl.patch(other_model("weights"), unknown).remove()
+    with pytest.raises(flexasl.ConfigError, match="this model is"):
+        flexasl.patch(other_model("depth"), unknown)
+
+
+def test_states_of_another_depth_are_refused(made) -> None:
+    states = torch.randn(7, 1, 4, 60, 8)
+    with pytest.raises(flexasl.ConfigError, match=r"calibrated for .*, and this model has 7 layers"):
+        flexasl.replay(states, states, made.config.replace(select_tokens=20))
+
+
+def test_a_model_is_no_setting(made) -> None:
+    plain = made.config.replace(calibrated_for=None)
+    assert plain == made.config and hash(plain) == hash(made.config)
+    assert "calibrated_for" not in plain.to_dict() and "calibrated_for" in made.config.to_dict()
+    assert flexasl.ASLConfig.from_dict(made.config.to_dict()).calibrated_for == made.config.calibrated_for
+    for wrong, words in (
+        ("tiny", "does not name a model; it holds dtype, hidden_size, model,"),
+        ({"model": "tiny"}, "does not name a model"),
+        (made.config.to_dict()["calibrated_for"] | {"num_layers": "6"}, "num_layers='6' is not a whole number"),
+        (made.config.to_dict()["calibrated_for"] | {"weights": 3}, "weights=3 is an int; give a text or None"),
+    ):
+        with pytest.raises(flexasl.ConfigError, match=words):
+            flexasl.ASLConfig.from_dict({"calibrated_for": wrong})
+
+
+def test_settings_of_another_model_can_be_calibrated_anew(made, model) -> None:
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data *= 1.1
+    few = FEW | {"unseen": None, "samples": 2, "tasks": ["needle"]}
+    again = flexasl.calibrate(other, tiny_tokenizer(), made.config, **few)
+    assert again.config.calibrated_for.weights != made.config.calibrated_for.weights
 
 
 # What is refused.

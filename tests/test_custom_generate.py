@@ -53,8 +53,10 @@ def test_gives_what_a_patch_gives_and_leaves_no_trace(settings, config):
 
 def test_takes_a_policy():
     model, batch, reports = tiny(), left_padded(prompts(70)), []
-    recipe(model, batch, asl_policy=flexasl.policies.FixedLayer(2), asl_on_report=reports.append, **SETTINGS)
-    assert reports[0].rows[0].selected_layer == 2
+    given = {"asl_select_tokens": 24, "asl_window": 8, "asl_on_report": reports.append}
+    recipe(model, batch, asl_policy=flexasl.policies.FixedLayer(2), **given)
+    recipe(model, batch, asl_policy="fixed_layer:layer=3", **given)
+    assert [report.rows[0].selected_layer for report in reports] == [2, 3]
 
 
 def test_the_patch_goes_when_generation_fails():

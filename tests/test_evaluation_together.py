@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SMALL, prompts, tiny
+from models import SMALL, counting, prompts, tiny
 from torch import nn
 
 import flexasl
@@ -50,7 +50,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def every_setting(config: flexasl.ASLConfig = SMALL, without: str = "") -> list[Setting]:
     kinds = {name: kind for name, kind in flexasl.policies.POLICIES.items() if name != without}
-    made = [Setting(label=name, policy=kind(), config=config) for name, kind in kinds.items()]
+    made = [Setting(label=name, policy=kind(), config=counting(name, config)) for name, kind in kinds.items()]
     return [Setting(label="unpatched"), *made]
 
 
@@ -91,7 +91,8 @@ def test_same_answers_under_other_settings(change: dict[str, Any]) -> None:
     model, ids = tiny(), prompts(150)[0].tolist()
     config = flexasl.ASLConfig(**(SMALL.to_dict() | change))
     policies = ["asl", "fixed_layer", "full"] + ([] if "propagate" in change else ["snapkv"])
-    settings = [Setting(label=name, policy=flexasl.policies.POLICIES[name](), config=config) for name in policies]
+    kinds = {name: flexasl.policies.POLICIES[name] for name in policies}
+    settings = [Setting(label=name, policy=kind(), config=counting(name, config)) for name, kind in kinds.items()]
     for setting, answer in zip(settings, answer_together(model, Words(), ids, settings, max_new_tokens=8), strict=True):
         alone = run.answer(model, _Silent(), ids, max_new_tokens=8, config=setting.config, policy=setting.policy)
         assert told(answer) == told(alone), setting.label

@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, LAYERS, left_padded, prompts, recompute, sliding_window, tiny
+from models import FAMILIES, GREEDY, LAYERS, counting, left_padded, prompts, recompute, sliding_window, tiny
 from test_selector import Decision, decide
 
 import flexasl
@@ -84,7 +84,7 @@ policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
 def patched(model, config, policy="asl", default_dtype=torch.float32):
     """The patch, in a process with this default dtype; settings that the model's layers cannot run are no example."""
     try:
-        patch = flexasl.patch(model, config, policy)
+        patch = flexasl.patch(model, counting(policy, config), policy)
     except flexasl.ConfigError:
         reject()
     torch.set_default_dtype(default_dtype)

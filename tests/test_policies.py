@@ -1,13 +1,17 @@
 """Each policy against its definition, against its neighbours, and in batches."""
 
+import contextlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from models import GREEDY, LAYERS, SMALL, left_padded, prompts, recompute, tiny
+from models import GREEDY, LAYERS, SMALL, counting, decoder_layers, left_padded, prompts, recompute, tiny
 
 import flexasl
 from flexasl import ASLConfig, ConfigError, policies
+from flexasl.config import SETTINGS
 
 FAMILIES = ["llama", "gemma2", "deepseek_v3", "gpt2"]
 TWO_PASS = ["asl_two_pass", "gemfilter"]
@@ -16,7 +20,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 def run(model, ids, policy, config=SMALL, steps=4):
     """Logits [steps, V], cache and report of one prompt [M] and greedy tokens after it."""
-    with flexasl.patch(model, config, policy) as patch:
+    with flexasl.patch(model, counting(policy, config), policy) as patch:
         out = model.generate(ids[None], max_new_tokens=steps, output_logits=True, **GREEDY)
         return torch.cat(out.logits).double(), out.past_key_values.layers, patch.report.rows[0], out.sequences[0]
 
@@ -33,7 +37,7 @@ def positions(layer, prompt):
 def test_a_row_is_alone_under_every_policy(family, policy, kv_budget, monkeypatch):
     monkeypatch.setattr("flexasl.packing.GROUP", 100)
     model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, seed=1)
-    config = SMALL.replace(kv_budget=kv_budget)
+    config = counting(policy, SMALL.replace(kv_budget=kv_budget))
     if family == "gemma2" and policy == "pyramid_infer":
         with pytest.raises(ConfigError, match="ranks tokens at every layer, but only layers 1, 3, 5 see"):
             flexasl.patch(model, config, policy)
@@ -58,7 +62,7 @@ def test_two_passes_are_the_unpatched_model_on_the_selected_tokens(family, polic
     model, ids = tiny(family, torch.float64), prompts(80)[0]
     logits, layers, row, sequence = run(model, ids, policy)
     kept = torch.tensor(row.kept_positions)
-    assert len(kept) == 24 and row.reread_layers == row.selected_layer + 1
+    assert len(kept) == counting(policy).select_tokens and row.reread_layers == row.selected_layer + 1
     for layer in layers:
         assert all(set(head) <= set(kept.tolist()) for head in positions(layer, 80))
     at = torch.cat([kept, torch.arange(80, 83)])
@@ -77,7 +81,7 @@ def test_two_passes_select_what_one_pass_selects():
 def test_gemfilter_selects_by_the_last_token_pooled_over_five():
     model, ids = tiny("llama", torch.float64), prompts(80)[0]
     row = run(model, ids, policies.GemFilter(2))[2]
-    same = SMALL.replace(window=1, kernel_size=5)
+    same = ASLConfig(select_tokens=33, window=1, kernel_size=5)
     assert row.kept_positions == run(model, ids, policies.FixedLayer(2), same)[2].kept_positions
     assert row.kept_positions != run(model, ids, policies.FixedLayer(2))[2].kept_positions
     assert policies.GemFilter().resolve(ASLConfig(), 32).max_layer == 13
@@ -101,7 +105,7 @@ def test_pyramid_infer_drops_tokens_step_by_step_and_equals_recompute():
 
 def test_pyramid_infer_drops_what_the_layer_ranks_last():
     model, ids = tiny("llama", torch.float64), prompts(90)[0]
-    with flexasl.patch(model, SMALL, policies.PyramidInfer(1, 4)):
+    with flexasl.patch(model, counting("pyramid_infer"), policies.PyramidInfer(1, 4)):
         cache = model(ids[None], use_cache=True).past_key_values
     first = positions(cache.layers[2], 90)[0]
     config = SMALL.replace(select_tokens=80)
@@ -129,7 +133,7 @@ def test_pyramid_kv_falls_along_a_line_and_sums_to_snapkv(budget, beta):
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_streaming_keeps_the_first_and_the_last(sinks):
     model, rows = tiny("llama", torch.float64), prompts(90, 61)
-    with flexasl.patch(model, SMALL.replace(kv_budget=20), policies.Streaming(sinks)) as patch:
+    with flexasl.patch(model, counting("streaming", SMALL.replace(kv_budget=20)), policies.Streaming(sinks)) as patch:
         layers = model(**left_padded(rows), use_cache=True).past_key_values.layers
     assert [row.kept_tokens for row in patch.report.rows] == [90, 61]
     assert patch.report.rows[0].scored_layers == ()
@@ -140,28 +144,264 @@ def test_streaming_keeps_the_first_and_the_last(sinks):
 
 
 @pytest.mark.parametrize(
-    ("policy", "config", "message"),
+    ("policy", "given", "message"),
     [
-        ("asl_two_pass", SMALL.replace(propagate="mask"), "propagate='mask' drops no tokens, which policy 'asl_two"),
-        ("pyramid_infer", SMALL.replace(propagate="mask"), "propagate='mask' drops no tokens, which policy 'pyramid"),
-        ("gemfilter", SMALL.replace(later_turns="prune"), "later_turns='prune' does not go with policy 'gemfilter'"),
-        ("pyramid_kv", SMALL.replace(kv_top_p=0.5), "kv_top_p=0.5 sets no budget that could fall with depth"),
-        ("streaming", SMALL.replace(kv_top_p=0.5), "kv_top_p=0.5 goes by attention, policy 'streaming' by position"),
-        (policies.PyramidInfer(4, 2), SMALL, "first=4 and last=2 are no layers in order; give 0 to 5"),
+        ("asl_two_pass", {"propagate": "mask"}, "propagate='mask' drops no tokens, which policy 'asl_two"),
+        ("pyramid_infer", {"propagate": "mask"}, "propagate='mask' drops no tokens, which policy 'pyramid"),
+        ("gemfilter", {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'gemfilter'"),
+        ("pyramid_kv", {"kv_top_p": 0.5}, "kv_top_p=0.5 sets no budget that could fall with depth"),
+        ("streaming", {"kv_top_p": 0.5}, "kv_top_p=0.5 goes by attention, policy 'streaming' by position"),
+        (
+            "fixed_layer",
+            {"max_layer": 1},
+            r"max_layer=1 would have no .* 'fixed_layer', .* give FixedLayer\(layer=...\)",
+        ),
+        ("gemfilter", {"tau": 0.3, "window": 8}, r"tau=0.3 would .* give GemFilter.*; window=8 would have no effect"),
+        ("pyramid_infer", {"max_layer": 2}, r"give PyramidInfer\(first=..., last=...\)"),
+        ("full", {"kv_budget": 40}, r"kv_budget=40 would .* give policy='snapkv' \(of ASLConfig, it takes kv_dtype\)"),
+        ("snapkv", {"propagate": "mask"}, "propagate='mask' would have no effect under policy 'snapkv'"),
+        (policies.PyramidInfer(4, 2), {}, "first=4 and last=2 are no layers in order; give 0 to 5"),
     ],
 )
-def test_refuses_settings_that_do_not_go_together(policy, config, message):
+def test_refuses_settings_that_do_not_go_together(policy, given, message):
     model = tiny()
     with pytest.raises(ConfigError, match=message):
-        flexasl.patch(model, config, policy)
+        flexasl.patch(model, ASLConfig(**given), policy)
     assert not hasattr(model, "flexasl_patch")
 
 
-def test_refuses_settings_of_policies():
-    with pytest.raises(ConfigError, match=r"beta=0.5 would give the last layer more than the mean"):
-        policies.PyramidKV(0.5)
-    with pytest.raises(ConfigError, match="sinks=-1 is negative"):
-        policies.Streaming(-1)
+BASE = ASLConfig(select_tokens=40)
+"""What the other settings are while each is tried."""
+GIVEN = {
+    "select_tokens": {"select_tokens": 36},
+    "kv_budget": {"kv_budget": 36},
+    "kv_top_p": {"kv_top_p": 0.3},
+    "tau": {"tau": 1.0, "max_layer": 5},
+    "min_layer": {"min_layer": 4, "tau": 1.0, "observe_layers": 2, "max_layer": 5},
+    "max_layer": {"max_layer": 4},
+    "observe_layers": {"observe_layers": 1, "tau": 0.7},
+    "window": {"window": 20},
+    "kernel_size": {"kernel_size": 3},
+    "pooling": {"pooling": "maxpool", "variance_reference": "initial", "max_layer": 3},
+    "variance_reference": {"variance_reference": "initial", "if_never": "select", "tau": 0.95, "max_layer": 4},
+    "select_on": {"select_on": "last", "kernel_size": 1},
+    "if_never": {"if_never": "keep"},
+    "propagate": {"propagate": "mask"},
+    "later_turns": {"later_turns": "prune"},
+}
+"""A value of each setting, with those in whose company it shows."""
+
+
+def seen(model, ids, policy, config):
+    """What a policy makes of a prompt [N] and of a turn that follows it: the ran tokens, and every cached entry."""
+    with flexasl.patch(model, config, policy) as patch:
+        out = model(ids[None, :100], use_cache=True)
+        told = patch.report.rows[0]
+        model(ids[None, 100:], past_key_values=out.past_key_values)
+    layers = out.past_key_values.layers
+    return [
+        (told.layer_tokens, told.kept_positions, patch.config.propagate),
+        *((layer.columns.tolist(), [str(part.dtype) for part in layer.stored]) for layer in layers),
+    ]
+
+
+@pytest.mark.parametrize("policy", [name for name in policies.POLICIES if name != "fastkv"])
+def test_every_setting_counts_or_is_refused(policy):
+    model, (ids,) = tiny(), prompts(160, seed=2)
+    kind = policies.POLICIES[policy]
+    chosen = kind(sinks=12) if policy == "streaming" else kind()  # with few, only a tight budget feels the window
+    assert {*GIVEN, "kv_dtype"} == set(SETTINGS) and "kv_dtype" in kind.takes, "which tests/test_quantizing.py tries"
+    for name, given in GIVEN.items():
+        company = {other: value for other, value in given.items() if other != name and other in kind.takes}
+        before = counting(policy, BASE.replace(**company))
+        after = before.replace(**{name: given[name]})
+        if name in kind.takes:
+            differs = seen(model, ids, chosen, after) != seen(model, ids, chosen, before)
+            assert differs, name
+            continue
+        with pytest.raises(ConfigError, match=f"{name}={given[name]!r} "):
+            chosen.check(after)
+        said_anyway = getattr(chosen.resolve(before, LAYERS), name) == given[name]
+        refused = pytest.raises(ConfigError, match=f"{name}={given[name]!r} .*it takes ")
+        with contextlib.nullcontext() if said_anyway else refused, flexasl.patch(model, after, chosen):
+            pass
+        assert not hasattr(model, "flexasl_patch")
+
+
+def test_the_page_says_which_settings_count():
+    page = (Path(__file__).parents[1] / "docs/policies.md").read_text(encoding="utf-8")
+    told = {}
+    for names, which in re.findall(r"^\| ((?:`\w+`,? ?)+) \| (all.*|`asl`.*) \|$", page, re.MULTILINE):
+        listed = set(re.findall(r"`(\w+)`", which.partition(": its")[0]))
+        every = set(policies.POLICIES) - {"fastkv"}
+        told |= {name: every - listed if which.startswith("all") else listed for name in re.findall(r"`(\w+)`", names)}
+    counts = {
+        name: {policy for policy, kind in policies.POLICIES.items() if name in kind.takes} - {"fastkv"}
+        for name in SETTINGS
+    }
+    assert told == counts
+
+
+@pytest.mark.parametrize("policy", policies.POLICIES)
+def test_what_a_policy_resolves_it_takes_again(policy):
+    chosen = policies.find_policy(policy)
+    rule = chosen.resolve(counting(policy), LAYERS)
+    assert chosen.resolve(rule, LAYERS) == rule
+
+
+def _of(kind, **settings):
+    return lambda: kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_of(policies.PyramidKV, beta=0.5), "beta=0.5 would give the last layer more than the mean"),
+        (_of(policies.PyramidKV, beta=float("nan")), "beta=nan is out of range; give a number of at least 1"),
+        (_of(policies.PyramidKV, beta="abc"), "beta='abc' is out of range"),
+        (_of(policies.Streaming, sinks=-1), "sinks=-1 is negative"),
+        (_of(policies.Streaming, sinks=2.5), "sinks=2.5 is not a whole number; give an int"),
+        (_of(policies.Streaming, sinks=float("nan")), "sinks=nan is not a whole number"),
+        (_of(policies.Streaming, sinks=True), "sinks=True is not a whole number"),
+        (_of(policies.FixedLayer, depth=99), r"depth=99 is out of range; give a share of the layers, in \[0, 1\]"),
+        (_of(policies.FixedLayer, depth=-1), "depth=-1 is out of range"),
+        (_of(policies.FixedLayer, depth="abc"), "depth='abc' is out of range"),
+        (_of(policies.FixedLayer, layer="abc"), "layer='abc' is out of range; give an int from 0 on, or None"),
+        (_of(policies.GemFilter, layer=[3]), r"layer=\[3\] is out of range"),
+        (_of(policies.PyramidInfer, first=-1), "first=-1 is too small; give at least 0"),
+        (_of(policies.PyramidInfer, last="abc"), "last='abc' is not a whole number; give an int of at least 0"),
+    ],
+)
+def test_refuses_settings_of_policies(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+class Own(policies.Policy):
+    """Returns what it is told to."""
+
+    name = "own"
+
+    def __init__(self, steps=None, budget=None, rule=None, **attributes):
+        self.returned, self.budget, self.made = steps, budget, rule
+        vars(self).update(attributes)
+
+    def rule(self, config, num_layers, voters=None):
+        return super().rule(config, num_layers, voters) if self.made is None else self.made(config, num_layers)
+
+    def steps(self, config, num_layers, prompt_tokens):
+        return self.returned(prompt_tokens) if callable(self.returned) else self.returned
+
+    def cache_budget(self, config, layer, num_layers, prompt_tokens):
+        return self.budget
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "message"),
+    [
+        (Own({1: 4}), {}, "'own': steps: tokens after layer 1, window=8 included=4 is too small"),
+        (Own({1: 0}), {}, "=0 is too small"),
+        (Own({1: -5}), {}, "=-5 is too small"),
+        (Own({1: 2.5}), {}, "=2.5 is not a whole number"),
+        (Own({6: 20}), {}, "'own': steps: layer=6 is too large; give from 0 to 5"),
+        (Own({"1": 20}), {}, "steps: layer='1' is not a whole number"),
+        (Own([1]), {}, r"'own': steps returned \[1\]; return how many tokens go on, by layer, as a dict"),
+        (Own(lambda tokens: {1: 20} if tokens > 70 else None), {}, "returned None for some prompts and not for others"),
+        (
+            Own({1: 20}),
+            {"propagate": "mask"},
+            "propagate='mask' does not go with policy 'own', which drops tokens step",
+        ),
+        (Own({1: 20}), {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own'"),
+        (Own(budget=0), {}, "'own': cache_budget of layer 0, window=8 included=0 is too small"),
+        (Own(budget=7), {}, "=7 is too small"),
+        (Own(budget=9.5), {}, "=9.5 is not a whole number"),
+        (Own(budget=9), {"propagate": "mask"}, "propagate='mask' does not go with policy 'own', which sets cache"),
+        (Own(budget=9), {"kv_top_p": 0.5}, "kv_top_p=0.5 does not go with policy 'own', which sets cache budgets"),
+        (Own(rule=lambda config, layers: None), {}, "policy 'own' resolves settings to None; return an ASLConfig"),
+        (Own(rule=lambda config, layers: config), {"tau": None}, "policy 'own' resolves settings to tau=None"),
+        (
+            Own(rule=lambda config, layers: config.resolve(9).replace(max_layer=8)),
+            {},
+            "policy 'own' resolves settings to max_layer=8, of 6 layers; give layers up to 5",
+        ),
+        (
+            Own(rule=lambda config, layers: config.replace(propagate="gather").resolve(layers)),
+            {"propagate": "mask"},
+            "policy 'own' makes propagate='gather' of propagate='mask'",
+        ),
+        (Own(second_pass=True), {"propagate": "mask"}, "propagate='mask' does not go with policy 'own', which reads"),
+        (Own(name=None), {}, "has no name"),
+    ],
+)
+def test_what_a_policy_returns_is_checked_before_the_first_layer(policy, given, message):
+    model, ran = tiny(), []
+    handle = decoder_layers(model)[0].register_forward_hook(lambda *_: ran.append(1))
+    try:
+        with pytest.raises(ConfigError, match=message), flexasl.patch(model, SMALL.replace(**given), policy):
+            model(**left_padded(prompts(90, 61)), use_cache=True)
+    finally:
+        handle.remove()
+    assert not ran and not hasattr(model, "flexasl_patch")
+
+
+def test_steps_of_ones_own_are_for_layers_that_see_the_whole_prompt():
+    model = tiny("gemma2")
+    with flexasl.patch(model, SMALL, Own({1: 40, 3: 20})) as patch:
+        model(prompts(90)[0][None])
+    assert patch.report.rows[0].layer_tokens == (90, 90, 40, 40, 20, 20)
+    with (
+        flexasl.patch(model, SMALL, Own({2: 40})),
+        pytest.raises(
+            ConfigError, match=r"drops tokens after layer 2, which does not see the whole prompt; .* 1, 3, 5"
+        ),
+    ):
+        model(prompts(90)[0][None])
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("fixed_layer:layer=2", (policies.FixedLayer(2), {})),
+        ("fastkv:depth=0.9", (policies.FixedLayer(depth=0.9), {})),
+        ("asl:tau=0.3, min_layer=2", ("asl", {"tau": 0.3, "min_layer": 2})),
+        ("streaming:sinks=2,kv_budget=33", (policies.Streaming(2), {"kv_budget": 33})),
+        ("snapkv:select_tokens=0.5k,pooling=maxpool", ("snapkv", {"select_tokens": 512, "pooling": "maxpool"})),
+        ("paper", ("asl", ASLConfig.paper().to_dict())),
+        ("paper:tau=0.5,select_on=max", ("asl", ASLConfig.paper(tau=0.5, select_on="max").to_dict())),
+    ],
+)
+def test_words_are_instances_with_settings(words, same):
+    model = tiny()
+    policy, settings = same
+    with flexasl.patch(model, ASLConfig(**settings), policy) as patch:
+        want = patch.config, vars(patch.policy), type(patch.policy)
+    with flexasl.patch(model, policy=words) as patch:
+        assert (patch.config, vars(patch.policy), type(patch.policy)) == want
+
+
+def test_words_and_settings_go_together_or_are_refused():
+    chosen, config = policies.choose("asl:tau=0.3", ASLConfig(tau=0.3, select_tokens=99))
+    assert (chosen.name, config) == ("asl", ASLConfig(tau=0.3, select_tokens=99))
+    assert policies.choose("paper", ASLConfig(kernel_size=3, tau=0.2))[1] == ASLConfig.paper(kernel_size=3, tau=0.2)
+    for policy, config, message in (
+        ("asl:tau=0.3", ASLConfig(tau=0.2), "tau=0.2 contradicts policy='asl:tau=0.3'; give one of them"),
+        ("best", None, "policy='best' is not known; give one of asl, .*, full, paper$"),
+        ("asl:layer=3", None, "policy='asl:layer=3': layer is no setting of asl; its settings are select_tokens, kv_"),
+        ("asl:tau", None, "policy='asl:tau': 'tau' is no setting; give name=value"),
+        ("asl:", None, "policy='asl:': '' is no setting"),
+        ("asl:tau=0.1,tau=0.2", None, "policy='asl:tau=0.1,tau=0.2' gives tau twice"),
+        ("asl:tau=2", None, "tau=2 is out of range"),
+        ("snapkv:tau=0.3", None, "tau=0.3 would have no effect under policy 'snapkv'"),
+        ("fixed_layer:layer=abc", None, "layer='abc' is out of range"),
+        (3, None, "policy=3 is an int; give a name such as 'asl', or an instance of a policy"),
+        (policies.ASL, None, "is a type; give a name such as 'asl', or an instance"),
+        (None, None, "policy=None is None; give a name"),
+    ):
+        with pytest.raises(flexasl.FlexASLError, match=message):
+            policies.choose(policy, config)
+    with pytest.raises(flexasl.FlexASLError, match="comes with settings of ASLConfig; give it to flexasl"):
+        policies.find_policy("asl:tau=0.3")
 
 
 def test_a_policy_of_ones_own():
@@ -171,15 +411,18 @@ def test_a_policy_of_ones_own():
         """Drops half of the tokens that are left at every fourth layer."""
 
         name = "halves"
+        takes = policies.CACHE | policies.SCORES | {"select_tokens"}
+        fixes = {"select_on": "last", "observe_layers": 1, "if_never": "select"}  # noqa: RUF012
 
-        def resolve(self, config, num_layers, voters=None):
-            rule = config.replace(select_on="last", observe_layers=1, if_never="select")
-            return rule.replace(min_layer=1, max_layer=num_layers - 1).resolve(num_layers)
+        def rule(self, config, num_layers, voters=None):
+            return config.replace(min_layer=1, max_layer=num_layers - 1).resolve(num_layers)
 
         def steps(self, config, num_layers, prompt_tokens):
             return {
                 layer: max(prompt_tokens >> (1 + layer // 2), config.window + 1) for layer in range(1, num_layers, 2)
             }
 
-    row = run(tiny(), prompts(90)[0], Halves())[2]
+    with flexasl.patch(tiny(), counting(Halves()), Halves()) as patch:
+        tiny()(prompts(90)[0][None])
+    row = patch.report.rows[0]
     assert row.layer_tokens == (90, 90, 45, 45, 22, 22) and row.kept_tokens == 11

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, SMALL, left_padded, prompts, tiny
+from models import FAMILIES, GREEDY, SMALL, counting, left_padded, prompts, tiny
 from test_saving import opened, sealed
 from tiny_chat import save_tiny_model
 from torch.testing import assert_close
@@ -236,7 +236,8 @@ def test_later_turns(family, later_turns, kind):
 def test_a_row_is_alone(policy, kind):
     model, rows = tiny("llama", torch.float64), prompts(90, 61, 9, 33, seed=1)
     config = SMALL.replace(min_layer=None, max_layer=None, kv_dtype=kind)
-    with flexasl.patch(model, config.replace(kv_budget=16) if policy == "pyramid_kv" else config, policy):
+    config = counting(policy, config.replace(kv_budget=16) if policy == "pyramid_kv" else config)
+    with flexasl.patch(model, config, policy):
         out = model.generate(**left_padded(rows), max_new_tokens=6, output_logits=True, **GREEDY)
         for index, row in enumerate(rows):
             solo = model.generate(row[None], max_new_tokens=6, output_logits=True, **GREEDY)

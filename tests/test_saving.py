@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GREEDY, SMALL, left_padded, prompts, tiny
+from models import GREEDY, SMALL, counting, left_padded, prompts, tiny
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -384,7 +384,7 @@ def test_the_same_weights_loaded_anew_are_the_same_model(content, path):
     again = copy.deepcopy(tiny())
     again.config.use_cache = not again.config.use_cache
     again.config._name_or_path = "elsewhere"
-    with flexasl.patch(again, SMALL, "full"):
+    with flexasl.patch(again, policy="full"):
         assert flexasl.load_cache(path, again).get_seq_length() == 64
 
 
@@ -400,7 +400,7 @@ def test_an_unpatched_model_is_refused(path):
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "asl"])
 def test_every_policy(policy, path):
     model = tiny()
-    with flexasl.patch(model, SMALL.replace(min_layer=None, max_layer=None), policy):
+    with flexasl.patch(model, counting(policy, SMALL.replace(min_layer=None, max_layer=None)), policy):
         cache = read_prompt(model, 64, 50)
         cache.save(path)
         assert same(go_on(model, cache), go_on(model, flexasl.load_cache(path, model)))

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, LAYERS, SMALL, left_padded, prompts, recompute, tiny
+from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, left_padded, prompts, recompute, tiny
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
 import flexasl
@@ -216,7 +216,7 @@ def test_cropped_cache_forgets_the_last_tokens():
 
 def test_refuses_to_crop_what_a_sliding_window_has_dropped():
     model, ids = tiny("mistral_sliding"), prompts(60)[0][None]
-    with flexasl.patch(model, SMALL, "full"):
+    with flexasl.patch(model, policy="full"):
         cache = model(ids).past_key_values
         with pytest.raises(flexasl.FlexASLError, match=r"crop by 10 tokens .* crop at most 0"):
             cache.crop(-10)
@@ -366,7 +366,7 @@ def test_half_precision(dtype):
 )
 def test_policies(policy, kept, slots):
     model, ids = tiny(), prompts(64)[0][None]
-    with flexasl.patch(model, SMALL, policy) as patch:
+    with flexasl.patch(model, counting(policy), policy) as patch:
         model(ids)
     assert patch.report.rows[0].kept_tokens == kept
     assert list(patch.report.kv_tokens) == slots
@@ -379,7 +379,7 @@ def test_layers_that_no_decision_needs_are_not_scored():
         assert patch.report.rows[0].scored_layers == (1, 2, 3)
         model(prompts(20)[0][None])
         assert patch.report.rows[0].scored_layers == ()
-    with flexasl.patch(model, SMALL, "full") as patch:
+    with flexasl.patch(model, policy="full") as patch:
         model(ids)
         assert patch.report.rows[0].scored_layers == ()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flexasl import checks
 from flexasl.calibration.choosing import Judged, candidates, choose, paper_of, settings_of
 from flexasl.calibration.evidence import Calibration
 from flexasl.calibration.recording import Prompt, Recording, locate, record
 from flexasl.calibration.tables import Table, holds_answers
+from flexasl.checks import instance, integer, several
 from flexasl.config import OWN_POOLING, ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.evaluation.costs import layer_costs
+from flexasl.evaluation.plans import MOST_SAMPLES
 from flexasl.evaluation.runner import model_name
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import build, find_task
@@ -49,12 +53,18 @@ def calibrate(
     do not fit the context or lose no token to the budget.
     """
     from flexasl import run
+    from flexasl.integrations.transformers.fingerprint import calibrated_for
 
-    config, sources = (config or ASLConfig(select_tokens=SELECT_TOKENS)).pooled(OWN_POOLING), sources or Sources()
-    tasks = tuple(dict.fromkeys(tasks))
+    config = instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
+    config = (config or ASLConfig(select_tokens=SELECT_TOKENS)).pooled(OWN_POOLING).replace(calibrated_for=None)
+    sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
+    tasks = tuple(dict.fromkeys(several("tasks", tasks, str, "tasks such as 'needle'")))
+    samples, length, seed = integer("samples", samples), integer("length", length, 1), integer("seed", seed)
+    checks.tokenizer(tokenizer)
     model = without_peft(model)
     _check(model, tasks, unseen, samples)
     patch(model, config).remove()
+    made_for = calibrated_for(model, model_name(model))
     run.check_fits(model, length, 1)
     asked = [(task, index) for index in range(samples) for task in (*tasks, *([unseen] if unseen else []))]
     prompts: list[Prompt] = []
@@ -81,15 +91,10 @@ def calibrate(
         Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
         for layer in tables[0].voters
     ]
-    text = model.config.get_text_config(decoder=True)
     return Calibration(
-        config=config.replace(**settings_of(chosen.rule)),
+        config=config.replace(**settings_of(chosen.rule), calibrated_for=made_for),
         about={
-            "model": model_name(model),
-            "model_type": text.model_type,
-            "num_layers": len(costs),
-            "hidden_size": text.hidden_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **dataclasses.asdict(made_for),
             "samples": samples,
             "length": length,
             "seed": seed,
@@ -132,6 +137,7 @@ def _check(model: Any, tasks: tuple[str, ...], unseen: str | None, samples: int)
         raise FlexASLError(f"unseen={unseen!r} is among the tasks that settings are chosen on; give another, or None")
     if samples < 2:
         raise FlexASLError(f"samples={samples} is too few to choose on some and check on others; give at least 2")
+    integer("samples", samples, most=MOST_SAMPLES)
 
 
 def _check_budget(config: ASLConfig, prompts: Sequence[Prompt]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import flexasl
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.samples import Sample
+from flexasl.policies.base import SCORES
 
 Answer = tuple[tuple[int, ...], ...]
 """Where a reference is stated in the prompt: for each statement, the positions of its tokens."""
@@ -76,9 +77,9 @@ def record(
 ) -> tuple[list[Recording], list[int] | None]:
     """Reads each prompt once with its full cache; returns the scores under the config's `window`, `kernel_size` and
     `pooling`, and the layers whose ranks count (None: all). on_run is called with the number of runs so far."""
-    scoring = flexasl.ASLConfig(window=config.window, kernel_size=config.kernel_size, pooling=config.pooling)
+    scoring = flexasl.ASLConfig(**{name: getattr(config, name) for name in SCORES})
     recordings = []
-    with flexasl.patch(model, scoring, policy="full") as patch, torch.no_grad():
+    with flexasl.patch(model, scoring, policy=_Watched()) as patch, torch.no_grad():
         layers: dict[int, Tensor] = {}
 
         def note(layer: int, scores: Tensor) -> None:
@@ -94,6 +95,12 @@ def record(
             recordings.append(Recording(prompt=prompt, scores=scores))
             on_run(len(recordings))
         return recordings, None if patch.voters is None else list(patch.voters)
+
+
+class _Watched(flexasl.policies.Full):
+    """Nothing pruned, but every layer scored."""
+
+    takes = flexasl.policies.Full.takes | SCORES
 
 
 def _places(text: str, words: str) -> list[tuple[int, int]]:

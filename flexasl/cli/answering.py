@@ -8,6 +8,7 @@ from rich.table import Table
 
 from flexasl.cli.terminal import progress_bar, streamed
 from flexasl.config import ASLConfig
+from flexasl.policies import Policy
 
 # torch and transformers take seconds to import, so commands import `flexasl.run` after `load`: help must be quick.
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def answered(
     tokenizer: Any,
     ids: list[int],
     max_new_tokens: int,
-    policy: str | None = None,
+    policy: Policy | None = None,
     config: ASLConfig | None = None,
     *,
     title: str = "",

@@ -20,12 +20,11 @@ from flexasl.cli.options import (
     PolicyName,
     SelectTokens,
     Tau,
-    config_of,
+    chosen,
     text_of,
 )
 from flexasl.cli.terminal import progress_bar, streamed
 from flexasl.errors import FlexASLError
-from flexasl.policies import find_policy
 
 if TYPE_CHECKING:
     from flexasl.report import Report
@@ -57,8 +56,8 @@ def ask(
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
     if cache is not None:
         _refuse_beside(context, "cache", OF_A_PROMPT)
-    settings = config_of(tau, kv_dtype, config, select_tokens=select_tokens, kv_budget=kv_budget)
-    find_policy(policy)
+    amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
+    rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
     _check_plot(plot)
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
@@ -73,9 +72,9 @@ def ask(
     run.check_fits(loaded, len(ids), max_new_tokens)
     if compare:
         with progress_bar("warming up"):
-            run.warm_up(loaded, tokenizer, ids, config=settings, policy=policy)
+            run.warm_up(loaded, tokenizer, ids, config=settings, policy=rule)
     pruned = answered(
-        loaded, tokenizer, ids, max_new_tokens, policy, settings, quiet=as_json, title=policy if compare else ""
+        loaded, tokenizer, ids, max_new_tokens, rule, settings, quiet=as_json, title=policy if compare else ""
     )
     plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned") if compare else None
     assert pruned.report is not None

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from flexasl.cli.answering import load
-from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, config_of, need_extra
+from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, amount_of, need_extra
 from flexasl.cli.terminal import counted_progress
+from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 
 
@@ -33,13 +34,21 @@ def calibrate(
     from flexasl import calibration
     from flexasl.calibration import calibrating, evidence
     from flexasl.evaluation import Sources, plans
+    from flexasl.evaluation import tasks as evaluation_tasks
+    from flexasl.evaluation.tasks import find_task
 
     _check_writable(evidence.files_of(out))
-    config = config_of(select_tokens=select_tokens)
+    config = ASLConfig(select_tokens=amount_of("select_tokens", select_tokens))
     lengths = plans.parse_lengths(length)
     if len(lengths) > 1:
         raise FlexASLError(f"--length {length} is several lengths; give one")
     named = calibrating.TASKS if tasks is None else tuple(plans.parse_names("tasks", tasks))
+    for name in (*named, *([] if unseen.lower() == "none" else [unseen])):
+        if find_task(name).needs:
+            generated = ", ".join(task for task, about in evaluation_tasks().items() if not about.needs)
+            raise FlexASLError(
+                f"task={name!r} is made from files, which calibrate does not take; give some of {generated}"
+            )
     sources = Sources(haystack=haystack)
     loaded, tokenizer = load(model, dtype, device)
     with counted_progress(hidden=False) as advance:

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from flexasl.cli.answering import answered, load, print_comparison
-from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, PolicyName, config_of
+from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, PolicyName, chosen
 from flexasl.cli.terminal import progress_bar
-from flexasl.policies import find_policy
+from flexasl.policies.grammar import parse
 from flexasl.text import magic_number, needle_prompt, prompt_ids
 
 DEMO_ANSWER_TOKENS = 12
@@ -18,7 +18,9 @@ def demo(
     tokens: Annotated[int, typer.Option(min=256, help="Length of the prompt, in tokens.")] = 4000,
     depth: Annotated[float, typer.Option(min=0, max=1, help="Where the fact is hidden: 0 start, 1 end.")] = 0.4,
     seed: Annotated[int, typer.Option(help="Chooses the fact and the text around it.")] = 0,
-    select_tokens: Annotated[str, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")] = "512",
+    select_tokens: Annotated[
+        str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}. Default: 512.")
+    ] = None,
     policy: PolicyName = "asl",
     model: Model = None,
     dtype: DtypeName = None,
@@ -28,8 +30,10 @@ def demo(
 
     Exit status 1 if the pruned answer does not contain the fact.
     """
-    config = config_of(select_tokens=select_tokens)
-    find_policy(policy)
+    named = parse(policy)
+    if select_tokens is None and "select_tokens" in named.policy.takes - named.settings.keys():
+        select_tokens = "512"
+    rule, config = chosen(policy, select_tokens=select_tokens)
     loaded, tokenizer = load(model, dtype, device)
     from flexasl import run
 
@@ -41,9 +45,9 @@ def demo(
     ids = prompt_ids(tokenizer, message, fact.answer_prefix)
     print(f"Hidden at {depth:.0%} of {len(ids):,} tokens: {fact.needle}\nQuestion: {fact.question}\n")
     with progress_bar("warming up"):
-        run.warm_up(loaded, tokenizer, ids, config=config, policy=policy)
+        run.warm_up(loaded, tokenizer, ids, config=config, policy=rule)
     begin = fact.answer_prefix
-    pruned = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, policy, config, title=policy, begin=begin)
+    pruned = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, rule, config, title=policy, begin=begin)
     plain = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, title="unpruned", begin=begin)
     print(pruned.report)
     print_comparison(pruned, plain, policy)

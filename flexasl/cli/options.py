@@ -10,7 +10,8 @@ import typer
 
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
-from flexasl.policies import POLICIES
+from flexasl.policies import POLICIES, Policy
+from flexasl.policies.grammar import PAPER, number, parse
 from flexasl.text import read_text
 
 
@@ -28,10 +29,17 @@ class KVDtype(StrEnum):
 Model = Annotated[
     str | None, typer.Option(help="Model folder, hub id or GGUF file. [default: the embedded SmolLM2-135M-Instruct]")
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help=f"What to prune and when: {', '.join(POLICIES)}.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help=f"What to prune and when: {', '.join([*POLICIES, PAPER])}; with settings, as in fixed_layer:layer=9 or "
+        "asl:tau=0.3,min_layer=10.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
 DtypeName = Annotated[Dtype | None, typer.Option(help="Number format. [default: that of the stored weights]")]
-AMOUNT = "a count of tokens (512) or a share of the prompt (0.25)"
+AMOUNT = "a count of tokens (512, 4k) or a share of the prompt (0.25)"
 SelectTokens = Annotated[str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.")]
 KVBudget = Annotated[str | None, typer.Option(help=f"Cache entries kept per KV head: {AMOUNT}. [default: all]")]
 KVDtypeName = Annotated[
@@ -45,16 +53,24 @@ ConfigFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def config_of(
-    tau: float | None = None, kv_dtype: KVDtype | None = None, file: Path | None = None, **amounts: str | None
-) -> ASLConfig:
-    """Settings, by options as they were typed; those that were not given are the file's, or at their defaults."""
-    settings: dict[str, Any] = {name: _amount(name, text) for name, text in amounts.items() if text is not None}
+def chosen(
+    policy: str,
+    tau: float | None = None,
+    kv_dtype: KVDtype | None = None,
+    file: Path | None = None,
+    **amounts: str | None,
+) -> tuple[Policy, ASLConfig]:
+    """Policy and settings, by options as they were typed; settings that were not given are the file's, or at their
+    defaults. Raises FlexASLError, before a model is there, also for those that the policy would ignore."""
+    options: dict[str, Any] = {name: amount_of(name, text) for name, text in amounts.items() if text is not None}
     if tau is not None:
-        settings["tau"] = tau
+        options["tau"] = tau
     if kv_dtype is not None:
-        settings["kv_dtype"] = kv_dtype.value
-    return (ASLConfig() if file is None else ASLConfig.load(file)).replace(**settings)
+        options["kv_dtype"] = kv_dtype.value
+    named = parse(policy)
+    config = named.onto(ASLConfig() if file is None else ASLConfig.load(file), options)
+    named.policy.check(config)
+    return named.policy, config
 
 
 def need_extra(command: str, *names: str) -> None:
@@ -64,13 +80,12 @@ def need_extra(command: str, *names: str) -> None:
             raise FlexASLError(f"flexasl {command} needs {name}; install it with: pip install 'flexasl[eval]'")
 
 
-def _amount(name: str, text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise FlexASLError(f"--{name.replace('_', '-')} {text} is no amount; give {AMOUNT}")
+def amount_of(name: str, text: str) -> int | float:
+    """What is typed for an amount of tokens."""
+    value = number(text)
+    if value is None:
+        raise FlexASLError(f"--{name.replace('_', '-')} {text} is no amount; give {AMOUNT}")
+    return value
 
 
 def text_of(file: str | None) -> str:

@@ -18,12 +18,11 @@ from flexasl.cli.options import (
     PolicyName,
     SelectTokens,
     Tau,
-    config_of,
+    chosen,
     text_of,
 )
 from flexasl.cli.terminal import progress_bar
 from flexasl.errors import FlexASLError
-from flexasl.policies import find_policy
 
 
 def prefill(
@@ -44,8 +43,8 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Read a text once and save what the model remembers, for flexasl ask --cache."""
-    settings = config_of(tau, kv_dtype, config, select_tokens=select_tokens, kv_budget=kv_budget)
-    find_policy(policy)
+    amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
+    rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
     if not out.parent.is_dir():
         raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
     text = text_of(file)
@@ -55,7 +54,7 @@ def prefill(
     ids, notes = run.opening_ids(tokenizer, text, about.strip())
     run.check_fits(loaded, len(ids), 1)
     with progress_bar(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
-        made = run.prefill(loaded, ids, config=settings, policy=policy, on_layer=bar.advance)
+        made = run.prefill(loaded, ids, config=settings, policy=rule, on_layer=bar.advance)
     with progress_bar(f"writing {out}"):
         made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
     size = out.stat().st_size

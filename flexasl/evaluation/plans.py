@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
+from flexasl.checks import instance, integer, several
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
-from flexasl.policies import POLICIES, Policy
+from flexasl.policies import Policy
+from flexasl.policies.grammar import PAPER, Named, number, parse, parse_several, parts
 
 FULL = "full"
-PAPER = "paper"
-KILO = 1024
+_ELSEWHERE = {"select_tokens": "--budget sets it"}
+MOST_SAMPLES = 10**6
+"""Of each task and length. A plan lists its prompts, so far more would fill the memory before the first one is made."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,19 @@ def plan(
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
-    defaults, sources = find_suite(suite), sources or Sources()
+    instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
+    sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
+    defaults = find_suite(suite)
     chosen, left_out = _tasks(defaults.tasks, tasks, sources)
-    lengths = tuple(dict.fromkeys(lengths or defaults.lengths))
-    budgets = tuple(dict.fromkeys(budgets or defaults.budgets))
-    samples = defaults.samples if samples is None else samples
+    lengths = _distinct("lengths", lengths, Integral, "numbers of tokens, such as 4096", defaults.lengths)
+    budgets = _distinct("budgets", budgets, Real, "counts of tokens (512) or shares (0.25)", defaults.budgets)
+    samples = defaults.samples if samples is None else few("samples", samples, MOST_SAMPLES)
     if answer_tokens is None and tasks is None:
         answer_tokens = defaults.answer_tokens
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        if isinstance(length, bool) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
-    if answer_tokens is not None and answer_tokens < 1:
-        raise FlexASLError(f"answer_tokens={answer_tokens} is too few; give at least 1")
-    if samples < 1:
-        raise FlexASLError(f"samples={samples} is too few; give at least 1")
+    answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
     for name in chosen:
         check_supply(find_task(name), sources, samples)
     return Plan(
@@ -120,8 +121,8 @@ def plan(
         tasks=chosen,
         lengths=lengths,
         samples=samples,
-        settings=_settings(policies, budgets, config),
-        seed=seed,
+        settings=_settings(several("policies", policies, str, "policies such as 'asl'"), budgets, config),
+        seed=integer("seed", seed),
         sources=sources,
         config=config,
         answer_tokens=answer_tokens,
@@ -131,16 +132,16 @@ def plan(
 
 def parse_lengths(text: str) -> list[int]:
     """`"1k,2k,4096"` as tokens; k is 1,024."""
-    return [_length(part) for part in _parts("lengths", text)]
+    return [_length(part) for part in parts("lengths", text)]
 
 
 def parse_budgets(text: str) -> list[int | float]:
-    """`"256,0.25"` as amounts: counts of tokens, shares of the prompt."""
+    """`"256,4k,0.25"` as amounts: counts of tokens, shares of the prompt."""
     budgets = []
-    for part in _parts("budget", text):
-        value = _value(part)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512) or a share (0.25)")
+    for part in parts("budget", text):
+        value = number(part)
+        if value is None:
+            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512, 4k) or a share (0.25)")
         budgets.append(value)
     return budgets
 
@@ -148,39 +149,42 @@ def parse_budgets(text: str) -> list[int | float]:
 def parse_depths(text: str) -> tuple[float, ...]:
     """`"0,0.5,1"` as shares of the document."""
     try:
-        return tuple(float(part) for part in _parts("depths", text))
+        return tuple(float(part) for part in parts("depths", text))
     except ValueError as error:
         raise FlexASLError(f"depths={text!r} are no shares of the document; give numbers in [0, 1]") from error
 
 
 def parse_policies(text: str) -> list[str]:
     """`"asl:tau=0.3,min_layer=10,full"` as policies with their settings: two here."""
-    policies: list[str] = []
-    for part in _parts("policies", text):
-        if policies and "=" in part and ":" not in part.partition("=")[0]:
-            policies[-1] += f",{part}"
-        else:
-            policies.append(part)
-    return policies
+    return parse_several(text)
 
 
 def parse_names(name: str, text: str) -> list[str]:
     """Names between commas."""
-    return _parts(name, text)
-
-
-def _parts(name: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise FlexASLError(f"{name}={text!r} has an empty entry; give entries with single commas between them")
-    return parts
+    return parts(name, text)
 
 
 def _length(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)k|(\d+)", text, re.IGNORECASE)
-    if not found:
+    value = number(text) if re.fullmatch(r"\d+(\.\d+)?k|\d+", text, re.IGNORECASE) else None
+    if not isinstance(value, int):
         raise FlexASLError(f"length={text} is no number of tokens; give one such as 4096 or 4k")
-    return int(float(found[1]) * KILO) if found[1] else int(found[2])
+    return value
+
+
+def few(name: str, value: Any, most: int | None = None) -> int:
+    """A number of things, of which there is at least one."""
+    count = integer(name, value)
+    if count < 1:
+        raise FlexASLError(f"{name}={count} is too few; give at least 1")
+    return integer(name, count, most=most)
+
+
+def _distinct(name: str, values: Any, kind: Any, allowed: str, defaults: Sequence[Any]) -> tuple[Any, ...]:
+    """The values, each once; the defaults where None was given."""
+    found = tuple(dict.fromkeys(defaults if values is None else several(name, values, kind, allowed)))
+    if not found:
+        raise FlexASLError(f"{name} is empty; give {allowed}")
+    return found
 
 
 def _tasks(
@@ -188,7 +192,8 @@ def _tasks(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The tasks to run, and those of the suite that lack a file; a task that is named must have it."""
     if named is not None:
-        return tuple(dict.fromkeys(find_task(name).name for name in named)), {}
+        chosen = _distinct("tasks", named, str, "tasks such as 'needle'", ())
+        return tuple(find_task(name).name for name in chosen), {}
     lacking = {name: tasks()[name].needs or "" for name in suite if tasks()[name].supply(sources) == 0}
     return tuple(name for name in suite if name not in lacking), lacking
 
@@ -201,52 +206,30 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
             if rest:
                 raise FlexASLError(f"policy={spec!r} is the unpatched model, which has no settings; give 'full'")
             continue
+        named = parse(spec, _ELSEWHERE)
+        if len(budgets) > 1 and not named.policy.prunes_tokens and named.settings.get("kv_budget") is not None:
+            raise FlexASLError(
+                f"policy={spec!r} has a budget of its own, the same at each of {budgets}; give one of them"
+            )
         for budget in budgets:
             label = f"{spec}@{budget}"
-            settings[label] = _setting(label, spec, name, _given(spec, rest), budget, base)
+            settings[label] = _setting(label, named, budget, base)
+    if base is not None and len(settings) > 1 and not any(_starts(one.policy, one.spec) for one in settings.values()):
+        raise FlexASLError(
+            "config has no effect: of the policies, 'asl' and 'asl_two_pass' start from it, and neither is there; give "
+            "settings with a policy, such as 'snapkv:kernel_size=5'"
+        )
     return tuple(settings.values())
 
 
-def _setting(
-    label: str, spec: str, name: str, given: dict[str, Any], budget: int | float, base: ASLConfig | None
-) -> Setting:
-    if name != PAPER and name not in POLICIES:
-        known = ", ".join(dict.fromkeys([*POLICIES, PAPER]))
-        raise FlexASLError(f"policy={name!r} is not known; give one of {known}")
-    kind = POLICIES["asl" if name == PAPER else name]
-    own = list(inspect.signature(kind).parameters)
-    shared = [setting.name for setting in dataclasses.fields(ASLConfig) if setting.name != "select_tokens"]
-    for key in given:
-        if key not in (*own, *shared):
-            hint = "--budget sets it" if key == "select_tokens" else f"its settings are {', '.join(own + shared)}"
-            raise FlexASLError(f"policy={spec!r}: {key} is no setting of {name}; {hint}")
-    settings = {key: value for key, value in given.items() if key not in own} | {"select_tokens": budget}
-    if name == PAPER:
-        config = ASLConfig.paper(**settings)
-    else:
-        config = (base if base is not None and kind.takes_presets else ASLConfig()).replace(**settings)
-    policy = kind(**{key: value for key, value in given.items() if key in own})
-    return Setting(label=label, policy=policy, config=config, spec=spec, budget=budget)
+def _setting(label: str, named: Named, budget: int | float, base: ASLConfig | None) -> Setting:
+    spec = named.text
+    start = base if base is not None and _starts(named.policy, spec) else ASLConfig()
+    config = named.onto(start, {"select_tokens": budget})
+    named.policy.check(config)
+    return Setting(label=label, policy=named.policy, config=config, spec=spec, budget=budget)
 
 
-def _given(spec: str, rest: str) -> dict[str, Any]:
-    given = {}
-    for part in rest.split(",") if rest else []:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise FlexASLError(f"policy={spec!r}: {part!r} is no setting; give name=value")
-        given[key] = _value(value)
-    return given
-
-
-def _value(text: str) -> Any:
-    """A word as the number, truth value or None that it writes, else as itself."""
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _starts(policy: Policy | None, spec: str) -> bool:
+    """Whether it starts from the plan's config, which says where adaptive selection selects."""
+    return policy is not None and policy.takes_presets and spec.partition(":")[0] != PAPER

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flexasl.checks import path
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.runner import ANSWERS, PROMPTS, answer_key, prompt_key
 from flexasl.evaluation.storage import read_all, read_keys, read_run, replaced, write
@@ -21,7 +22,7 @@ def report(out: str | Path) -> Path:
 
     Raises FlexASLError where the folder holds no answers.
     """
-    out = Path(out)
+    out = path("out", out)
     run = read_run(out)
     records = read_all(out, ANSWERS, answer_key)
     if not records:

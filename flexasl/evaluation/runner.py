@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import flexasl
+from flexasl import checks
+from flexasl.checks import instance, integer
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.costs import LayerCost, layer_costs, prefill_share
 from flexasl.evaluation.plans import Item, Plan, Setting
@@ -52,7 +54,11 @@ def evaluate(
     """
     from flexasl import run
 
-    out = Path(out)
+    instance("plan", plan, Plan, "what flexasl.evaluation.plan returns")
+    checks.transformers_model(model)
+    checks.tokenizer(tokenizer)
+    world_size = integer("world_size", world_size, 1)
+    rank, out = integer("rank", rank, 0, world_size - 1), checks.path("out", out)
     for setting in plan.settings:
         if together and setting.config is not None and setting.config.kv_dtype is not None:
             raise FlexASLError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from numbers import Real
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from flexasl.checks import path, several
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.haystack import Haystack
 from flexasl.text import prose, read_text
@@ -53,14 +56,21 @@ class Sources:
     _records: dict[str, list[dict[str, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise FlexASLError(f"depths={list(self.depths)} are no shares of the document; give numbers in [0, 1]")
+        for name in ("haystack", "infinitebench"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, path(name, getattr(self, name)))
+        files = several("qa_files", self.qa_files, (str, os.PathLike), "paths of files")
+        object.__setattr__(self, "qa_files", tuple(map(Path, files)))
+        depths = tuple(several("depths", self.depths, Real, "numbers in [0, 1]"))
+        object.__setattr__(self, "depths", depths)
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            raise FlexASLError(f"depths={list(depths)} are no shares of the document; give numbers in [0, 1]")
         if self.infinitebench is not None and not self.infinitebench.is_dir():
             raise FlexASLError(f"infinitebench={self.infinitebench} is not a folder; give the one with <task>.jsonl")
-        for path in self.qa_files:
-            kind, questions = _questions(path)
+        for file in self.qa_files:
+            kind, questions = _questions(file)
             if kind in self._read:
-                raise FlexASLError(f"qa_files={path} is a second file in {kind}'s format; give one")
+                raise FlexASLError(f"qa_files={file} is a second file in {kind}'s format; give one")
             self._read[kind] = questions
         _ = self.prose  # read now, so that a bad file is refused now
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
+from flexasl import checks
+from flexasl.checks import instance, integer
 from flexasl.errors import FlexASLError
 from flexasl.evaluation import infinitebench, ruler, scoring
 from flexasl.evaluation.haystack import hide
@@ -71,14 +73,14 @@ def tasks(suite: str | None = None) -> dict[str, Task]:
 
 def find_suite(name: str) -> Suite:
     """The suite of that name; raises FlexASLError where there is none."""
-    if name not in SUITES:
+    if not isinstance(name, str) or name not in SUITES:
         raise FlexASLError(f"suite={name!r} is not known; give one of {', '.join(SUITES)}")
     return SUITES[name]
 
 
 def find_task(name: str) -> Task:
     """The task of that name; raises FlexASLError where there is none."""
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise FlexASLError(f"task={name!r} is not known; give one of {', '.join(TASKS)}")
     return TASKS[name]
 
@@ -92,7 +94,9 @@ def build(
     Raises FlexASLError for an unknown task, a length that is too short for it, and a file that it needs and `sources`
     lacks or that has too few records.
     """
-    chosen, sources = find_task(task), sources or Sources()
+    sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
+    chosen, tokenizer = find_task(task), checks.tokenizer(tokenizer)
+    length, seed, index = integer("length", length, 1), integer("seed", seed), integer("index", index, 0)
     check_supply(chosen, sources, index + 1)
     try:
         draft, prompt, tokens = fill(chosen.recipe(Which(task, length, seed, index), sources), tokenizer, length)

@@ -24,6 +24,7 @@ from flexasl.errors import UnsupportedError
 from flexasl.integrations.hooks import ForeignHooks
 from flexasl.packing import Packed
 from flexasl.policies import Policy
+from flexasl.policies.contract import resolved
 from flexasl.prefill import Observer, Prefill, left_padded_lengths
 from flexasl.presets import ModelKind, fill
 from flexasl.quantizing import primitives
@@ -67,7 +68,7 @@ class BasePatch:
         self.policy = policy
         config, self.preset = fill(config, kind) if policy.takes_presets and kind is not None else (config, None)
         """The name of the preset that filled in settings, None where none did."""
-        self.config = policy.resolve(config, len(layers), voters)
+        self.config = resolved(policy, config, len(layers), voters)
         """The settings that run on this model, with no default left open."""
         if self.config.kv_dtype is not None:
             primitives(self.config.kv_dtype)

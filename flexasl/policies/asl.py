@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
 
@@ -13,6 +10,3 @@ class ASL(Policy):
 
     name = "asl"
     takes_presets = True
-
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        return config.resolve(num_layers, voters)

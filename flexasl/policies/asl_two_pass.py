@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from flexasl.config import ASLConfig
-from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
+
+NO_TOP_P = "would have no effect where no layer caches more than select_tokens: give kv_budget"
+
+
+def once_a_prompt(name: str) -> Mapping[str, str]:
+    """Refusals of a policy that needs tokens to be dropped, once a sequence."""
+    return {
+        "propagate": f"drops no tokens, which policy {name!r} needs; give propagate='gather'",
+        "later_turns": f"does not go with policy {name!r}; give later_turns='keep'",
+    }
 
 
 class ASLTwoPass(Policy):
@@ -20,15 +29,10 @@ class ASLTwoPass(Policy):
     name = "asl_two_pass"
     takes_presets = True
     second_pass = True
-
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        return one_selection(self.name, config).resolve(num_layers, voters)
-
-
-def one_selection(name: str, config: ASLConfig) -> ASLConfig:
-    """The settings of a policy that needs tokens to be dropped, and selects them in any case, once a sequence."""
-    if config.later_turns == "prune":
-        raise ConfigError(f"later_turns='prune' does not go with policy {name!r}; give later_turns='keep'")
-    if config.propagate == "mask":
-        raise ConfigError(f"propagate='mask' drops no tokens, which policy {name!r} needs; give propagate='gather'")
-    return config.replace(if_never="select")
+    takes = Policy.takes - {"if_never", "propagate", "later_turns", "kv_top_p"}
+    fixes: ClassVar[Mapping[str, Any]] = {"if_never": "select"}
+    refusals: ClassVar[Mapping[str, str]] = {
+        "if_never": f"does not go with policy {name!r}, which selects in any case",
+        "kv_top_p": NO_TOP_P,
+        **once_a_prompt(name),
+    }

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from flexasl.checks import real
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
-from flexasl.policies.base import Policy
+from flexasl.policies.base import RULE, Policy
+
+
+def own_layer(name: str, kind: str) -> Mapping[str, str]:
+    """Refusals of a policy that selects at one layer, which is its own setting."""
+    why = f"would have no effect under policy {name!r}, which selects at its own layer: give {kind}(layer=...)"
+    return dict.fromkeys(("tau", "min_layer", "max_layer", "observe_layers"), f"{why}, or '{name}:layer=...'")
 
 
 class FixedLayer(Policy):
@@ -17,24 +25,27 @@ class FixedLayer(Policy):
     """
 
     name = "fixed_layer"
+    takes = Policy.takes - RULE
+    fixes: ClassVar[Mapping[str, Any]] = {"observe_layers": 1, "select_on": "last", "if_never": "select"}
+    refusals: ClassVar[Mapping[str, str]] = own_layer(name, "FixedLayer")
 
     def __init__(self, layer: int | None = None, *, depth: float = 0.5) -> None:
         """depth: where None is, as a share of the layers."""
-        self.layer = layer
-        self.depth = depth
+        # Whether it is a layer is for the model to say.
+        self.layer = None if layer is None else real("layer", layer, "an int from 0 on, or None", error=ConfigError)
+        self.depth = real("depth", depth, "a share of the layers, in [0, 1]", error=ConfigError)
+        if not 0 <= self.depth <= 1:
+            raise ConfigError(f"depth={depth} is out of range; give a share of the layers, in [0, 1]")
 
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         voters = range(num_layers) if voters is None else voters
         middle = max(0, math.ceil(self.depth * num_layers) - 1)
         layer = min(voters, key=lambda one: abs(one - middle)) if self.layer is None else self.layer
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+        if isinstance(layer, float) or not 0 <= layer < num_layers:
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
         if layer not in voters:
             raise ConfigError(
                 f"layer={layer} has a sliding window, so it cannot rank the whole prompt; "
                 f"give one of {', '.join(map(str, voters))}"
             )
-        rule = config.pooled().replace(
-            min_layer=layer, max_layer=layer, observe_layers=1, select_on="last", if_never="select"
-        )
-        return rule.resolve(num_layers, voters)
+        return config.pooled().replace(min_layer=layer, max_layer=layer).resolve(num_layers, voters)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
-from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
 
@@ -13,6 +13,8 @@ class Full(Policy):
 
     name = "full"
     prunes_tokens = False
-
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        return config.replace(kv_budget=None, kv_top_p=None).resolve(num_layers, voters)
+    takes = frozenset({"kv_dtype"})
+    refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("kv_budget", "kv_top_p"),
+        f"would have no effect under policy {name!r}, which keeps every cache entry: give policy='snapkv'",
+    )

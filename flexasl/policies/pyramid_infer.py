@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from flexasl.checks import integer
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
-from flexasl.policies.asl_two_pass import one_selection
-from flexasl.policies.base import Policy
+from flexasl.policies.asl_two_pass import once_a_prompt
+from flexasl.policies.base import CACHE, SCORES, Policy
 
 
 class PyramidInfer(Policy):
@@ -20,12 +22,22 @@ class PyramidInfer(Policy):
     """
 
     name = "pyramid_infer"
+    takes = CACHE | SCORES | {"select_tokens"}
+    fixes: ClassVar[Mapping[str, Any]] = {"observe_layers": 1, "select_on": "last", "if_never": "select"}
+    refusals: ClassVar[Mapping[str, str]] = {
+        **once_a_prompt(name),
+        **dict.fromkeys(
+            ("min_layer", "max_layer"),
+            f"would have no effect under policy {name!r}, which has layers of its own: give PyramidInfer(first=..., "
+            f"last=...), or '{name}:first=...,last=...'",
+        ),
+    }
 
     def __init__(self, first: int | None = None, last: int | None = None) -> None:
-        self.first = first
-        self.last = last
+        self.first = None if first is None else integer("first", first, 0, error=ConfigError)
+        self.last = None if last is None else integer("last", last, 0, error=ConfigError)
 
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         first, last = self._ends(num_layers)
         if not 0 <= first <= last < num_layers:
             raise ConfigError(f"first={first} and last={last} are no layers in order; give 0 to {num_layers - 1}")
@@ -34,8 +46,7 @@ class PyramidInfer(Policy):
                 f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, voters))} see "
                 "the whole prompt; give another policy"
             )
-        rule = one_selection(self.name, config).pooled().replace(select_on="last", observe_layers=1)
-        return rule.replace(min_layer=first, max_layer=last).resolve(num_layers)
+        return config.pooled().replace(min_layer=first, max_layer=last).resolve(num_layers)
 
     def steps(self, config: ASLConfig, num_layers: int, prompt_tokens: int) -> dict[int, int]:
         first, last = self._ends(num_layers)

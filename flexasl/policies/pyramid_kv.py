@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
+from flexasl.checks import real
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
-from flexasl.policies.base import Policy
 from flexasl.policies.snapkv import SnapKV
 
 
-class PyramidKV(Policy):
+class PyramidKV(SnapKV):
     """SnapKV with a budget that falls with depth (PyramidKV, arXiv 2406.02069).
 
     With a mean budget of k entries beside the window, the last layer keeps k / beta and the first 2 k - k / beta, and
@@ -19,17 +20,16 @@ class PyramidKV(Policy):
     """
 
     name = "pyramid_kv"
-    prunes_tokens = False
+    takes = SnapKV.takes - {"kv_top_p"}
+    refusals: ClassVar[Mapping[str, str]] = {
+        **SnapKV.refusals,
+        "kv_top_p": "sets no budget that could fall with depth; give kv_budget",
+    }
 
     def __init__(self, beta: float = 20.0) -> None:
-        if not beta >= 1:
+        self.beta = real("beta", beta, "a number of at least 1", error=ConfigError)
+        if beta < 1:
             raise ConfigError(f"beta={beta} would give the last layer more than the mean; give at least 1")
-        self.beta = beta
-
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        if config.kv_top_p is not None:
-            raise ConfigError(f"kv_top_p={config.kv_top_p} sets no budget that could fall with depth; give kv_budget")
-        return SnapKV().resolve(config, num_layers, voters)
 
     def cache_budget(self, config: ASLConfig, layer: int, num_layers: int, prompt_tokens: int) -> int | None:
         budget = config.cache_budget(prompt_tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from flexasl.config import ASLConfig
-from flexasl.policies.base import Policy
+from flexasl.policies.base import CACHE, SCORES, Policy
 
 
 class SnapKV(Policy):
@@ -16,8 +17,12 @@ class SnapKV(Policy):
 
     name = "snapkv"
     prunes_tokens = False
+    takes = CACHE | SCORES | {"select_tokens", "later_turns"}
+    refusals: ClassVar[Mapping[str, str]] = {
+        "propagate": f"would have no effect under policy {name!r}, which lets every token through every layer"
+    }
 
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         if not config.compresses_cache:
             config = config.replace(kv_budget=config.select_tokens)
         return config.pooled().resolve(num_layers, voters)

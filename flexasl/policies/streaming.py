@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
-from flexasl.config import ASLConfig
+from flexasl.checks import integer
 from flexasl.errors import ConfigError
-from flexasl.policies.base import Policy
 from flexasl.policies.snapkv import SnapKV
 
 
-class Streaming(Policy):
+class Streaming(SnapKV):
     """Every layer reads the whole prompt, and its cache keeps the first `sinks` entries and the last ones, whatever was
     attended to (StreamingLLM, arXiv 2309.17453, whose sinks are four).
 
@@ -19,14 +19,15 @@ class Streaming(Policy):
     """
 
     name = "streaming"
-    prunes_tokens = False
+    takes = SnapKV.takes - {"kv_top_p", "kernel_size", "pooling"}
+    refusals: ClassVar[Mapping[str, str]] = {
+        **SnapKV.refusals,
+        "kv_top_p": f"goes by attention, policy {name!r} by position; give kv_budget",
+        "kernel_size": f"would have no effect under policy {name!r}, which goes by position",
+        "pooling": f"would have no effect under policy {name!r}, which goes by position",
+    }
 
     def __init__(self, sinks: int = 4) -> None:
+        self.sinks = integer("sinks", sinks, error=ConfigError)
         if sinks < 0:
             raise ConfigError(f"sinks={sinks} is negative; give a number of entries")
-        self.sinks = sinks
-
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        if config.kv_top_p is not None:
-            raise ConfigError(f"kv_top_p={config.kv_top_p} goes by attention, policy {self.name!r} by position")
-        return SnapKV().resolve(config, num_layers, voters)

@@ -5,7 +5,7 @@ import functools
 import one_model
 import pytest
 import torch
-from models import HEADS, LAYERS, SMALL, held_columns, prompts, pruned_masks
+from models import HEADS, LAYERS, SMALL, counting, held_columns, prompts, pruned_masks
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from torchtune.generation import generate
@@ -313,7 +313,7 @@ def test_caches_that_were_there_before_stand_there_again():
 @pytest.mark.parametrize("policy", [name for name in flexasl.policies.POLICIES if name != "full"])
 def test_policies_prune(policy):
     model, batch = tiny(), left_padded(prompts(90, 70))
-    with flexasl.patch(model, SMALL, policy) as patch:
+    with flexasl.patch(model, counting(policy), policy) as patch:
         out, _, held = greedy(model, batch, 4)
     assert patch.report.kv_bytes < patch.report.kv_bytes_full
     assert out.shape == (2, 94) and {cache.size for cache in held} == {93}

@@ -29,6 +29,10 @@ def generate(
             "custom_generate patches the model for one call, and the model is patched already; call generate without "
             "custom_generate, or model.flexasl_patch.remove() first"
         )
+    if asl_config is not None and not isinstance(asl_config, (flexasl.ASLConfig, dict)):
+        raise flexasl.FlexASLError(
+            f"asl_config is a {type(asl_config).__name__}; give an ASLConfig or a dict of settings"
+        )
     config = asl_config.to_dict() if isinstance(asl_config, flexasl.ASLConfig) else dict(asl_config or {})
     config |= {name.removeprefix(PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
     # A model that was loaded from a repository with this folder has this function as its `generate`.

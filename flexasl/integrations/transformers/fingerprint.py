@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexasl.calibrated import CalibratedFor
 from flexasl.errors import FlexASLError, UnsupportedError
 
 SAMPLE = 64
@@ -66,6 +68,23 @@ def refuse_other_model(found: dict[str, Any], model: Any, path: str) -> None:
                 f"{path} was saved from another model: its {words} is {theirs!r:.100}, and this model's is "
                 f"{own!r:.100}; load it with the model that read the prompt"
             )
+
+
+def calibrated_for(model: Any, name: str = "") -> CalibratedFor:
+    """The model as calibrated settings name it; without a digest of its weights where `fingerprint` cannot take one."""
+    text = model.config.get_text_config(decoder=True)
+    try:
+        weights = fingerprint(model)["weights"]
+    except (UnsupportedError, NotImplementedError):  # NotImplementedError: tensors that cannot be reshaped (torchao)
+        weights = None
+    return CalibratedFor(
+        model=name or Path(model.name_or_path).name or type(model).__name__,
+        model_type=text.model_type,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights=weights,
+    )
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
+from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
+from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
 from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
 from flexasl.packing import Continued, Packed
@@ -54,6 +56,8 @@ class Patch(BasePatch):
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
+        if config.calibrated_for is not None:
+            config.calibrated_for.refuse_other(calibrated_for(model))
         settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
         settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
@@ -113,6 +117,8 @@ class Patch(BasePatch):
         cache = self._cache(decoder, kwargs)
         caches = None if cache is None else cache.layers
         past = self.past(caches, batch)
+        if past == 0:
+            refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
         kwargs[CALL] = call = self.begin(caches, valid, batch, count, tokens.device)
