@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flexasl.errors import ConfigError
+from flexasl.errors import ConfigError, type_of
 
 POOLINGS = ("avgpool", "maxpool")
 VARIANCE_REFERENCES = ("initial", "peak")
@@ -22,6 +24,8 @@ LATER_TURNS = ("keep", "prune")
 PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
 """Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
 KV_DTYPES = ("int8", "fp8")
+LEAST = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
+"""Whole numbers among the settings, and their least values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class ASLConfig:
     by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either way."""
 
     def __post_init__(self) -> None:
+        self._take_integers()
         self._check_integers()
         self._check_choices()
         self._check_amounts()
@@ -122,7 +127,7 @@ class ASLConfig:
     def from_dict(cls, settings: dict[str, Any]) -> ASLConfig:
         """The inverse of `to_dict`; an unknown name raises `ConfigError`."""
         if not isinstance(settings, dict):
-            raise ConfigError(f"settings are a {type(settings).__name__}; give a dict as `to_dict` makes it")
+            raise ConfigError(f"settings are {type_of(settings)}; give a dict as `to_dict` makes it")
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:
@@ -195,9 +200,16 @@ class ASLConfig:
         """Whether any cache entry may be dropped by SnapKV."""
         return self.kv_budget is not None or self.kv_top_p is not None
 
+    def _take_integers(self) -> None:
+        """Integers of other libraries, such as NumPy's, become Python's."""
+        for name in ("select_tokens", "kv_budget", *LEAST):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, int, float)) and hasattr(value, "__index__"):
+                with contextlib.suppress(TypeError):  # an array's
+                    object.__setattr__(self, name, operator.index(value))
+
     def _check_integers(self) -> None:
-        least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
-        for name, minimum in least.items():
+        for name, minimum in LEAST.items():
             value = getattr(self, name)
             if value is None and name != "window":
                 continue

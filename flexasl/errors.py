@@ -1,5 +1,9 @@
 """What a user can get wrong, in one sentence each."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class FlexASLError(ValueError):
     """Base of every error that FlexASL raises about its input; nothing has been changed when it is raised."""
@@ -11,3 +15,9 @@ class ConfigError(FlexASLError):
 
 class UnsupportedError(FlexASLError):
     """The model, or the way it is called, is one that FlexASL cannot honour."""
+
+
+def type_of(value: Any) -> str:
+    """A value's type with its article, as in "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexasl.config import ASLConfig
-from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.errors import FlexASLError, UnsupportedError, type_of
 from flexasl.policies import Policy, find_policy
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def patch(
     `ConfigError` for settings that do not fit it; the model is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
-        raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
+        raise FlexASLError(f"config={config!r} is {type_of(config)}; give an ASLConfig or None")
     chosen = find_policy(policy)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(
@@ -54,7 +54,7 @@ def patch(
     framework = next((name for name, place in others.items() if _is_a(model, *place)), None)
     if framework is None:
         raise UnsupportedError(
-            f"model is a {type(model).__name__}; give a transformers causal language model (a PreTrainedModel), a "
+            f"model is {type_of(model)}; give a transformers causal language model (a PreTrainedModel), a "
             "torchtune TransformerDecoder or a torchtitan Decoder"
         )
     if compile:
@@ -81,7 +81,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     model = without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
         raise UnsupportedError(
-            f"model is a {type(model).__name__}; saved caches are for transformers causal language models"
+            f"model is {type_of(model)}; saved caches are for transformers causal language models"
         )
     if not hasattr(model, "flexasl_patch"):
         raise UnsupportedError(

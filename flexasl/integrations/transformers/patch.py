@@ -15,10 +15,13 @@ from flexasl.compiling import compile_region, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
+from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
+from flexasl.integrations.transformers.media import refuse_media, refuse_merged, refuse_parts
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
+from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import sum_over_ranks
 from flexasl.packing import Continued
 from flexasl.policies import Policy
@@ -53,21 +56,23 @@ class Patch(BasePatch):
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
         self._stack = stack
-        self._arguments = list(inspect.signature(type(stack.decoder).forward).parameters)[1:]
+        self._arguments = _arguments(stack.decoder)
+        self._outer_arguments = _arguments(model)
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
         check = None if stack.tested else check_by_running(model)
-        self._attention_before = model.config._attn_implementation
+        # A user may set it on the whole model, whose configuration the decoder shares again in the end.
+        self._implementations = [(config, config._attn_implementation) for config in (model.config, text)]
         self._regions = [*stack.layers, model.get_output_embeddings()] if compile else []
         if compile:
             region = compile_region(run_layer)
             head = compile_region(run_layer)
             for module in self._regions:
                 module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
-        model.set_attn_implementation(NAME)
+        self._own = OwnConfig(stack.decoder, NAME)
         attributes = dict(vars(model))
         self._guarded = guard_generation(model)
         self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
-        self._handles.append(model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self.hook(stack.decoder)
         if check is not None:
             check(self)
@@ -75,31 +80,61 @@ class Patch(BasePatch):
     def restore(self) -> None:
         for module in self._regions:
             del module.forward
-        self._model.set_attn_implementation(self._attention_before)
+        self._own.put_back()
+        for config, implementation in self._implementations:
+            if config._attn_implementation == NAME:
+                config._attn_implementation = implementation
         for name in self._guarded:
             delattr(self._model, name)
         vars(self._model).update(self._shadowed)
 
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the whole model's forward."""
+        given = dict(zip(self._outer_arguments, args, strict=False)) | kwargs
+        with forgetting_rows(model):
+            if model.get_decoder() is not self._stack.decoder:
+                raise UnsupportedError(
+                    f"the decoder of the patched {type(model).__name__} was replaced by another one; "
+                    "call patch.remove(), and patch the model again"
+                )
+            _refuse_arguments(model, given)
+            self.refuse_media(given)
+
+    def refuse_media(self, given: dict[str, Any]) -> None:
+        """Raises `UnsupportedError` where the model is given an image, or the like, that a patch cannot honour."""
+        if self._stack.no_media is not None:
+            refuse_media(self._model, given, self._stack.no_media)
+
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        with forgetting_rows(self._model):
+            self._start(decoder, kwargs)
+        return (), kwargs
+
+    def _start(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+        """Makes the call of a pass from the decoder's arguments, which take it down."""
         kind = decoder.config._attn_implementation
         if kind != NAME:
             raise UnsupportedError(
                 f"the attention implementation of the patched model was set to {kind!r}; "
-                f"call model.set_attn_implementation({NAME!r}), or patch.remove() first"
+                f"call model.get_decoder().set_attn_implementation({NAME!r}), or patch.remove() first"
             )
         self.refuse_training()
-        _refuse_arguments(decoder, (), kwargs)
         embeds = kwargs.get("inputs_embeds")
         tokens = kwargs["input_ids"] if embeds is None else embeds
         batch, count = tokens.shape[:2]
+        if count > 1 or not any(_has_read(kwargs.get(name)) for name in CACHES[:2]):
+            refuse_adapters(self._model, batch)
+        _refuse_arguments(decoder, kwargs)
+        refuse_merged(self._model, kwargs)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = _positions(kwargs["position_ids"], batch, count)
         cache = self._cache(decoder, kwargs)
         caches = None if cache is None else cache.layers
         past = self.past(caches, batch)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
         kwargs[CALL] = self.begin(caches, valid, batch, count, tokens.device)
-        return (), kwargs
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call: Call = kwargs[CALL]
@@ -133,7 +168,9 @@ class Patch(BasePatch):
         cache = kwargs[self._cache_name] = next((one for one in given if one is not None), None)
         use_cache = kwargs.get("use_cache")
         if cache is None:
-            if not (decoder.config.use_cache if use_cache is None else use_cache):
+            if use_cache is None:
+                use_cache = kwargs["use_cache"] = self._model.config.get_text_config(decoder=True).use_cache
+            if not use_cache:
                 return None
             cache = kwargs[self._cache_name] = DynamicCache(config=decoder.config)
         adopt(cache, len(self._stack.layers), self.slack)
@@ -146,7 +183,10 @@ class Patch(BasePatch):
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
             )
-        if self.is_prompt(past, count) and valid is None and restart(position_ids):
+        if not self.is_prompt(past, count):
+            return
+        refuse_parts(position_ids)
+        if valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
 
 
@@ -163,7 +203,12 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, M, D], key and value [B, G, N, D] → [B, M, H, D]."""
-    step: LayerStep | None = kwargs.get(CALL)
+    step: Any = kwargs.get(CALL)
+    if isinstance(step, Call):
+        raise UnsupportedError(
+            f"{type(module).__name__} belongs to a layer that the patched model did not have when it was patched; "
+            "call patch.remove(), and patch the model again"
+        )
     if step is None:
         raise UnsupportedError(
             f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
@@ -195,7 +240,27 @@ def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return run_layer(module, args, kwargs) if later_turn else region(module, args, kwargs)
 
 
-def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _has_read(cache: Any) -> bool:
+    return isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
+
+
+def _positions(given: Tensor, batch: int, count: int) -> Tensor:
+    """position_ids [B or 1, M], before which there may be a dimension of parts; [M] is taken for all rows."""
+    positions = given[None] if given.dim() == 1 else given
+    if positions.dim() not in (2, 3) or positions.shape[-1] != count or positions.shape[-2] not in (1, batch):
+        raise UnsupportedError(
+            f"position_ids is {list(given.shape)}; a patched model takes a position for each new token, here "
+            f"{[batch, count]}, [1, {count}] or [{count}]"
+        )
+    return positions
+
+
+def _arguments(module: Any) -> list[str]:
+    """Names of what its forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _refuse_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, why in REFUSED.items():
         given = kwargs.get(name)
         if given is None and name != "labels":
