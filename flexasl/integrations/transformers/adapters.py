@@ -26,7 +26,6 @@ REFUSED = {
 }
 BY_ROW = {"adapter_names", "alora_offsets"}
 """What PEFT hands to layers by a hook of its own, with an entry for each row."""
-WAY_OUT = "merge it (merge_and_unload), or patch without it"
 
 
 def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
@@ -58,7 +57,7 @@ def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
                 _refuse_activated(kind)
         if found not in TOKENWISE:
             why = REFUSED.get(found, "is not among those that are known to treat every token alone")
-            raise UnsupportedError(f"{kind} has an adapter of type {found.upper()}, which {why}; {WAY_OUT}")
+            raise UnsupportedError(f"{kind} has an adapter of type {found.upper()}, which {why}; patch it without that adapter")
         if found == "poly" and rows > 1:
             raise UnsupportedError(
                 f"{kind} has an adapter of type POLY, which takes task_ids by row, and the layers of a patched model "

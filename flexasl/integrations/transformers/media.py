@@ -49,7 +49,8 @@ def why_no_media(model_type: str) -> str | None:
 def refuse_media(model: Any, given: dict[str, Any], why: str) -> None:
     """Raises `UnsupportedError` where one of the arguments is more than text."""
     for name, value in given.items():
-        if value is not None and any(part in name for part in NAMES):
+        parts = value.values() if isinstance(value, dict) else [value]
+        if any(part in name for part in NAMES) and any(one is not None for one in parts):
             raise UnsupportedError(
                 f"{name} is not available on a patched model of type {model.config.model_type!r}: {why}; give text "
                 "alone, or call patch.remove() first"

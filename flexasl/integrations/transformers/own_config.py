@@ -1,25 +1,35 @@
-"""A configuration of a patched decoder's own, so that its attention is nobody else's."""
+"""Configurations of a patched decoder's own, so that its attention is nobody else's."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
 
 
 class OwnConfig:
     """While it is there, the decoder and the modules in it hold a copy of their configuration, which names another
     attention implementation; the configuration itself, which other models may share, stays as it is."""
 
-    def __init__(self, decoder: Any, implementation: str) -> None:
-        self.shared = decoder.config
+    def __init__(self, decoder: nn.Module, implementation: str) -> None:
         self._decoder = decoder
-        self._own = copy.deepcopy(decoder.config)
-        self._own._attn_implementation = implementation
-        self._holders = _exchange(decoder.modules(), self.shared, self._own)
+        self._places = _places(decoder.modules())
+        self._pairs: list[tuple[Any, Any]] = []
+        """Of configurations and their copies; most decoders have one."""
+        for _, _, config in self._places:
+            if not any(config is shared for shared, _ in self._pairs):
+                own = copy.deepcopy(config)
+                own._attn_implementation = implementation
+                self._pairs.append((config, own))
+        _exchange(self._places, self._pairs)
 
     def put_back(self) -> None:
         """Gives the configuration back to all that hold the copy, those that have left or joined meanwhile too."""
-        _exchange({*self._holders, *self._decoder.modules()}, self._own, self.shared)
+        held = {id(module): module for module, _, _ in self._places} | {id(m): m for m in self._decoder.modules()}
+        _exchange(_places(held.values()), [(own, shared) for shared, own in self._pairs])
 
     def __enter__(self) -> OwnConfig:
         return self
@@ -28,10 +38,19 @@ class OwnConfig:
         self.put_back()
 
 
-def _exchange(modules: Any, old: Any, new: Any) -> list[Any]:
-    """Puts new in the place of old; returns the modules that had it."""
-    holders = [(module, [name for name, value in vars(module).items() if value is old]) for module in modules]
-    for module, names in holders:
-        for name in names:
-            setattr(module, name, new)
-    return [module for module, names in holders if names]
+def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Which modules hold configurations, by what name."""
+    return [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, PreTrainedConfig)
+    ]
+
+
+def _exchange(places: list[tuple[nn.Module, str, Any]], pairs: list[tuple[Any, Any]]) -> None:
+    """Puts the second of a pair in the place of its first."""
+    for module, name, held in places:
+        for old, new in pairs:
+            if held is old:
+                setattr(module, name, new)
