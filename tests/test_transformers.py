@@ -426,7 +426,7 @@ def test_refuses_settings_before_touching_the_model(monkeypatch):
         flexasl.patch(model, ASLConfig(min_layer=9))
     with pytest.raises(flexasl.FlexASLError, match="policy='best' is not known; give one of asl, asl_two_pass"):
         flexasl.patch(model, policy="best")
-    with pytest.raises(flexasl.FlexASLError, match="config=512 is a int"):
+    with pytest.raises(flexasl.FlexASLError, match="config=512 is an int"):
         flexasl.patch(model, 512)
     quantizing._imported.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
@@ -445,7 +445,7 @@ def test_refuses_settings_before_touching_the_model(monkeypatch):
         ({"attention_mask": torch.ones(1, 1, 64, 64)}, r"attention_mask is \[1, 1, 64, 64\]"),
         ({"attention_mask": torch.tensor([[1] * 60 + [0] * 4])}, "pad prompts on the left"),
         ({"attention_mask": torch.tensor([[1] * 30 + [0] + [1] * 33])}, "pad prompts on the left"),
-        ({"attention_mask": torch.zeros(1, 64)}, "pad prompts on the left"),
+        ({"attention_mask": torch.zeros(1, 64)}, "attention_mask has no token in row 0, only padding"),
         ({"position_ids": torch.cat([torch.arange(32), torch.arange(32)])[None]}, "position_ids restart within a row"),
     ],
 )
