@@ -80,9 +80,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     """
     model = without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
-        raise UnsupportedError(
-            f"model is {type_of(model)}; saved caches are for transformers causal language models"
-        )
+        raise UnsupportedError(f"model is {type_of(model)}; saved caches are for transformers causal language models")
     if not hasattr(model, "flexasl_patch"):
         raise UnsupportedError(
             f"{type(model).__name__} is not patched, and a pruned cache can only be read by a patched model; "

@@ -1,5 +1,8 @@
-"""PEFT adapters in a patched model's layers. Layers see all prompts as one row, from which tokens go; so what an adapter
-does to a token must not depend on where it stands, on the tokens beside it, or on its row."""
+"""PEFT adapters in a patched model's layers.
+
+Layers see all prompts as one row, from which tokens go; so what an adapter does to a token must not depend on where it
+stands, on the tokens beside it, or on its row.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,44 @@ from torch import nn
 
 from flexasl.errors import FlexASLError, UnsupportedError
 
-TOKENWISE = frozenset(
-    "adalora adamss adaption_prompt beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 ln_tuning loha "
-    "lokr lora miss oft osf peanut poly psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora "
-    "vblora vera waveft".split()
-)
+TOKENWISE = {
+    "adalora",
+    "adamss",
+    "adaption_prompt",
+    "beft",
+    "boft",
+    "c3a",
+    "deft",
+    "delora",
+    "fourierft",
+    "frod",
+    "glora",
+    "gralora",
+    "hira",
+    "hra",
+    "ia3",
+    "ln_tuning",
+    "loha",
+    "lokr",
+    "lora",
+    "miss",
+    "oft",
+    "osf",
+    "peanut",
+    "poly",
+    "psoft",
+    "pvera",
+    "randlora",
+    "road",
+    "shira",
+    "supertuning",
+    "tinylora",
+    "trainable_tokens",
+    "unilora",
+    "vblora",
+    "vera",
+    "waveft",
+}
 """PEFT's kinds of adapters that do to each token alone what they do, by the names of their folders."""
 REFUSED = {
     "lily": "mixes its experts by the mean over all tokens of the batch",
@@ -34,7 +70,8 @@ def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
     if "peft" not in sys.modules:
         return
     kind = type(model).__name__
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         for name, given in _given_by_row(module):
             if name == "alora_offsets":
                 _refuse_activated(kind)
@@ -44,7 +81,7 @@ def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
                     "batch as one row; give one row at a time, or rows that share an adapter, after "
                     "set_adapter(...) of the PEFT model"
                 )
-        found = _kind(type(module))
+        found = _kind(type(module))  # type: ignore[arg-type]
         if found is None:
             continue
         if isinstance(getattr(module.forward, "__self__", None), _xlora()):
@@ -57,7 +94,9 @@ def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
                 _refuse_activated(kind)
         if found not in TOKENWISE:
             why = REFUSED.get(found, "is not among those that are known to treat every token alone")
-            raise UnsupportedError(f"{kind} has an adapter of type {found.upper()}, which {why}; patch it without that adapter")
+            raise UnsupportedError(
+                f"{kind} has an adapter of type {found.upper()}, which {why}; patch it without that adapter"
+            )
         if found == "poly" and rows > 1:
             raise UnsupportedError(
                 f"{kind} has an adapter of type POLY, which takes task_ids by row, and the layers of a patched model "

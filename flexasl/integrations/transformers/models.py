@@ -123,11 +123,11 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     decoder = model.get_decoder()
     if getattr(getattr(decoder, "config", None), "_attn_implementation", None) == NAME:
         raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
-    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
     if not model.can_generate():
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     refuse_state(model, kernel, input_device(model), "patch it with compile=True instead")
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not model._can_set_attn_implementation():
+    layers = layers_of(decoder, getattr(getattr(decoder, "config", None), "num_hidden_layers", None))
+    if not layers or not model._can_set_attn_implementation():
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({kind}) is not built as a list of decoder layers over "
             f"transformers' attention interface; tested models are {', '.join(SUPPORTED)}"
@@ -138,7 +138,6 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
             "give compile=False"
         )
     config = decoder.config
-    layers = list(layers)[: config.num_hidden_layers]
     names = list(inspect.signature(type(layers[0]).forward).parameters)[2:]
     cache = next((name for name in CACHES if name in names), None)
     if cache is None:
@@ -153,6 +152,12 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     attention = [FlexASLAttention(**settings, kernel=kernel) for settings in asked]
     no_media = None if model.config is config else why_no_media(model.config.model_type)
     return Stack(decoder, layers, attention, names, cache, tested, no_media)
+
+
+def layers_of(decoder: Any, count: int | None) -> list[Any]:
+    """A decoder's first so many layers; none where they are no list of modules."""
+    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    return list(layers)[:count] if isinstance(layers, nn.ModuleList) else []
 
 
 def _refuse_by_name(model: PreTrainedModel) -> None:

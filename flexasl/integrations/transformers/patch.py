@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -20,7 +20,7 @@ from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.media import refuse_media, refuse_merged, refuse_parts
-from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
+from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import sum_over_ranks
 from flexasl.packing import Continued
@@ -93,12 +93,15 @@ class Patch(BasePatch):
         given = dict(zip(self._outer_arguments, args, strict=False)) | kwargs
         with forgetting_rows(model):
             if model.get_decoder() is not self._stack.decoder:
-                raise UnsupportedError(
-                    f"the decoder of the patched {type(model).__name__} was replaced by another one; "
-                    "call patch.remove(), and patch the model again"
-                )
+                self._refuse_replaced("decoder and layers")
             _refuse_arguments(model, given)
             self.refuse_media(given)
+
+    def _refuse_replaced(self, part: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{part} of the patched {type(self._model).__name__} were replaced since; call patch.remove(), and patch "
+            "the model again"
+        )
 
     def refuse_media(self, given: dict[str, Any]) -> None:
         """Raises `UnsupportedError` where the model is given an image, or the like, that a patch cannot honour."""
@@ -125,6 +128,8 @@ class Patch(BasePatch):
         batch, count = tokens.shape[:2]
         if count > 1 or not any(_has_read(kwargs.get(name)) for name in CACHES[:2]):
             refuse_adapters(self._model, batch)
+            if layers_of(decoder, len(self._layers)) != self._layers:
+                self._refuse_replaced("layers")
         _refuse_arguments(decoder, kwargs)
         refuse_merged(self._model, kwargs)
         if kwargs.get("position_ids") is not None:
@@ -203,12 +208,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, M, D], key and value [B, G, N, D] → [B, M, H, D]."""
-    step: Any = kwargs.get(CALL)
-    if isinstance(step, Call):
-        raise UnsupportedError(
-            f"{type(module).__name__} belongs to a layer that the patched model did not have when it was patched; "
-            "call patch.remove(), and patch the model again"
-        )
+    step: LayerStep | None = kwargs.get(CALL)
     if step is None:
         raise UnsupportedError(
             f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
