@@ -52,7 +52,8 @@ def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
         merged, _ = model._prepare_generation_config(given.get("generation_config"), **settings)
         _refuse_settings(merged, given.get("assistant_model"))
         ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
-        _refuse_other_beginning(ids, given.get("past_key_values", given.get("cache")))
+        cache = given.get("cache") if given.get("past_key_values") is None else given["past_key_values"]
+        _refuse_other_beginning(ids, cache)
         _refuse_guessed_mask(ids, given.get("attention_mask"), merged.pad_token_id, merged.eos_token_id)
         return generate(*args, **kwargs)
 
