@@ -190,6 +190,12 @@ def test_models_that_are_right_for_text_alone_refuse_the_first_image(kind, why):
         parts[1, :, 40:] -= 3
         with pytest.raises(UnsupportedError, match="position_ids have parts for time, height and width that differ"):
             model(text["input_ids"][:1], position_ids=parts)
+        embeds = model.get_input_embeddings()(text["input_ids"])
+        added = {"deepstack_visual_embeds": [torch.ones(8, 64)], "visual_pos_masks": batch["input_ids"] == IMAGE}
+        with pytest.raises(
+            UnsupportedError, match="cannot be given an image while patched: features of its images are"
+        ):
+            model.get_decoder()(inputs_embeds=embeds, **added)
     handle.remove()
 
 

@@ -131,7 +131,8 @@ def _given_by_row(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _keywords(hook: Any) -> dict[str, Any]:
-    return hook.keywords if isinstance(hook, functools.partial) and hook.func.__module__.startswith("peft.") else {}
+    theirs = isinstance(hook, functools.partial) and str(getattr(hook.func, "__module__", "")).startswith("peft.")
+    return hook.keywords if theirs else {}
 
 
 def _refuse_activated(kind: str) -> None:

@@ -58,6 +58,7 @@ class Patch(BasePatch):
         self._stack = stack
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
+        self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
         check = None if stack.tested else check_by_running(model)
         # A user may set it on the whole model, whose configuration the decoder shares again in the end.
@@ -92,7 +93,10 @@ class Patch(BasePatch):
         """Before the whole model's forward."""
         given = dict(zip(self._outer_arguments, args, strict=False)) | kwargs
         with forgetting_rows(model):
-            if model.get_decoder() is not self._stack.decoder:
+            inner: Any = model
+            for name in self._path:  # quicker than get_decoder
+                inner = getattr(inner, "_modules", {}).get(name)
+            if inner is not self._stack.decoder:
                 self._refuse_replaced("decoder and layers")
             _refuse_arguments(model, given)
             self.refuse_media(given)
