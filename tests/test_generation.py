@@ -441,15 +441,14 @@ def test_refuses_hidden_states_that_the_model_is_configured_to_give():
 
 
 def test_refuses_another_attention_while_patched(patched):
-    model, _ = patched
+    model, patch = patched
     model.set_attn_implementation("eager")
-    with pytest.raises(
-        UnsupportedError, match=r"'eager'; call model.get_decoder\(\).set_attn_implementation\('flexasl'\)"
-    ):
+    with pytest.raises(UnsupportedError, match=r"was set to 'eager'; call model.set_attn_implementation\('flexasl'\)"):
         model(one_prompt())
-    model.get_decoder().set_attn_implementation("flexasl")
+    model.set_attn_implementation("flexasl")
     model(one_prompt())
-    model.set_attn_implementation("sdpa")
+    patch.remove()
+    assert model.config._attn_implementation == "sdpa" and "set_attn_implementation" not in vars(model)
 
 
 def test_refuses_masking_and_pruning_later_turns_together():

@@ -206,6 +206,11 @@ def test_the_vision_tower_keeps_its_attention():
         assert model.model.vision_tower.config._attn_implementation == "eager"
         assert model.get_decoder().config._attn_implementation == "flexasl"
         model(**prompts(90), **pictures("llava", 1))
+        model.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
+        with pytest.raises(UnsupportedError, match=r"call model.get_decoder\(\).set_attn_implementation\('flexasl'\)"):
+            model(**prompts(90))
+        model.get_decoder().set_attn_implementation("flexasl")
+        model(**prompts(90), **pictures("llava", 1))
     assert model.model.vision_tower.config._attn_implementation == "eager"
     assert model.get_decoder().config is model.config.text_config
     assert model.config.text_config.num_attention_heads == HEADS

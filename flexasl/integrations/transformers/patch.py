@@ -69,9 +69,12 @@ class Patch(BasePatch):
             head = compile_region(run_layer)
             for module in self._regions:
                 module.forward = functools.partial(_run, head if module is self._regions[-1] else region, module)
+        self._named = "model" if model.config is stack.decoder.config else "model.get_decoder()"
+        """Whose attention implementation a user would set to have the patched one again."""
         self._own = OwnConfig(stack.decoder, NAME)
         attributes = dict(vars(model))
-        self._guarded = guard_generation(model)
+        self._guarded = [*guard_generation(model), "set_attn_implementation"]
+        model.set_attn_implementation = functools.partial(_set_attention, model)
         self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
         self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self.hook(stack.decoder)
@@ -124,7 +127,7 @@ class Patch(BasePatch):
         if kind != NAME:
             raise UnsupportedError(
                 f"the attention implementation of the patched model was set to {kind!r}; "
-                f"call model.get_decoder().set_attn_implementation({NAME!r}), or patch.remove() first"
+                f"call {self._named}.set_attn_implementation({NAME!r}), or patch.remove() first"
             )
         self.refuse_training()
         embeds = kwargs.get("inputs_embeds")
@@ -233,6 +236,14 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
+
+
+def _set_attention(model: Any, implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """A patched model's `set_attn_implementation`. transformers 5.17 takes decoder and model to share a configuration,
+    and would leave out the decoder."""
+    type(model).set_attn_implementation(model, implementation, *args, **kwargs)
+    if isinstance(implementation, str):
+        model.get_decoder().config._attn_implementation = implementation
 
 
 def _run(region: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
