@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexasl.calibrated import CalibratedFor
-from flexasl.checks import amount, instance, integer, one_of, real
+from flexasl.checks import amount, article, instance, integer, one_of, real
 from flexasl.errors import ConfigError
 
 POOLINGS = ("avgpool", "maxpool")
@@ -33,6 +33,8 @@ PAPER_RULE: dict[str, Any] = {
     "pooling": "avgpool",
 }
 """Settings of the published rule, where they are not the defaults."""
+LEAST = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
+"""Whole numbers among the settings, and their least values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class ASLConfig:
     def from_dict(cls, settings: dict[str, Any]) -> ASLConfig:
         """The inverse of `to_dict`; an unknown name raises `ConfigError`."""
         if not isinstance(settings, dict):
-            raise ConfigError(f"settings are a {type(settings).__name__}; give a dict as `to_dict` makes it")
+            raise ConfigError(f"settings are {article(settings)}; give a dict as `to_dict` makes it")
         _refuse_unknown(settings)
         model = settings.get("calibrated_for")
         return cls(**(settings if model is None else settings | {"calibrated_for": CalibratedFor.from_dict(model)}))
@@ -207,8 +209,7 @@ class ASLConfig:
         return self.kv_budget is not None or self.kv_top_p is not None
 
     def _check_integers(self) -> None:
-        least = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
-        for name, minimum in least.items():
+        for name, minimum in LEAST.items():
             value = getattr(self, name)
             if value is not None or name == "window":
                 self._set(name, integer(name, value, minimum, error=ConfigError))

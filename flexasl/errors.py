@@ -1,5 +1,7 @@
 """What a user can get wrong, in one sentence each."""
 
+from __future__ import annotations
+
 
 class FlexASLError(ValueError):
     """Base of every error that FlexASL raises about its input; nothing has been changed when it is raised."""

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexasl import checks
-from flexasl.checks import instance
+from flexasl.checks import article, instance
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.policies import Policy, choose
@@ -65,7 +65,7 @@ def patch(
     framework = next((name for name, place in others.items() if _is_a(model, *place)), None)
     if framework is None:
         raise UnsupportedError(
-            f"model is a {type(model).__name__}; give a transformers causal language model (a PreTrainedModel), a "
+            f"model is {article(model)}; give a transformers causal language model (a PreTrainedModel), a "
             "torchtune TransformerDecoder or a torchtitan Decoder"
         )
     if compile:
@@ -91,9 +91,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     """
     path, model = checks.path("path", path), without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):
-        raise UnsupportedError(
-            f"model is a {type(model).__name__}; saved caches are for transformers causal language models"
-        )
+        raise UnsupportedError(f"model is {article(model)}; saved caches are for transformers causal language models")
     if not hasattr(model, "flexasl_patch"):
         raise UnsupportedError(
             f"{type(model).__name__} is not patched, and a pruned cache can only be read by a patched model; "

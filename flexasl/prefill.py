@@ -364,8 +364,11 @@ def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") ->
     """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this
     name, unless padding is on the left."""
     mask = attention_mask.bool()
+    tokens: list[int] = mask.sum(-1).flatten().tolist()
+    if 0 in tokens:
+        raise UnsupportedError(f"{name} has no token in row {tokens.index(0)}, only padding; give each row a token")
     if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise UnsupportedError(
             f"{name} has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
         )
-    return [int(count) for count in mask.sum(1).tolist()]
+    return tokens

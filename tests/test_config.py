@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from flexasl import ASLConfig, ConfigError, policies
 
@@ -44,6 +46,22 @@ from flexasl import ASLConfig, ConfigError, policies
 def test_refuses(settings, message):
     with pytest.raises(ConfigError, match=message):
         ASLConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32, torch.tensor])
+def test_integers_of_other_libraries_become_pythons(kind):
+    given = {"select_tokens": 40, "kv_budget": 40, "window": 8, "kernel_size": 3, "observe_layers": 2}
+    given |= {"min_layer": 1, "max_layer": 3}
+    config = ASLConfig(**{name: kind(value) for name, value in given.items()})
+    assert config == ASLConfig(**given) and json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert all(type(getattr(config, name)) is int for name in given)
+
+
+@pytest.mark.parametrize("wrong", [np.arange(2), np.bool_(True), torch.ones(2), np.array([40, 41])])
+def test_refuses_arrays_where_an_integer_belongs(wrong):
+    for name in ("select_tokens", "kv_budget", "window", "max_layer"):
+        with pytest.raises(ConfigError, match=f"{name}="):
+            ASLConfig(**{name: wrong})
 
 
 @pytest.mark.parametrize(

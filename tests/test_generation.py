@@ -1,6 +1,7 @@
 """Every common way to generate on a patched model: right, or refused before work starts."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -308,11 +309,125 @@ def test_refuses_the_same_in_a_generation_config(patched):
             model.generate(*arguments, **settings)
 
 
+ASKED = {
+    "prefill_chunk_size": 16,
+    "cache_implementation": "static",
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 2,
+    "dola_layers": "high",
+    "penalty_alpha": 0.6,
+    "output_hidden_states": True,
+    "output_attentions": True,
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_refuses_what_the_models_own_configuration_asks_for(name, monkeypatch):
+    """Also beside an explicit one, which leaves it open; a value that is given to `generate` goes before both."""
+    model, ids = tiny(), one_prompt()
+    explicit = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0, top_k=50)
+    monkeypatch.setattr(model.generation_config, name, ASKED[name])
+    with flexasl.patch(model, SMALL) as patch:
+        for settings in ({}, {"generation_config": explicit}):
+            with pytest.raises(UnsupportedError, match=f"{name}(=.*)? is not available on a patched model"):
+                model.generate(ids, **settings)
+        assert patch.report is None
+        if not name.startswith("output"):  # which transformers leaves to the model's, where None is given
+            model.generate(ids, max_new_tokens=2, **{name: None})
+            assert patch.report.rows[0].prompt_tokens == 60
+
+
+def test_ways_to_generate_that_are_not_known_are_refused_by_their_setting(patched):
+    model, _ = patched
+    for settings, name in (
+        ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups"),
+        ({"force_words_ids": [[5]], "num_beams": 2}, "constraints or force_words_ids"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{name} is not available .* give a way to generate among greedy"):
+            new_tokens(model, one_prompt(), **settings)
+
+
+def test_a_cache_called_hybrid_is_the_usual_one(monkeypatch):
+    """The files of Gemma 2 and 3 ask for it, and transformers takes a dynamic one."""
+    model = tiny("gemma2")
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
+    want = new_tokens(model, one_prompt())
+    with flexasl.patch(model, SMALL.replace(select_tokens=1.0)):
+        assert torch.equal(new_tokens(model, one_prompt()), want)
+
+
+def test_a_pad_token_within_a_prompt_without_a_mask(patched):
+    model, patch = patched
+    ids = one_prompt()
+    ids[0, 30] = 0
+    settings = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(
+        UnsupportedError, match=r"pad_token_id=0 behind .* \(row 0, token 30\), and generate masks it out"
+    ):
+        model.generate(ids, eos_token_id=5, **settings)
+    for more in ({"attention_mask": torch.ones_like(ids)}, {"eos_token_id": 0}):
+        model.generate(ids, **settings | more)
+        assert patch.report.rows[0].prompt_tokens == 60
+    model.generate(torch.cat([torch.zeros(1, 7, dtype=torch.long), one_prompt()], 1), eos_token_id=5, **settings)
+    assert patch.report.rows[0].prompt_tokens == 60
+
+
 def test_refuses_continuous_batching(patched):
     model, _ = patched
     for call in (lambda: model.generate_batch([[3, 4, 5]]), model.init_continuous_batching):
         with pytest.raises(UnsupportedError, match=r"continuous batching has its own paged cache"):
             call()
+
+
+def test_another_model_that_shares_the_configuration_runs_on():
+    model, ids = tiny(), one_prompt()
+    other = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    assert other.config is model.config
+    config, want = model.config, other(ids).logits
+    plain = new_tokens(model, ids)
+    with flexasl.patch(model, SMALL.replace(select_tokens=1.0)) as patch:
+        assert torch.equal(other(ids).logits, want)
+        assert other.config is model.config is config and config._attn_implementation == "sdpa"
+        fresh = transformers.AutoModelForCausalLM.from_config(model.config).eval()  # made meanwhile
+        assert fresh(ids).logits.isfinite().all()
+        with flexasl.patch(other, SMALL) as second:
+            assert torch.equal(new_tokens(model, ids), plain)
+            other(ids)
+            assert second.report.rows[0].kept_tokens == 24 and patch.report.rows[0].kept_tokens == 60
+        assert torch.equal(other(ids).logits, want)
+    holders = [module for module in model.modules() if hasattr(module, "config")]
+    assert len(holders) > 6 and all(module.config is config for module in holders)
+    assert torch.equal(new_tokens(model, ids), plain)
+
+
+def test_settings_of_the_model_that_change_while_it_is_patched():
+    model, ids = copy.deepcopy(tiny()), one_prompt()
+    with flexasl.patch(model, SMALL) as patch:
+        model.config.use_cache = False
+        assert model(ids).past_key_values is None and patch.report.kv_tokens == ()
+        model.config.use_cache = True
+        assert model(ids).past_key_values.get_seq_length() == 60
+        model.config.output_hidden_states = True
+        with pytest.raises(UnsupportedError, match="output_hidden_states is not available"):
+            model(ids)
+        model.set_attn_implementation("flexasl")
+    assert model.config.output_hidden_states and model.config._attn_implementation == "sdpa"
+    assert model.model.config is model.config
+
+
+@pytest.mark.parametrize("way", ["pickle", "save_pretrained"])
+def test_a_patched_model_is_stored_as_it_is_without_the_patch(way, tmp_path):
+    model, ids = copy.deepcopy(tiny()), one_prompt()
+    want = model(ids).logits
+    with flexasl.patch(model, SMALL):
+        if way == "pickle":
+            other = pickle.loads(pickle.dumps(model))
+            other.flexasl_patch.remove()
+        else:
+            model.save_pretrained(tmp_path)
+            other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(other(ids).logits, want)
+    assert other.config is other.model.config is other.model.layers[0].self_attn.config
 
 
 def test_refuses_hidden_states_that_the_model_is_configured_to_give():
@@ -326,12 +441,14 @@ def test_refuses_hidden_states_that_the_model_is_configured_to_give():
 
 
 def test_refuses_another_attention_while_patched(patched):
-    model, _ = patched
+    model, patch = patched
     model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedError, match=r"was set to 'eager'; call model.set_attn_implementation\('flexasl'\)"):
         model(one_prompt())
     model.set_attn_implementation("flexasl")
     model(one_prompt())
+    patch.remove()
+    assert model.config._attn_implementation == "sdpa" and "set_attn_implementation" not in vars(model)
 
 
 def test_refuses_masking_and_pruning_later_turns_together():
@@ -341,7 +458,7 @@ def test_refuses_masking_and_pruning_later_turns_together():
 
 def test_everything_is_as_before_after_remove():
     model = tiny()
-    names = ("generate", "generate_batch", "init_continuous_batching", "_supported_generation_modes")
+    names = ("generate", "generate_batch", "init_continuous_batching")
     flexasl.patch(model, SMALL).remove()
     assert not set(names) & set(vars(model))
     new_tokens(model, one_prompt(), prompt_lookup_num_tokens=3)

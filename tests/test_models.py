@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import flexasl
 from flexasl import UnsupportedError
+from flexasl.integrations.transformers import media
 from flexasl.integrations.transformers import models as supported
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -143,6 +144,15 @@ row:
 | --- | --- |
 {refused}
 
+## Models that read images
+
+Of a model that reads more than text, the text decoder is patched; the vision tower keeps its attention. {images} may be
+given images, alone and in batches, in a first and in a later turn: their image features take the places of placeholder
+tokens, and are ranked, kept and dropped like text. Refused when patched: Gemma 3 and PaliGemma, whose image tokens see
+each other in both directions (Gemma 3's text-only models, `gemma3_text`, are tested). All others, among them Qwen-VL
+(positions of three parts, features added to deeper layers), can be patched for text alone where the self-test passes,
+and refuse the first image, video or sound before it is read.
+
 ## Layers with a sliding window
 
 A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
@@ -162,6 +172,7 @@ def page():
     refused |= {kind: why for kind, why in supported.REFUSED.items() if kind not in TRIED}
     return TEXT.format(
         tested="\n".join(f"| {kind} | {', '.join(features(kind))} |" for kind in supported.SUPPORTED),
+        images=" and ".join(f"`{kind}`" for kind in media.MERGED),
         works=textwrap.fill(", ".join(kind for kind in TRIED if found[kind] is None), 118),
         refused="\n".join(f"| {kind} | {why.replace('|', '/')} |" for kind, why in sorted(refused.items())),
     )

@@ -409,7 +409,7 @@ def test_refuses_settings_before_touching_the_model(monkeypatch):
         flexasl.patch(model, ASLConfig(min_layer=9))
     with pytest.raises(flexasl.FlexASLError, match="policy='best' is not known; give one of asl, asl_two_pass"):
         flexasl.patch(model, policy="best")
-    with pytest.raises(flexasl.FlexASLError, match="config=512 is a int"):
+    with pytest.raises(flexasl.FlexASLError, match="config=512 is an int"):
         flexasl.patch(model, 512)
     quantizing._imported.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
@@ -428,8 +428,14 @@ def test_refuses_settings_before_touching_the_model(monkeypatch):
         ({"attention_mask": torch.ones(1, 1, 64, 64)}, r"attention_mask is \[1, 1, 64, 64\]"),
         ({"attention_mask": torch.tensor([[1] * 60 + [0] * 4])}, "pad prompts on the left"),
         ({"attention_mask": torch.tensor([[1] * 30 + [0] + [1] * 33])}, "pad prompts on the left"),
-        ({"attention_mask": torch.zeros(1, 64)}, "pad prompts on the left"),
+        ({"attention_mask": torch.zeros(1, 64)}, "attention_mask has no token in row 0, only padding"),
         ({"position_ids": torch.cat([torch.arange(32), torch.arange(32)])[None]}, "position_ids restart within a row"),
+        (
+            {"position_ids": torch.arange(70)[None]},
+            r"position_ids is \[1, 70\]; .* here \[1, 64\], \[1, 64\] or \[64\]",
+        ),
+        ({"position_ids": torch.arange(64).expand(2, -1)}, r"position_ids is \[2, 64\]"),
+        ({"position_ids": torch.arange(64).view(1, 1, 1, -1)}, r"position_ids is \[1, 1, 1, 64\]"),
     ],
 )
 def test_refuses_arguments_before_work_starts(arguments, message):
@@ -441,6 +447,72 @@ def test_refuses_arguments_before_work_starts(arguments, message):
     finally:
         handle.remove()
     assert not ran
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_positions_without_rows_are_those_of_all_rows(family):
+    model, ids = tiny(family), torch.stack(prompts(64, 64))
+    want = model(ids).logits
+    with flexasl.patch(model, KEEP_ALL):
+        torch.testing.assert_close(model(ids, position_ids=torch.arange(64)).logits, want, rtol=0, atol=1e-4)
+
+
+def test_rows_without_a_token():
+    model, batch = tiny(), left_padded(prompts(64, 50))
+    batch["attention_mask"][1] = 0
+    with flexasl.patch(model, SMALL):
+        with pytest.raises(UnsupportedError, match="attention_mask has no token in row 1, only padding"):
+            model(**batch)
+        with pytest.raises(UnsupportedError, match="the batch has no rows; give at least one prompt"):
+            model(torch.zeros(0, 50, dtype=torch.long))
+        with pytest.raises(UnsupportedError, match="the batch has rows without a token; give at least one prompt"):
+            model(torch.zeros(2, 0, dtype=torch.long))
+
+
+def test_other_settings_for_the_next_prompts():
+    model, ids = tiny(), prompts(64)[0][None]
+    with flexasl.patch(model, SMALL) as patch:
+        patch.config = ASLConfig(select_tokens=40, window=8)
+        assert patch.config.observe_layers == 2 and patch.config.max_layer == 3
+        model(ids)
+        assert patch.report.rows[0].kept_tokens == 40
+        before = patch.config
+        patch.config = before.replace(select_tokens=30)
+        for wrong, message in (
+            (512, "config=512 is an int; give an ASLConfig"),
+            (ASLConfig(min_layer=9), "min_layer=9"),
+        ):
+            with pytest.raises(flexasl.ConfigError, match=message):
+                patch.config = wrong
+        model(ids)
+        assert patch.report.rows[0].kept_tokens == 30
+
+
+@pytest.mark.parametrize("policy", ["asl", "fixed_layer", "full", "snapkv", "pyramid_kv", "gemfilter", "streaming"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_settings_that_run_can_be_set_again(family, policy):
+    with flexasl.patch(tiny(family), SMALL, policy) as patch:
+        before = patch.config
+        patch.config = before
+        assert patch.config == before
+
+
+def test_refuses_parts_of_the_model_that_were_replaced():
+    model, ids = copy.deepcopy(tiny()), prompts(64)[0][None]
+    mine, layer = model.model, model.model.layers[2]
+    with flexasl.patch(model, SMALL):
+        model.model = copy.deepcopy(tiny()).model
+        with pytest.raises(UnsupportedError, match="decoder and layers of the patched LlamaForCausalLM were replaced"):
+            model(ids)
+        with pytest.raises(UnsupportedError, match="decoder and layers of the patched LlamaForCausalLM were replaced"):
+            model.generate(ids, max_new_tokens=2, **GREEDY)
+        model.model = mine
+        mine.layers[2] = copy.deepcopy(tiny()).model.layers[2]
+        with pytest.raises(UnsupportedError, match=r"^layers of the patched LlamaForCausalLM were replaced since"):
+            model(ids)
+        mine.layers[2] = layer
+        model(ids)
+    assert torch.equal(model(ids).logits, tiny()(ids).logits)
 
 
 def test_refuses_caches_that_it_cannot_fill():

@@ -17,10 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
+from flexasl.calibrated import CalibratedFor
 from flexasl.call import Call, LayerStep
+from flexasl.checks import instance
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
-from flexasl.errors import UnsupportedError
+from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.integrations.hooks import ForeignHooks
 from flexasl.packing import Packed
 from flexasl.policies import Policy
@@ -65,31 +67,50 @@ class BasePatch:
     ) -> None:
         """voters and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none.
         foreign_hooks: see `flexasl.patch`."""
+        self._model = model
         self.policy = policy
-        config, self.preset = fill(config, kind) if policy.takes_presets and kind is not None else (config, None)
+        self.preset: str | None = None
         """The name of the preset that filled in settings, None where none did."""
-        self.config = resolved(policy, config, len(layers), voters)
-        """The settings that run on this model, with no default left open."""
-        if self.config.kv_dtype is not None:
-            primitives(self.config.kv_dtype)
+        self._kind = kind if policy.takes_presets else None
+        self.voters = voters
+        """Layers whose ranks count, ascending; None for all."""
+        self._layers = list(layers)
+        self.config = config
         self.report: Report | None = None
         """What the last prefill decided and saved; None before the first."""
         self.compiled = False
         """Whether decoder layers run as compiled graphs."""
-        self._model = model
-        self._layers = list(layers)
         self.attention = tuple(attention)
         """What computes each layer's attention."""
         self.observer: Observer | None = None
         """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
-        self.voters = voters
-        """Layers whose ranks count, ascending; None for all."""
         self.reduce = reduce
         """Sums token scores [R, P] over the processes that hold a part of the heads each; None where one holds all."""
         self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[Any, Any, Any]] = []
         """Layers, their forward of ours, and what stood in the place of their class's, None where nothing did."""
+
+    @property
+    def config(self) -> ASLConfig:
+        """The settings that run on this model, with no default left open. Others can be set, for prompts from then on;
+        raises `ConfigError` where they do not fit the model, and the former ones stay."""
+        return self._config
+
+    @config.setter
+    def config(self, given: ASLConfig) -> None:
+        instance("config", given, ASLConfig, "an ASLConfig", ConfigError)
+        if given.calibrated_for is not None:
+            self.refuse_calibrated(given.calibrated_for)
+        filled, preset = (given, None) if self._kind is None else fill(given, self._kind)
+        made = resolved(self.policy, filled, len(self._layers), self.voters)
+        if made.kv_dtype is not None:
+            primitives(made.kv_dtype)
+        self._config, self.preset = made, preset
+
+    def refuse_calibrated(self, model: CalibratedFor) -> None:
+        """Raises `ConfigError` where settings were calibrated for another model than this one."""
+        model.refuse_depth(len(self._layers))
 
     def hook(self, decoder: nn.Module) -> None:
         """Puts the hooks on decoder and layers, which makes the patch active."""
@@ -161,8 +182,9 @@ class BasePatch:
     ) -> Call:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, columns so far]
         bool is False at padding, None where there is none."""
-        if batch * count == 0:
-            raise UnsupportedError(f"the model was given {batch} rows of {count} tokens; give at least one token")
+        if batch == 0 or count == 0:
+            what = "no rows" if batch == 0 else "rows without a token"
+            raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
         past = caches[0].seen if caches else 0
         columns = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
         if not self.is_prompt(past, count):

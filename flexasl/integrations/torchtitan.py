@@ -32,6 +32,7 @@ from torchtitan.protocols.module import Module
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.call import Call
+from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state, restart
@@ -163,7 +164,7 @@ class PrunedAttention(Module):
             out = self.attention(query, key, value)
         else:
             raise UnsupportedError(
-                f"attention_masks is a {type(attention_masks).__name__}; without a patch this attention is causal and "
+                f"attention_masks is {article(attention_masks)}; without a patch this attention is causal and "
                 "takes None"
             )
         out = out.transpose(1, 2)
@@ -276,7 +277,7 @@ def _refuse_call(decoder: Decoder, positions: Tensor | None, masks: Any) -> None
         raise UnsupportedError(CONTEXT.format(kind=type(decoder).__name__))
     if masks is not None and not isinstance(masks, KVCache) and not _is_bool(masks):
         raise UnsupportedError(
-            f"attention_masks is a {type(masks).__name__}; a patched model makes its own, give a KVCache, padding as "
+            f"attention_masks is {article(masks)}; a patched model makes its own, give a KVCache, padding as "
             "bool [batch, tokens], or None"
         )
     if masks is None and restart(positions):

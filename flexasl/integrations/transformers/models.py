@@ -16,6 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import refuse_state
+from flexasl.integrations.transformers.adapters import refuse_adapters
+from flexasl.integrations.transformers.media import BOTH_WAYS, why_no_media
+from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, refuse_placement
 
 NAME, RECORDING = "flexasl", "flexasl_recording"
@@ -55,6 +58,7 @@ REFUSED = {
     "doge": PICKS,
     "falcon_h1": HYBRID,
     "falcon_mamba": HYBRID,
+    "gemma3": BOTH_WAYS,
     "gemma3n": SHARED,
     "gemma3n_text": SHARED,
     "gemma4": SHARED,
@@ -73,6 +77,7 @@ REFUSED = {
     "mpt": "its attention adds ALiBi, a bias by distance",
     "nemotron_h": HYBRID,
     "olmo_hybrid": HYBRID,
+    "paligemma": BOTH_WAYS,
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
@@ -99,6 +104,8 @@ class Stack:
     """The one of them that is the cache."""
     tested: bool
     """Whether the tests cover this kind of model under this version of transformers."""
+    no_media: str | None
+    """Why a model that reads more than text cannot be given more; None where it can, or reads text alone."""
 
     @property
     def voters(self) -> list[int]:
@@ -110,16 +117,17 @@ class Stack:
 def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     """Where the model's layers are; raises `UnsupportedError` for one that cannot be patched."""
     kind = type(model).__name__
-    if model.config._attn_implementation == NAME:
-        raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
     _refuse_by_name(model)
+    refuse_adapters(model)
     refuse_placement(model, compile)
     decoder = model.get_decoder()
-    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    if getattr(getattr(decoder, "config", None), "_attn_implementation", None) == NAME:
+        raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
     if not model.can_generate():
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     refuse_state(model, kernel, input_device(model), "patch it with compile=True instead")
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not model._can_set_attn_implementation():
+    layers = layers_of(decoder, getattr(getattr(decoder, "config", None), "num_hidden_layers", None))
+    if not layers or not model._can_set_attn_implementation():
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({kind}) is not built as a list of decoder layers over "
             f"transformers' attention interface; tested models are {', '.join(SUPPORTED)}"
@@ -130,12 +138,11 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
             "give compile=False"
         )
     config = decoder.config
-    layers = list(layers)[: config.num_hidden_layers]
     names = list(inspect.signature(type(layers[0]).forward).parameters)[2:]
     cache = next((name for name in CACHES if name in names), None)
     if cache is None:
         raise UnsupportedError(f"layers of {kind} take no cache by a name that is known; it cannot be patched")
-    tested = config.model_type in SUPPORTED and _is_tested(transformers.__version__)
+    tested = model.config is config and config.model_type in SUPPORTED and _is_tested(transformers.__version__)
     asked = [_promised(layer, index, config) for index, layer in enumerate(layers)] if tested else _recorded(model)
     if len(asked) != len(layers):
         raise UnsupportedError(
@@ -143,7 +150,14 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
             f"for attention {len(asked)} times where keywords are to reach it; it cannot be patched"
         )
     attention = [FlexASLAttention(**settings, kernel=kernel) for settings in asked]
-    return Stack(decoder, layers, attention, names, cache, tested)
+    no_media = None if model.config is config else why_no_media(model.config.model_type)
+    return Stack(decoder, layers, attention, names, cache, tested, no_media)
+
+
+def layers_of(decoder: Any, count: int | None) -> list[Any]:
+    """A decoder's first so many layers; none where they are no list of modules."""
+    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    return list(layers)[:count] if isinstance(layers, nn.ModuleList) else []
 
 
 def _refuse_by_name(model: PreTrainedModel) -> None:
@@ -170,6 +184,8 @@ def _refuse_by_name(model: PreTrainedModel) -> None:
 def _promised(layer: Any, index: int, config: Any) -> dict[str, Any]:
     """The attention that a layer of a tested model asks for, by its attributes; its first call checks that it does."""
     module = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
+    if not hasattr(module, "scaling"):  # PEFT's adaption prompts wrap it
+        module = module.model
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     else:
@@ -184,18 +200,14 @@ def _recorded(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The attention that each layer asks for, in order, found out by one run on two tokens, in which it gives zeros."""
     asked: list[dict[str, Any]] = []
     # Lists among the arguments would be copied on the way by accelerate's hooks; functions are not.
-    before = model.config._attn_implementation
-    model.set_attn_implementation(RECORDING)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), OwnConfig(model.get_decoder(), RECORDING):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), flexasl_asked=asked.append)
     except Exception as error:
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({type(model).__name__}) is not among those tested, and a trial "
             f"run failed: {error}"
         ) from error
-    finally:
-        model.set_attn_implementation(before)
     return asked
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from flexasl.attention import FlexASLAttention
+from flexasl.calibrated import CalibratedFor
 from flexasl.call import Call, LayerStep
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
+from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
-from flexasl.integrations.transformers.models import CACHES, NAME, find_stack
+from flexasl.integrations.transformers.media import refuse_media, refuse_merged, refuse_parts
+from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
+from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
 from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
@@ -56,8 +60,6 @@ class Patch(BasePatch):
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
-        if config.calibrated_for is not None:
-            config.calibrated_for.refuse_other(calibrated_for(model))
         settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
         settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
@@ -66,18 +68,24 @@ class Patch(BasePatch):
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
         self._stack = stack
-        self._arguments = list(inspect.signature(type(stack.decoder).forward).parameters)[1:]
+        self._arguments = _arguments(stack.decoder)
+        self._outer_arguments = _arguments(model)
+        self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
         check = None if stack.tested else check_by_running(model)
-        self._attention_before = model.config._attn_implementation
+        # A user may set it on the whole model, whose configuration the decoder shares again in the end.
+        self._implementations = [(config, config._attn_implementation) for config in (model.config, text)]
         self._regions: list[Any] = []
         if compile:
             self._compile(stack.layers, model.get_output_embeddings())
-        model.set_attn_implementation(NAME)
+        self._named = "model" if model.config is stack.decoder.config else "model.get_decoder()"
+        """Whose attention implementation a user would set to have the patched one again."""
+        self._own = OwnConfig(stack.decoder, NAME)
         attributes = dict(vars(model))
-        self._guarded = guard_generation(model)
+        self._guarded = [*guard_generation(model), "set_attn_implementation"]
+        model.set_attn_implementation = functools.partial(_set_attention, model)
         self._shadowed = {name: attributes[name] for name in self._guarded if name in attributes}
-        self._handles.append(model.register_forward_pre_hook(_refuse_arguments, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(model.register_forward_pre_hook(_begin_pass, with_kwargs=True))
         self._handles.append(model.register_forward_hook(_end_pass, with_kwargs=True))
         self.hook(stack.decoder)
@@ -93,27 +101,69 @@ class Patch(BasePatch):
         head.forward = functools.partial(_run_head, compile_region(run_layer), head)
         self._regions = [*layers, head]
 
+    def refuse_calibrated(self, model: CalibratedFor) -> None:
+        model.refuse_other(calibrated_for(self._model))
+
     def restore(self) -> None:
         for module in self._regions:
             del module.forward
-        self._model.set_attn_implementation(self._attention_before)
+        self._own.put_back()
+        for config, implementation in self._implementations:
+            if config._attn_implementation == NAME:
+                config._attn_implementation = implementation
         for name in self._guarded:
             delattr(self._model, name)
         vars(self._model).update(self._shadowed)
 
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the whole model's forward."""
+        given = dict(zip(self._outer_arguments, args, strict=False)) | kwargs
+        with forgetting_rows(model):
+            inner: Any = model
+            for name in self._path:  # quicker than get_decoder
+                inner = getattr(inner, "_modules", {}).get(name)
+            if inner is not self._stack.decoder:
+                self._refuse_replaced("decoder and layers")
+            _refuse_arguments(model, given)
+            self.refuse_media(given)
+
+    def _refuse_replaced(self, part: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{part} of the patched {type(self._model).__name__} were replaced since; call patch.remove(), and patch "
+            "the model again"
+        )
+
+    def refuse_media(self, given: dict[str, Any]) -> None:
+        """Raises `UnsupportedError` where the model is given an image, or the like, that a patch cannot honour."""
+        if self._stack.no_media is not None:
+            refuse_media(self._model, given, self._stack.no_media)
+
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        with forgetting_rows(self._model):
+            self._start(decoder, kwargs)
+        return (), kwargs
+
+    def _start(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+        """Makes the call of a pass from the decoder's arguments, which take it down."""
         kind = decoder.config._attn_implementation
         if kind != NAME:
             raise UnsupportedError(
                 f"the attention implementation of the patched model was set to {kind!r}; "
-                f"call model.set_attn_implementation({NAME!r}), or patch.remove() first"
+                f"call {self._named}.set_attn_implementation({NAME!r}), or patch.remove() first"
             )
         self.refuse_training()
-        _refuse_arguments(decoder, (), kwargs)
         embeds = kwargs.get("inputs_embeds")
         tokens = kwargs["input_ids"] if embeds is None else embeds
         batch, count = tokens.shape[:2]
+        if count > 1 or not any(_has_read(kwargs.get(name)) for name in CACHES[:2]):
+            refuse_adapters(self._model, batch)
+            if layers_of(decoder, len(self._layers)) != self._layers:
+                self._refuse_replaced("layers")
+        _refuse_arguments(decoder, kwargs)
+        refuse_merged(self._model, kwargs)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = _positions(kwargs["position_ids"], batch, count)
         cache = self._cache(decoder, kwargs)
         caches = None if cache is None else cache.layers
         past = self.past(caches, batch)
@@ -127,7 +177,6 @@ class Patch(BasePatch):
             outer.call = call
         elif torch.is_grad_enabled():
             call.blank = float("nan")  # the decoder alone: nobody would blank out its output
-        return (), kwargs
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call: Call = kwargs[CALL]
@@ -146,7 +195,9 @@ class Patch(BasePatch):
         cache = kwargs[self._cache_name] = next((one for one in given if one is not None), None)
         use_cache = kwargs.get("use_cache")
         if cache is None:
-            if not (decoder.config.use_cache if use_cache is None else use_cache):
+            if use_cache is None:
+                use_cache = kwargs["use_cache"] = self._model.config.get_text_config(decoder=True).use_cache
+            if not use_cache:
                 return None
             cache = kwargs[self._cache_name] = DynamicCache(config=decoder.config)
         adopt(cache, len(self._stack.layers), self.slack)
@@ -159,7 +210,10 @@ class Patch(BasePatch):
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
             )
-        if self.is_prompt(past, count) and valid is None and restart(position_ids):
+        if not self.is_prompt(past, count):
+            return
+        refuse_parts(position_ids)
+        if valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
 
 
@@ -220,6 +274,14 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
+def _set_attention(model: Any, implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """A patched model's `set_attn_implementation`. transformers 5.17 takes decoder and model to share a configuration,
+    and would leave out the decoder."""
+    type(model).set_attn_implementation(model, implementation, *args, **kwargs)
+    if isinstance(implementation, str):
+        model.get_decoder().config._attn_implementation = implementation
+
+
 def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's forward as the compiled region for such inputs, each of which is one graph. What is too rare to be
     worth one, a prompt of one token and several tokens over a cache, runs uncompiled."""
@@ -236,7 +298,27 @@ def _run_head(region: Any, head: nn.Module, hidden: Tensor) -> Any:
     return (region if hidden.shape[:-1].numel() == 1 else run_layer)(head, (hidden,), {})
 
 
-def _refuse_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _has_read(cache: Any) -> bool:
+    return isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
+
+
+def _positions(given: Tensor, batch: int, count: int) -> Tensor:
+    """position_ids [B or 1, M], before which there may be a dimension of parts; [M] is taken for all rows."""
+    positions = given[None] if given.dim() == 1 else given
+    if positions.dim() not in (2, 3) or positions.shape[-1] != count or positions.shape[-2] not in (1, batch):
+        raise UnsupportedError(
+            f"position_ids is {list(given.shape)}; a patched model takes a position for each new token, here "
+            f"{[batch, count]}, [1, {count}] or [{count}]"
+        )
+    return positions
+
+
+def _arguments(module: Any) -> list[str]:
+    """Names of what its forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _refuse_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, why in REFUSED.items():
         given = kwargs.get(name)
         if given is None and name != "labels":
