@@ -491,7 +491,7 @@ def test_other_settings_for_the_next_prompts():
 @pytest.mark.parametrize("policy", ["asl", "fixed_layer", "full", "snapkv", "pyramid_kv", "gemfilter", "streaming"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_settings_that_run_can_be_set_again(family, policy):
-    with flexasl.patch(tiny(family), SMALL, policy) as patch:
+    with flexasl.patch(tiny(family), counting(policy, SMALL), policy) as patch:
         before = patch.config
         patch.config = before
         assert patch.config == before
