@@ -426,7 +426,7 @@ def test_refuses_settings_before_touching_the_model(monkeypatch):
         flexasl.patch(model, ASLConfig(min_layer=9))
     with pytest.raises(flexasl.FlexASLError, match="policy='best' is not known; give one of asl, asl_two_pass"):
         flexasl.patch(model, policy="best")
-    with pytest.raises(flexasl.FlexASLError, match="config=512 is a int"):
+    with pytest.raises(flexasl.FlexASLError, match="config=512 is an int"):
         flexasl.patch(model, 512)
     quantizing._imported.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
