@@ -89,3 +89,12 @@ def test_a_prompt_and_a_later_turn(family, later_turns):
                 for part in (ids, turn):
                     model(part, past_key_values=cache)
                 torch.testing.assert_close(model(NEW, past_key_values=cache).logits, want)
+
+
+def test_layers_that_have_read_unlike_counts():
+    model, ids = tiny(), prompts(60)[0][None]
+    with flexasl.patch(model, SMALL):
+        cache = model(ids).past_key_values
+        cache.layers[3].crop(-2)
+        with pytest.raises(UnsupportedError, match=HALF_FILLED):
+            model(NEW, past_key_values=cache)
