@@ -84,10 +84,10 @@ def _is_a(model: Any, module: str, name: str) -> bool:
 def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     """A cache that `save` wrote, for `model`, which must be patched and be the one that read the prompt.
 
-    Give it on as `past_key_values`, with the new ids behind `cache.token_ids` and, in a padded batch, ones behind
-    `cache.attention_mask`. On a CPU its tensors are mapped from the file: replace the file, but never write into it,
-    while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not an unchanged cache of
-    this format version or belongs to another model, FileNotFoundError where there is none.
+    Give it on as `past_key_values` (`cache` in transformers 6.0), with the new ids behind `cache.token_ids` and, in a
+    padded batch, ones behind `cache.attention_mask`. On a CPU its tensors are mapped from the file: replace the file,
+    but never write into it, while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not
+    an unchanged cache of this format version or belongs to another model, FileNotFoundError where there is none.
     """
     path, model = checks.path("path", path), without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):

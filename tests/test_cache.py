@@ -1,9 +1,11 @@
 """The cache of one layer against plain lists."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexasl import FlexASLError
 from flexasl.cache import LayerCache
 
 GROUPS, DIM = 2, 3
@@ -185,3 +187,86 @@ def test_crop_leaves_pruned_entries_pruned():
     assert [[column for column, _ in held_entries(cache, 0, group)] for group in range(GROUPS)] == [[0, 3], [1, 2]]
     cache.append(*states_of([[77]]), torch.tensor([[4]]), None, 1)
     assert [held_entries(cache, 0, group)[-1] for group in range(GROUPS)] == [(4, 77), (4, 77)]
+
+
+# ---------------------------------------------------------------- sliding windows
+
+
+def extend(draw, cache, model, window):
+    """One or a few tokens, as decode reads them; a step that failed before it was stored leaves nothing."""
+    batch, count = len(model.rows), draw(st.sampled_from([1, 1, 1, 2, 3]))
+    marks = [[draw(st.integers(0, 99)) for _ in range(count)] for _ in range(batch)]
+    columns = torch.arange(model.seen, model.seen + count).expand(batch, -1)
+    valid = torch.ones(batch, count, dtype=torch.bool) if draw(st.booleans()) else None
+    before = cache.columns, cache.valid, cache.keys, cache.seen
+    if draw(st.booleans()):
+        cache.extend(columns, valid, count, window)
+        assert before[3] == cache.seen
+        check_visible(cache, model, window)
+    keys, values = cache.extend(columns, valid, count, window)
+    assert keys.shape[2] <= window - 1 + count
+    keys[:, :, -count:], values[:, :, -count:] = states_of(marks)
+    at, real = cache.marks(keys.shape[2])
+    cache.settle(keys, values, count)
+    assert torch.equal(at, cache.columns[..., -keys.shape[2] :])
+    assert real is None or torch.equal(real, cache.valid[..., -keys.shape[2] :])
+    for row, heads in enumerate(model.rows):
+        for entries in heads:
+            entries += [(model.seen + place, marks[row][place]) for place in range(count)]
+    model.seen += count
+
+
+def check_visible(cache, model, window):
+    """All that the next token sees is there, and nothing that the model has not."""
+    assert cache.seen == model.seen
+    for row, heads in enumerate(model.rows):
+        for group, entries in enumerate(heads):
+            held = held_entries(cache, row, group)
+            near = [entry for entry in entries if entry[0] > model.seen - window]
+            assert held[len(held) - len(near) :] == near and held == entries[len(entries) - len(held) :]
+
+
+def check_gapless(cache, model):
+    sure = max(count for count in range(cache.columns.shape[-1] + 1) if cache.is_gapless(count))
+    last = torch.arange(model.seen - sure, model.seen)
+    assert (cache.columns[..., cache.columns.shape[-1] - sure :] == last).all()
+    assert cache.valid is None or cache.valid[..., cache.valid.shape[-1] - sure :].all()
+
+
+@settings(max_examples=100)
+@given(data=st.data(), window=st.integers(1, 7), slack=st.sampled_from([0, 3, 128]))
+def test_a_sliding_window_forgets_nothing_that_is_seen_again(data, window, slack):
+    draw, cache, model = data.draw, LayerCache(slack), Model(data.draw(st.integers(1, 2)))
+    append(draw, cache, model, padding=draw(st.booleans()))
+    if draw(st.booleans()):
+        keep(draw, cache, model)
+    recorded = None
+    for _ in range(draw(st.integers(1, 10))):
+        change = draw(st.sampled_from(["extend"] * 5 + ["forget", "crop", "record", "select_rows"]))
+        if change == "extend":
+            extend(draw, cache, model, window)
+            if recorded is None:
+                assert cache.columns.shape[-1] <= max(4, 2 * window + 2)
+        elif change == "forget":
+            cache.forget(window, draw(st.integers(0, 3)))
+        elif change == "record":
+            cache.activate_past_recording()
+            recorded = model.seen
+        elif change == "select_rows":
+            select_rows(draw, cache, model)
+        else:
+            allowed = cache.seen - cache.uncroppable
+            count = draw(st.integers(0, model.seen))
+            if count <= allowed or count == model.seen:
+                cache.crop(count)
+                model.seen -= count
+                for heads in model.rows:
+                    heads[:] = [[entry for entry in entries if entry[0] < model.seen] for entries in heads]
+                recorded = None if recorded is None else model.seen
+            else:
+                with pytest.raises(FlexASLError, match=f"crop at most {allowed}, or call activate_past_recording"):
+                    cache.crop(count)
+        if recorded is not None:
+            assert cache.uncroppable <= recorded
+        check_visible(cache, model, window)
+        check_gapless(cache, model)

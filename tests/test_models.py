@@ -158,8 +158,13 @@ and refuse the first image, video or sound before it is read.
 A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
 them. Where a model has layers of both kinds, only those with full attention vote on the ranking of tokens, and only
 they can be the selection layer: `observe_layers` counts them, `min_layer` and `max_layer` move to the nearest of them.
-Where all layers slide, all vote, each for the tokens that it sees. Caches of sliding layers keep no more than their
-window.
+Where all layers slide, all vote, each for the tokens that it sees.
+
+Caches of sliding layers keep no more than their window of a prompt. While an answer grows they keep some entries
+more, 64 or half the window, whichever is less, so that the last tokens can be cropped; with `compile=True` up to twice
+as many. To crop further, as drafts do, call `cache.activate_past_recording()` before the tokens are read, as without a
+patch: then nothing is dropped that a crop of all tokens since the last crop would need. transformers does so for an
+assistant.
 """
 
 

@@ -243,6 +243,75 @@ def test_generation_refuses_another_beginning(patched):
     assert cache.get_seq_length() == 64
 
 
+def test_generation_refuses_ids_that_do_not_go_beyond_what_was_read(patched):
+    cache, question = read_prompt(patched, 64), prompts(7)[0][None]
+    known = cache.token_ids
+    fresh = copy.deepcopy(cache)
+    patched.generate(torch.cat([known, question], 1), past_key_values=cache, max_new_tokens=8, **GREEDY)
+    again = torch.cat([known, question + 1], 1)
+    for held, seen, ids in (
+        (cache, 78, again),  # another question, as long as the first
+        (cache, 78, cache.token_ids),
+        (cache, 78, question),
+        (fresh, 64, known),
+        (fresh, 64, known[:, :20]),
+        (fresh, 64, question),
+    ):
+        refused = f"have {ids.shape[1]} tokens, which do not go beyond the {seen} that past_key_values has read"
+        for given in ((), (ids,)):
+            named = {} if given else {"input_ids": ids}
+            for name in ("past_key_values", "cache"):
+                with pytest.raises(UnsupportedError, match=refused):
+                    patched.generate(*given, **named, **{name: held})
+        assert held.get_seq_length() == seen
+    patched.generate(again, past_key_values=fresh, max_new_tokens=2, **GREEDY)
+
+
+def test_nothing_to_read_is_refused(patched):
+    cache, empty = read_prompt(patched, 64), torch.zeros(1, 0, dtype=torch.long)
+    for given in ({}, {"past_key_values": cache}):
+        with pytest.raises(UnsupportedError, match=r"input_ids are \[1, 0\]; give at least one token"):
+            patched.generate(empty, **given)
+        with pytest.raises(UnsupportedError, match="given 1 rows of 0 tokens; give at least one token"):
+            patched(empty, **given)
+    assert cache.get_seq_length() == 64
+
+
+def test_a_copy_leaves_the_graph_of_gradients_behind(patched):
+    ids, more = (row[None] for row in prompts(64, 7))
+    with torch.no_grad():
+        want = patched(more, past_key_values=patched(ids).past_key_values).logits
+    with torch.enable_grad():
+        embeds = patched.get_input_embeddings()(ids).requires_grad_()
+        cache = patched(inputs_embeds=embeds).past_key_values
+    assert cache.layers[0].keys.requires_grad
+    for held in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in held.layers)
+        torch.testing.assert_close(patched(more, past_key_values=held).logits, want)
+    assert cache.layers[0].keys.requires_grad
+
+
+@pytest.mark.parametrize("slack", [0, 16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_read_under_inference_mode_and_gone_on_from_outside(family, slack):
+    model, (ids, more) = tiny(family), [row[None] for row in prompts(64, 4)]
+    said = []
+    with flexasl.patch(model, SMALL) as patch:
+        patch.slack = slack
+        for first in (torch.no_grad(), torch.inference_mode()):
+            with first:
+                cache = model(ids).past_key_values
+                model(more, past_key_values=cache)
+                model(more[:, :1], past_key_values=cache)
+            for token in more[0]:
+                out = model(token.view(1, 1), past_key_values=cache)
+            cache.crop(-2)
+            with torch.inference_mode():
+                model(more[:, :1], past_key_values=cache)
+            said.append(model(more[:, 1:2], past_key_values=cache).logits + out.logits)
+    torch.testing.assert_close(said[1], said[0])
+
+
 def test_a_new_dynamic_cache_becomes_one_that_can_be_saved(patched, path):
     mine = DynamicCache(config=patched.config)
     patched(prompts(64)[0][None], past_key_values=mine)
