@@ -221,7 +221,7 @@ class LayerCache:
             return stored[part]
         assert self._dtype is not None
         states = dequantize(stored[part], stored[part + 2], self._dtype)
-        return refuse_gradients(states, NO_GRADIENTS).clone() if self._cut and torch.is_grad_enabled() else states
+        return refuse_gradients(states, NO_GRADIENTS) if self._cut and torch.is_grad_enabled() else states
 
     def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """As `stored` would have them."""

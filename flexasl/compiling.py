@@ -32,7 +32,7 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wanted = torch.is_grad_enabled() and any(map(_needs_gradients, (*args, *module.parameters())))
         with torch.no_grad():
-            # Graphs for inputs with gradients and without would be two.
+            # Inputs with gradients and without, and views of other tensors, would make graphs of their own.
             made = compiled(module, tuple(map(_detached, args)), kwargs)
         if not wanted:
             return made
@@ -83,7 +83,7 @@ def _needs_gradients(value: Any) -> bool:
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if _needs_gradients(value) else value
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _refusing(value: Any) -> Any:
