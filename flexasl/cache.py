@@ -312,8 +312,7 @@ class LayerCache:
             return stored[0]
         assert self._dtype is not None
         made = dequantize(stored[0], stored[1], self._dtype)
-        lost = self._had_gradients and torch.is_grad_enabled()
-        return refuse_gradients(made, NO_GRADIENTS).clone() if lost else made
+        return refuse_gradients(made, NO_GRADIENTS) if self._had_gradients and torch.is_grad_enabled() else made
 
     def _encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """As `stored` would have them."""

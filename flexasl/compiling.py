@@ -45,7 +45,7 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
         kind = type(module).__name__
         try:
             with torch.no_grad(), unequal:
-                # Graphs for inputs with gradients and without would be two.
+                # Inputs with gradients and without, and views of other tensors, would make graphs of their own.
                 made = compiled(module, tuple(bare(arg) if isinstance(arg, Tensor) else arg for arg in args), kwargs)
         except FailOnRecompileLimitHit as error:
             raise FlexASLError(

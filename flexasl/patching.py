@@ -34,8 +34,8 @@ def patch(
     the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or `paper`, alone or with
     settings (`"fixed_layer:layer=9"`, `"asl:tau=0.3,min_layer=10"`), or an instance. kernel: what computes attention,
     see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on the first prompt and
-    the first new token, good for all lengths and batches; later turns run uncompiled, and such a model gives no
-    gradients.
+    the first new token, good for all lengths and batches; later turns run uncompiled, and a backward pass through such
+    a model raises `UnsupportedError`.
 
     foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them, before or after patching.
     On a layer they see and give hidden states [B, N, C] as unpatched, with 0 at padding, as long as no token was

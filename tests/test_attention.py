@@ -193,6 +193,20 @@ def test_scores_come_with_the_output_when_asked():
     assert scores.shape == (2, 2, 16) and torch.equal(scores, want)
 
 
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_widens_all_of_a_long_cache(dtype, sunk):
+    """Soft-caps and sinks run in the eager kernel, which widens half precision to float32 part by part."""
+    keys = 3 * (attention.WIDENED // (2 * 64)) + 5
+    query, key, value = (torch.randn(1, heads, count, 64).to(dtype) for heads, count in ((4, 1), (2, keys), (2, keys)))
+    value[:, :, keys // 2 :] += 1  # later parts are not like the first
+    sinks = torch.randn(4) if sunk else None
+    module = FlexASLAttention(softcap=None if sunk else 5.0)
+    assert module.choose(query, key, sinks=sinks) == "eager"
+    want = module(query.double(), key.double(), value.double(), sinks=sinks)
+    torch.testing.assert_close(module(query, key, value, sinks=sinks).double(), want, rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("sliding_window", [None, 9])
 def test_scores_where_kv_heads_have_keys_of_their_own(sliding_window):
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)

@@ -125,10 +125,10 @@ def test_layers_of_two_kinds_under_a_sliding_window():
 
 
 def test_gradients_are_refused_when_they_are_asked_for(compiled):
-    model, before = compiled[0], graphs()
-    ids = prompts(90)[0][None]
+    model, ids = compiled[0], prompts(90)[0][None]
     with torch.no_grad():
         want = model(ids).logits
+    before = graphs()
     out = model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_())
     torch.testing.assert_close(out.logits, want, equal_nan=True)
     with pytest.raises(UnsupportedError, match="compile=True gives no gradients; patch the model with compile=False"):

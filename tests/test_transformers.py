@@ -538,3 +538,24 @@ def test_refuses_training_mode_later_on():
     with flexasl.patch(model, SMALL), pytest.raises(UnsupportedError, match="training mode"):
         model.train()
         model(prompts(64)[0][None])
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("rule", [SMALL, SMALL.replace(propagate="mask"), KEEP_ALL])
+def test_states_behind_the_last_layer_are_zero_at_padding_and_nan_where_dropped(rule, recorded):
+    """Zero where gradients are recorded, too, until the last weights have been used."""
+    model, seen = tiny(), []
+    handle = model.model.norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    try:
+        with torch.set_grad_enabled(recorded), flexasl.patch(model, rule) as patch:
+            logits = model(**left_padded(prompts(90, 70))).logits
+    finally:
+        handle.remove()
+    (states,) = seen
+    assert (states[1, :20] == 0).all(), "padding"
+    for row, start in zip(range(2), (0, 20)):
+        gone = torch.ones(90 - start, dtype=torch.bool)
+        gone[list(patch.report.rows[row].kept_positions)] = False
+        own = states[row, start:]
+        assert own[~gone].isfinite().all() and (own[gone] == 0 if recorded else own[gone].isnan()).all()
+        assert torch.equal(logits[row, start:].isnan().any(-1), gone)
