@@ -1,4 +1,5 @@
-"""Time per output token after a long prompt: unpatched, compiled with a static cache, and patched.
+"""Time per output token after a long prompt: unpatched, compiled with a static cache, and patched. And after short
+prompts, within the budget, which a patch leaves alone: what it costs there.
 
 All read the same prompt once; for a batch its cache is repeated. Then they take turns, a few tokens each, and medians
 are compared. The limit is the bytes of weights and cache that a token must read, at the bandwidth measured in the same
@@ -28,7 +29,7 @@ TURNS, STEPS = 6, 5
 def main() -> None:
     args = _arguments()
     setting()
-    rows, data = [], []
+    rows, data, short_rows, short_data = [], [], [], []
     for dtype in args.dtypes:
         models = [embedded.load(getattr(torch, dtype), args.device) for _ in range(4)]
         prompt = _prompt(models[0][1], args.tokens[0], args.device)
@@ -37,6 +38,12 @@ def main() -> None:
         flexasl.patch(small, flexasl.ASLConfig(**budget, kv_budget=args.select_tokens), compile=True)
         flexasl.patch(whole, flexasl.ASLConfig(**budget), compile=True)
         flexasl.patch(eager, flexasl.ASLConfig(**budget, kv_budget=args.select_tokens))
+        for count in args.short:
+            short = {"unpatched": plain, "patched": eager, "patched, compiled": whole}
+            for row in _within_budget(short, models[0][1], count, args):
+                short_rows.append([dtype, count, row["name"], f"{row['median'] * 1e3:.1f}", f"{row['cost']:.3f}"])
+                short_data.append({"dtype": dtype, "prompt": count} | row)
+        print(table([""] * 5, short_rows), flush=True)
         caches = [_read(model, prompt) for model in (plain, small, whole, eager)]
         for batch in args.batches:
             for cache in caches:
@@ -70,7 +77,24 @@ def main() -> None:
         f"A prompt of {prompt.shape[1]:,} tokens, select_tokens={args.select_tokens}; `kv_budget` is the same where "
         "named. `×` says how many times faster a row is. The first token includes compiling."
     )
-    write(args.out, "Decode", f"{note}\n\n{table(heads, rows)}", {"rows": data})
+    short_heads = ["dtype", "prompt tokens", "what", "ms a token", "time ÷ unpatched"]
+    short_note = "After prompts within the budget, batch 1, from which nothing is dropped:"
+    tables = f"{note}\n\n{table(heads, rows)}\n\n{short_note}\n\n{table(short_heads, short_rows)}"
+    write(args.out, "Decode", tables, {"rows": data, "within_budget": short_data})
+
+
+def _within_budget(
+    models: dict[str, Any], tokenizer: Any, count: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """For each of the models, times of a token after one prompt of so many tokens."""
+    prompt = _prompt(tokenizer, count + 100, args.device)[:, -count:]
+    times = _take_turns({name: _stepper(model, _read(model, prompt), 1) for name, model in models.items()})
+    medians = {name: statistics.median(seconds) for name, (_, seconds) in times.items()}
+    base = medians["unpatched"]
+    return [
+        {"name": name, "seconds": times[name][1], "median": median, "cost": median / base}
+        for name, median in medians.items()
+    ]
 
 
 def _take_turns(steps: dict[str, Callable[[], float]]) -> dict[str, tuple[float, list[float]]]:
@@ -134,8 +158,14 @@ def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="each a multiple of the one before")
+    parser.add_argument("--short", type=int, nargs="+", default=[52, 500], help="prompt lengths within the budget")
     parser.set_defaults(tokens=[4000])
-    return parser.parse_args()
+    args = parser.parse_args()
+    if max(args.short) > args.select_tokens:
+        parser.error(
+            f"--short {max(args.short)} is beyond --select-tokens {args.select_tokens}; give prompts within it"
+        )
+    return args
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, left_padded, prompts, recompute, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
 import flexasl
@@ -292,6 +293,50 @@ def attended(monkeypatch):
 
     monkeypatch.setattr(Packed, "attend", seen)
     return sizes
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_a_token(model, ids, tokens=20):
+    cache = model(ids).past_key_values
+    with Operations() as counted:
+        for _ in range(tokens):
+            model(ids[:, :1], past_key_values=cache)
+    return counted.count / tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3", "gemma3_text"])
+def test_a_new_token_after_a_prompt_within_the_budget_costs_what_it_does_unpatched(family):
+    model, ids = tiny(family), prompts(20)[0][None]
+    want = operations_a_token(model, ids)
+    with flexasl.patch(model, SMALL):
+        got = operations_a_token(model, ids)
+    assert got <= want + 2 * LAYERS + 4, "at most two views more in each layer"
+
+
+def test_columns_that_are_written_ahead_are_those_of_the_tokens_that_come():
+    model, ids = tiny(), prompts(60)[0][None]
+    with flexasl.patch(model, SMALL.replace(kv_budget=16)):
+        cache = model(ids).past_key_values
+        before = [layer.columns.clone() for layer in cache.layers]
+        for _ in range(150):
+            model(ids[:, :1], past_key_values=cache)
+        for layer, first in zip(cache.layers, before, strict=True):
+            came = torch.arange(60, 210).expand(*first.shape[:-1], -1)
+            assert torch.equal(layer.columns, torch.cat([first, came], -1))
+            assert layer.keys.shape[2] == layer.columns.shape[-1] and layer.valid is None
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+        cache.crop(-3)
+        model(ids[:, :1], past_key_values=cache)
+        assert all(layer.columns[..., -1].unique().tolist() == [207] for layer in cache.layers)
 
 
 def test_remove_puts_back_a_forward_of_another_library():
