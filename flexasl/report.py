@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
-from flexasl.errors import FlexASLError
+from flexasl.stored import NULL_IS_NAN, Count, Unfit, fit, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-T = TypeVar("T")
+Number = Annotated[float, NULL_IS_NAN]
 
 MIB = 2**20
 WIDTH = 100
@@ -47,28 +47,28 @@ class _Positions:
 class RowReport:
     """What was decided for one prompt of the batch."""
 
-    prompt_tokens: int
+    prompt_tokens: Count
     """Tokens of the prompt, padding excluded."""
-    kept_tokens: int
+    kept_tokens: Count
     """Tokens that go on below the selection layer; `prompt_tokens` where nothing was selected."""
-    selected_layer: int | None
+    selected_layer: Count | None
     """Layer that selected, counted from 0; None where nothing was selected."""
     reason: str
     """Why this layer, or why none: one sentence."""
-    scored_layers: tuple[int, ...] = ()
+    scored_layers: tuple[Count, ...] = ()
     """Layers whose tokens were scored."""
-    eval_layers: tuple[int, ...] = ()
+    eval_layers: tuple[Count, ...] = ()
     """Layers at which the rank variance was evaluated."""
-    variance: tuple[float, ...] = ()
+    variance: tuple[Number, ...] = ()
     """Rank variance, one per layer of `eval_layers`, in squared ranks."""
-    variance_ratio: tuple[float, ...] = ()
+    variance_ratio: tuple[Number, ...] = ()
     """Variance over the reference variance, one per layer of `eval_layers`."""
-    kept_positions: tuple[int, ...] = _Positions()  # type: ignore[assignment]
+    kept_positions: tuple[Count, ...] = _Positions()  # type: ignore[assignment]
     """Prompt positions that were kept, ascending; 0 is the first token that is not padding. May be given as a range,
     and becomes a tuple when it is read."""
-    layer_tokens: tuple[int, ...] = ()
+    layer_tokens: tuple[Count, ...] = ()
     """Tokens that each layer ran on."""
-    reread_layers: int = 0
+    reread_layers: Count = 0
     """How many layers, from the first on, ran a second time, on the kept tokens alone."""
 
     @property
@@ -85,17 +85,17 @@ class Report:
     """Name of the policy."""
     config: dict[str, Any]
     """Settings, with every default that depends on the model resolved."""
-    num_layers: int
+    num_layers: Count
     """Decoder layers of the model."""
     rows: tuple[RowReport, ...]
     """One entry per row of the batch."""
-    kv_tokens: tuple[int, ...]
+    kv_tokens: tuple[Count, ...]
     """Slots stored after prefill, per row and KV head; one entry per layer."""
-    kv_bytes: int
+    kv_bytes: Count
     """Bytes of keys and values stored after prefill, scales included, over all rows and layers."""
-    kv_bytes_full: int
+    kv_bytes_full: Count
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
-    prefill_seconds: float
+    prefill_seconds: Number
     """Wall time of the prefill, in seconds."""
     preset: str | None = None
     """Name of the preset that filled in settings which were left open; None where none did."""
@@ -117,12 +117,14 @@ class Report:
     @classmethod
     def from_dict(cls, data: Any) -> Report:
         """The inverse of `to_dict`, None for a float being NaN; raises `FlexASLError` for anything else."""
-        data = dict(data) if isinstance(data, dict) else {}
-        data.pop("kv_share", None)
-        data.setdefault("preset", None)  # of a report that was written before there were presets
-        rows = data.get("rows")
-        data["rows"] = tuple(_read(RowReport, row) for row in rows) if isinstance(rows, list) else None
-        return _read(cls, data)
+        if isinstance(data, dict):
+            data = {"preset": None} | data  # of a report that was written before there were presets
+            data.pop("kv_share", None)
+        report: Report = fit(cls, data)
+        fit(_Shown, report.config, "config")
+        for index, row in enumerate(report.rows):
+            _check_row(row, report.num_layers, f"rows[{index}]")
+        return report
 
     def __str__(self) -> str:
         lines = [f"policy {self.policy}, {self.num_layers} layers{self._threshold()}"]
@@ -141,7 +143,7 @@ class Report:
         if self.kv_tokens:
             lines += _wrap(f"KV slots per head: {_runs(self.kv_tokens)}", indent="  ")
         lines.append(f"prefill: {self.prefill_seconds:.2f} s")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _threshold(self) -> str:
         tau, reference = self.config.get("tau"), self.config.get("variance_reference")
@@ -206,46 +208,25 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _read(kind: type[T], data: Any) -> T:
-    """A dataclass of plain fields from a dict; raises `FlexASLError` unless every field is there with its type."""
-    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(data, dict) or set(data) != set(types):
-        raise FlexASLError(f"{kind.__name__} needs the fields {', '.join(types)}, and no others")
-    return kind(**{name: _READERS[types[name]](name, value) for name, value in data.items()})
+class _Shown(TypedDict):
+    """The settings that texts and pictures of a report show."""
+
+    tau: NotRequired[float | None]
+    variance_reference: NotRequired[str | None]
+    kv_dtype: NotRequired[str | None]
 
 
-def _number(name: str, value: Any) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FlexASLError(f"{name}={value!r:.80} is not a number")
-    return float(value)
-
-
-def _of(kind: type) -> Callable[[str, Any], Any]:
-    def read(name: str, value: Any) -> Any:
-        if type(value) is not kind:
-            raise FlexASLError(f"{name}={value!r:.80} is not of type {kind.__name__}")
-        return value
-
-    return read
-
-
-def _many(read: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: tuple(read(name, item) for item in _of(list)(name, value))
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "str": _of(str),
-    "str | None": lambda name, value: None if value is None else _of(str)(name, value),
-    "int": _of(int),
-    "int | None": lambda name, value: None if value is None else _of(int)(name, value),
-    "float": _number,
-    "dict[str, Any]": _of(dict),
-    "tuple[int, ...]": _many(_of(int)),
-    "tuple[float, ...]": _many(_number),
-    "tuple[RowReport, ...]": lambda name, value: value if value is not None else _of(list)(name, value),
-}
+def _check_row(row: RowReport, num_layers: int, where: str) -> None:
+    """Raises `Unfit` for what no prefill decides."""
+    layers = (*row.eval_layers, *row.scored_layers, *([] if row.selected_layer is None else [row.selected_layer]))
+    if any(layer >= num_layers for layer in layers):
+        raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
+    if not len(row.eval_layers) == len(row.variance) == len(row.variance_ratio):
+        raise Unfit(f"{where} has not a variance and a variance_ratio for each of its eval_layers")
+    if row.kept_tokens > row.prompt_tokens:
+        raise Unfit(f"{where} keeps {row.kept_tokens} of {row.prompt_tokens} tokens")
+    if any(one >= other for one, other in pairwise((*row.kept_positions, row.prompt_tokens))):
+        raise Unfit(f"{where}.kept_positions do not ascend within the prompt's {row.prompt_tokens} tokens")
 
 
 def _wrap(text: str, indent: str) -> list[str]:
@@ -324,7 +305,7 @@ def _draw_positions(axes: Axes, row: RowReport) -> None:
         return
     bins = min(POSITION_BINS, row.prompt_tokens)
     edges = [row.prompt_tokens * index // bins for index in range(bins + 1)]
-    widths = [right - left for left, right in itertools.pairwise(edges)]
+    widths = [right - left for left, right in pairwise(edges)]
     # Each token weighs one over its bin's width, so that a bar is the share of the bin's tokens that was kept.
     weights = [1 / widths[bisect.bisect_right(edges, position) - 1] for position in row.kept_positions]
     axes.hist(row.kept_positions, bins=edges, weights=weights, color=BLUE)

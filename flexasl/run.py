@@ -1,4 +1,4 @@
-"""One answer from one model, measured: load, make the prompt, generate with or without pruning, at once or later."""
+"""One answer from one model, measured: make the prompt, generate with or without pruning, at once or later."""
 
 import dataclasses
 import time
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import flexasl
-from flexasl import embedded
 from flexasl.errors import FlexASLError
+from flexasl.integrations.transformers.fingerprint import fingerprint
+from flexasl.loading import load_model as load_model
 from flexasl.report import Report
-from flexasl.text import prompt_ids
+from flexasl.text import prompt_ids, through_template
 
 WARM_UP_TOKENS = 768
 BEFORE, AFTER = "before question", "after question"
@@ -50,38 +51,6 @@ class Answer:
         return data if self.report is None else data | {"report": self.report.to_dict()}
 
 
-def load_model(
-    name: str | None, dtype: str | None = None, device: str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, and its tokenizer: from a folder, a hub id or a GGUF file, or the embedded
-    one for None.
-
-    `dtype` is a name such as "bfloat16"; None keeps that of the stored weights, and makes float32 of a GGUF
-    file's.
-
-    Raises FlexASLError where the device, the folder, the file or the model cannot be used.
-    """
-    place = _device(device)
-    if name is None:
-        return embedded.load(getattr(torch, dtype or "float32"), place)
-    path, folder, source = Path(name), name, {}
-    if path.is_file() and path.suffix == ".gguf":
-        folder, source, dtype = str(path.parent), {"gguf_file": path.name}, dtype or "float32"
-    elif not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
-        raise FlexASLError(
-            f"model {name} is neither a folder nor a GGUF file; give a folder with a model, a file that ends in .gguf, "
-            "or a hub id such as owner/name"
-        )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FlexASLError(f"model {name} cannot be loaded: {reason}") from error
-    model.name_or_path = name
-    return model.to(place).eval(), tokenizer
-
-
 def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
     """Token ids of a text and a question about it, through the chat template if there is one."""
     if tokenizer.chat_template is None:
@@ -102,8 +71,7 @@ def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], 
     if tokenizer.chat_template is None:
         whole = f"{body}\n\nQuestion: {mark}\nAnswer:"
     else:
-        turns = [{"role": "user", "content": f"{body}\n\n{mark}"}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole = through_template(tokenizer, f"{body}\n\n{mark}")
     start, _, after = whole.partition(mark)
     if whole.count(mark) != 1:
         raise FlexASLError("the chat template changes the user's message, so that a question cannot be put in later")
@@ -161,6 +129,11 @@ def answer(
         report = patch.report
     assert report is not None  # a prefill has just run
     return dataclasses.replace(plain, report=report, kv_bytes=report.kv_bytes)
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise FlexASLError where the model's caches cannot be saved."""
+    fingerprint(model)
 
 
 def prefill(
@@ -283,12 +256,3 @@ def _kv_bytes(cache: Any, prompt_tokens: int) -> int:
     """Bytes of the prompt's part of an ordinary cache."""
     layers = [layer for layer in getattr(cache, "layers", []) if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     return sum(part[..., :prompt_tokens, :].nbytes for layer in layers for part in (layer.keys, layer.values))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise FlexASLError(f"device={name!r} cannot be used here: {str(error).partition(chr(10))[0]}") from error
-    return device

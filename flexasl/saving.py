@@ -16,20 +16,20 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexasl import __version__
+from flexasl import __version__, writing
 from flexasl.errors import FlexASLError
 from flexasl.quantizing import NUMBERS, SCALES, name_of
 from flexasl.report import Report
+from flexasl.stored import Count, Range, Unfit, dump, fit, parse
 
 FORMAT, PLAIN, SCALED = "flexasl cache", "1", "2"
 """What a file says it is, and the versions of it."""
@@ -107,37 +107,62 @@ class SavedCache:
         return SCALED if any(len(layer.stored) > 2 for layer in self.layers) else PLAIN
 
 
-class _Damage(Exception):
-    """What is wrong with a file, to be said with its name."""
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """What a file's header says in JSON."""
+
+    flexasl: str
+    seen: Annotated[int, Range(1)]
+    uncroppable: list[Count]
+    model: dict[str, Any]
+    reports: list[Any]
+    notes: dict[str, str]
 
 
 def write(path: str | os.PathLike[str], saved: SavedCache) -> None:
     """Writes the file beside its place and renames it, so that `path` holds the old file or the new one, whole.
 
-    Memory: one tensor at a time is on the host. Raises `FlexASLError` where the folder does not exist, OSError as the
-    system does.
+    Memory: one tensor at a time is on the host. Raises `FlexASLError`, before anything is written, where `read` would
+    refuse the file, where its folder does not exist, and where it would replace a file that is no saved cache; later
+    where the system cannot write it.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FlexASLError(f"{path} lies in a folder that does not exist; make {path.parent} first")
-    if path.is_dir():
-        raise FlexASLError(f"{path} is a folder; give the name of a file")
+    check_target(path)
     # Wider elements first, so that each tensor starts at a multiple of its element's size and can be mapped.
     tensors = dict(sorted(_tensors(saved).items(), key=lambda item: -item[1].element_size()))
-    header = _header(saved, tensors)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
-        made = Path(folder) / path.name
-        with made.open("wb") as file:
-            digest = hashlib.sha256()
-            for piece in _pieces(header, tensors):
-                digest.update(piece)
-                file.write(piece)
-            file.seek(PLACE)
-            file.write(digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(made, path)
-    _sync_folder(path.parent)
+    try:
+        fit(_Description, _describe(saved))
+        description = dump(_describe(saved))
+        _build(parse(description), tensors)
+    except (TypeError, ValueError) as error:  # the reader's own, and those of values that JSON has no word for
+        raise FlexASLError(f"{path} could not be read again, so nothing is written: {error}") from error
+    header = _header(saved, description, tensors)
+    with writing.replaced(path) as made, made.open("wb") as file:
+        digest = hashlib.sha256()
+        for piece in _pieces(header, tensors):
+            digest.update(piece)
+            file.write(piece)
+        file.seek(PLACE)
+        file.write(digest.hexdigest().encode())
+
+
+def check_target(path: Path, name: str = "", inputs: tuple[str | Path | None, ...] = ()) -> None:
+    """Raises `FlexASLError`, which begins with the name of an option and the path, where no cache can be saved there:
+    see `writing.check_file`."""
+    writing.check_file(name, path, inputs=inputs, ours=_ours)
+
+
+def refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Raises `FlexASLError` for a file that was not written by `write`, and FileNotFoundError where there is none, by
+    its first bytes."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a file that cache.save wrote")
+    if not os.path.isfile(path):
+        raise FlexASLError(f"{os.fspath(path)} is not a file; give a file that cache.save wrote")
+    if not _ours(Path(path)):
+        raise FlexASLError(
+            f"{os.fspath(path)} was not written by flexasl; give a file that flexasl prefill or cache.save wrote"
+        )
 
 
 def read(path: str | os.PathLike[str]) -> SavedCache:
@@ -146,27 +171,28 @@ def read(path: str | os.PathLike[str]) -> SavedCache:
     Never write into the tensors' file while they are in use; replacing it, as `write` does, is fine. Raises
     `FlexASLError` for anything but an unchanged file of this format version, FileNotFoundError where there is none.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a file that cache.save wrote")
-    if not os.path.isfile(path):
-        raise FlexASLError(f"{os.fspath(path)} is not a file; give a file that cache.save wrote")
+    refuse_foreign(path)
     try:
         metadata = _metadata(path)
         with safe_open(path, framework="pt") as file:
             if file.metadata() != metadata:
-                raise _Damage("it was replaced while it was read")
+                raise Unfit("it was replaced while it was read")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        saved = _build(_parse(metadata["cache"]), tensors)
+        saved = _build(parse(metadata["cache"]), tensors)
         if saved.version != metadata["version"]:
-            raise _Damage(f"it calls itself version {metadata['version']} and is of version {saved.version}")
+            raise Unfit(f"it calls itself version {metadata['version']} and is of version {saved.version}")
         return saved
-    except _Damage as damage:
-        reason = str(damage)
+    except Unfit as unfit:
+        reason = str(unfit)
     except SafetensorError as error:
-        reason = f"safetensors says {str(error)[:200]}"
-    except (ValueError, RecursionError):  # JSON's
-        reason = "its description cannot be read"
+        reason = f"safetensors says {str(error)[:200]!r}"
     raise FlexASLError(f"{os.fspath(path)} is not a saved cache that can be used: {reason}; save it again")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file, whole or not, begins as ours do."""
+    start = writing.beginning(path, PLACE + 100)[8:]
+    return start.startswith(BEGINNING) and f'"format":"{FORMAT}"'.encode() in start
 
 
 def _tensors(saved: SavedCache) -> dict[str, Tensor]:
@@ -175,11 +201,16 @@ def _tensors(saved: SavedCache) -> dict[str, Tensor]:
     for index, layer in enumerate(saved.layers):
         parts = dict(zip(STATES_AND_SCALES, layer.stored)) | {"columns": layer.columns, "valid": layer.valid}
         named |= {f"layers.{index}.{part}": tensor for part, tensor in parts.items()}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    # What is small comes to the host now, so that it can be checked together wherever layers are.
+    return {
+        name: tensor if name.endswith(STATES_AND_SCALES) else tensor.cpu()
+        for name, tensor in named.items()
+        if tensor is not None
+    }
 
 
-def _header(saved: SavedCache, tensors: dict[str, Tensor]) -> bytes:
-    description = {
+def _describe(saved: SavedCache) -> dict[str, Any]:
+    return {
         "flexasl": saved.flexasl,
         "seen": saved.seen,
         "uncroppable": [layer.uncroppable for layer in saved.layers],
@@ -187,7 +218,10 @@ def _header(saved: SavedCache, tensors: dict[str, Tensor]) -> bytes:
         "reports": [report.to_dict() for report in saved.reports],
         "notes": saved.notes,
     }
-    metadata = {"digest": BLANK.decode(), "format": FORMAT, "version": saved.version, "cache": json.dumps(description)}
+
+
+def _header(saved: SavedCache, description: str, tensors: dict[str, Tensor]) -> bytes:
+    metadata = {"digest": BLANK.decode(), "format": FORMAT, "version": saved.version, "cache": description}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name, tensor in tensors.items():
@@ -214,20 +248,17 @@ def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < PLACE + len(BLANK):
-            raise _Damage(f"it has {size} bytes")
+            raise Unfit(f"it has {size} bytes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view, memoryview(view) as content:
             (length,) = struct.unpack("<Q", content[:8])
             if length > min(size - 8, MOST_HEADER_BYTES):
-                raise _Damage(f"its header would have {length} bytes, and it has {size} in all")
+                raise Unfit(f"its header would have {length} bytes, and it has {size} in all")
             header = bytes(content[8 : 8 + length])
-            if not header.startswith(BEGINNING):
-                raise _Damage("it was not written by flexasl")
-            entries = _parse(header)
-            metadata: dict[str, Any] = entries["__metadata__"]
+            metadata: dict[str, Any] = parse(header)["__metadata__"]
             if metadata.get("format") != FORMAT:
-                raise _Damage("it was not written by flexasl")
+                raise Unfit(f"its format is {metadata.get('format')!r:.20}, not {FORMAT!r}")
             if metadata.get("version") not in (PLAIN, SCALED):
-                raise _Damage(
+                raise Unfit(
                     f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {PLAIN!r} "
                     f"and {SCALED!r}"
                 )
@@ -235,51 +266,44 @@ def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             digest.update(BLANK)
             digest.update(content[PLACE + len(BLANK) :])
     if metadata["digest"] != digest.hexdigest():
-        raise _Damage("it has changed since it was written, or was cut short")
+        raise Unfit("it has changed since it was written, or was cut short")
     if set(metadata) != {"digest", "format", "version", "cache"} or not isinstance(metadata["cache"], str):
-        raise _Damage("its description is not complete")
+        raise Unfit("its description is not complete")
     return metadata
 
 
 def _build(description: Any, tensors: dict[str, Tensor]) -> SavedCache:
-    """Checks everything; raises `_Damage`."""
-    kinds = {"flexasl": str, "seen": int, "uncroppable": list, "model": dict, "reports": list, "notes": dict}
-    if not isinstance(description, dict) or set(description) != set(kinds):
-        raise _Damage("its description is not complete")
-    for name, kind in kinds.items():
-        if type(description[name]) is not kind:
-            raise _Damage(f"{name} is a {type(description[name]).__name__}, where it should be {kind.__name__}")
-    seen, uncroppable = description["seen"], description["uncroppable"]
-    if not all(type(count) is int and 0 <= count <= seen for count in uncroppable):
-        raise _Damage(f"uncroppable is not a list of counts from 0 to seen={seen}")
-    if not all(isinstance(text, str) for text in description["notes"].values()):
-        raise _Damage("notes are not all strings")
+    """Checks everything; raises `Unfit`."""
+    told: _Description = fit(_Description, description)
+    seen, uncroppable = told.seen, told.uncroppable
+    if not all(count <= seen for count in uncroppable):
+        raise Unfit(f"uncroppable is not a list of counts from 0 to seen={seen}")
     if "layers.0.keys" not in tensors or tensors["layers.0.keys"].dim() != 4:
-        raise _Damage("layers.0.keys are missing or not of four dimensions")
+        raise Unfit("layers.0.keys are missing or not of four dimensions")
     batch, dtype = tensors["layers.0.keys"].shape[0], tensors["layers.0.keys"].dtype
-    if batch < 1 or seen < 1 or dtype not in STATES:
-        raise _Damage(f"it holds {batch} rows of {seen} tokens in {dtype}")
+    if batch < 1 or dtype not in STATES:
+        raise Unfit(f"it holds {batch} rows of {seen} tokens in {dtype}")
     left = dict(tensors)
     ids = _whole(left, "token_ids", torch.int64, batch, seen)
     if ids is not None and bool((ids < 0).any()):
-        raise _Damage("token_ids are not all positive")
+        raise Unfit("token_ids are not all positive")
     mask = _whole(left, "attention_mask", torch.bool, batch, seen)
     layers = tuple(_layer(left, index, (batch, seen, dtype), mask, most) for index, most in enumerate(uncroppable))
     if not layers or left:
-        raise _Damage(f"tensors {', '.join(sorted(left))[:80]} belong to none of its {len(layers)} layers")
+        raise Unfit(f"tensors {sorted(left)!s:.80} belong to none of its {len(layers)} layers")
     try:
-        reports = tuple(map(Report.from_dict, description["reports"]))
+        reports = tuple(map(Report.from_dict, told.reports))
     except FlexASLError as error:
-        raise _Damage(f"a report in it is not one: {error}") from error
+        raise Unfit(f"a report in it is not one: {error}") from error
     return SavedCache(
         layers=layers,
         seen=seen,
         token_ids=ids,
         attention_mask=mask,
-        model=description["model"],
+        model=told.model,
         reports=reports,
-        notes=description["notes"],
-        flexasl=description["flexasl"],
+        notes=told.notes,
+        flexasl=told.flexasl,
     )
 
 
@@ -287,7 +311,7 @@ def _whole(left: dict[str, Tensor], name: str, dtype: torch.dtype, batch: int, s
     """Takes a tensor [B, S] away, if it is there."""
     tensor = left.pop(name, None)
     if tensor is not None and (tensor.dtype != dtype or tensor.shape != (batch, seen)):
-        raise _Damage(f"{name} is {_kind(tensor)}, where {dtype} {[batch, seen]} is needed")
+        raise Unfit(f"{name} is {_kind(tensor)}, where {dtype} {[batch, seen]} is needed")
     return tensor
 
 
@@ -300,56 +324,29 @@ def _layer(
     stored = [part for name in names if (part := left.pop(f"layers.{index}.{name}", None)) is not None]
     columns, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
     if columns is None or len(stored) < len(names):
-        raise _Damage(f"layer {index} is not complete")
+        raise Unfit(f"layer {index} is not complete")
     keys = stored[0]
     for name, part in zip(names, stored):
         kind, dims = (SCALES, (1,)) if name.endswith("scales") else (dtype, part.shape[3:])
         if part.dtype != kind or part.dim() != 4 or part.shape != (batch, *keys.shape[1:3], *dims):
-            raise _Damage(f"layers.{index}.{name} are {_kind(part)}, which fits neither the keys nor other layers")
+            raise Unfit(f"layers.{index}.{name} are {_kind(part)}, which fits neither the keys nor other layers")
     heads, entries = keys.shape[1:3]
     if columns.dtype != torch.int64 or tuple(columns.shape) not in ((batch, entries), (batch, heads, entries)):
-        raise _Damage(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
+        raise Unfit(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
     if valid is not None and (valid.dtype != torch.bool or valid.shape != columns.shape):
-        raise _Damage(f"layers.{index}.valid is {_kind(valid)}, where the columns are {list(columns.shape)}")
+        raise Unfit(f"layers.{index}.valid is {_kind(valid)}, where the columns are {list(columns.shape)}")
     if entries > seen or bool(((columns < 0) | (columns >= seen)).any()):
-        raise _Damage(f"layers.{index} has entries from beyond the {seen} tokens that were read")
+        raise Unfit(f"layers.{index} has entries from beyond the {seen} tokens that were read")
     real = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
     places = columns.masked_fill(~real, -1)
     if not bool(((places[..., 1:] > places.cummax(-1).values[..., :-1]) | ~real[..., 1:]).all()):
-        raise _Damage(f"layers.{index}.columns do not ascend")
+        raise Unfit(f"layers.{index}.columns do not ascend")
     if mask is not None:
         own = mask if columns.dim() == 2 else mask[:, None].expand(-1, heads, -1)
         if bool((real & ~own.gather(-1, columns)).any()):
-            raise _Damage(f"layers.{index} has entries from padding")
+            raise Unfit(f"layers.{index} has entries from padding")
     return SavedLayer(stored=tuple(stored), columns=columns, valid=valid, uncroppable=uncroppable)
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _parse(text: str | bytes) -> Any:
-    return json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_number)
-
-
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ: which one counts would be up to the reader."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Damage("its description names something twice")
-    return found
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise _Damage(f"its description has {constant} for a number")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming last through a power cut, where folders can be synced."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

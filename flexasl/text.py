@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexasl.errors import FlexASLError
+from flexasl.extras import need
+from flexasl.stored import MOST_BYTES
 
 INTRODUCTION = (
     "One sentence of the following text states a special magic number. You will be asked for it after the text."
@@ -50,14 +52,19 @@ def read_text(source: str | Path | None = None) -> str:
     Raises FileNotFoundError for a missing file, TextError for one that is a folder, empty, binary or not UTF-8.
     """
     if source is None or str(source) == "-":
-        name, data = "standard input", sys.stdin.buffer.read()
+        if sys.stdin is None:
+            raise TextError("standard input is closed; give a text file")
+        name, data = "standard input", sys.stdin.buffer.read(MOST_BYTES + 1)
     else:
         name, path = str(source), Path(source)
         if path.is_dir():
             raise TextError(f"{name} is a folder; give a text file")
         if not path.exists():
             raise FileNotFoundError(f"{name} does not exist; give a text file")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise TextError(f"{name} has more than {MOST_BYTES:,} bytes; give a shorter text")
     if b"\0" in data:
         raise TextError(f"{name} is binary (it contains NUL bytes); give a text in UTF-8")
     try:
@@ -126,10 +133,27 @@ def prompt_ids(tokenizer: Any, message: str, answer_prefix: str = "") -> list[in
     """Token ids of a prompt: the message through the chat template, if there is one, then the start of the answer."""
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{message}\n{answer_prefix}" if answer_prefix else message)["input_ids"])
+    return _ids(tokenizer, through_template(tokenizer, message) + answer_prefix)
+
+
+def through_template(tokenizer: Any, message: str) -> str:
+    """A user's message as the tokenizer's chat template writes it, up to where the answer begins.
+
+    Raises TextError where the template fails, or does not have the message in it.
+    """
     turns = [{"role": "user", "content": message}]
-    return _ids(
-        tokenizer, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + answer_prefix
-    )
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, which can raise anything
+        if isinstance(error, ImportError):
+            need("a chat template", "transformers", "jinja2")
+        reason = " ".join(str(error).split())
+        raise TextError(
+            f"the chat template of the tokenizer cannot be used ({type(error).__name__}: {reason})"
+        ) from error
+    if message.strip() not in text:
+        raise TextError("the chat template changes the user's message, so that the model would not read it as it is")
+    return text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

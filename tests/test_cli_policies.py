@@ -80,7 +80,7 @@ def test_calibrate_names_no_option_that_it_lacks(call, monkeypatch, options) -> 
     monkeypatch.setattr(run, "load_model", None)
     status, out, err = call("calibrate", "--out", "own.json", *options)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "is made from files, which calibrate does not take; give some of needle, niah_single_1" in err
+    assert "needs a file, which flexasl calibrate does not take; give some of " in err
     assert "--infinitebench" not in err and "--qa-file" not in err
 
 

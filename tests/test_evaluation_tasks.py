@@ -297,10 +297,10 @@ def test_bad_sources(arguments: dict, words: str) -> None:
     ("content", "words"),
     [
         ("{", "is not JSON"),
-        ("{}", "neither SQuAD's nor HotpotQA's fields"),
-        ('{"data": [{"paragraphs": [{"qas": []}]}]}', r"missing: 'context'"),
+        ("{}", "is neither SQuAD's nor HotpotQA's: data is missing; give one of them"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', r"data\[0\].paragraphs\[0\].context is missing"),
         ('{"data": []}', "has no question with an answer"),
-        ('[{"question": "Why?"}]', "missing: 'context'"),
+        ('[{"question": "Why?"}]', r"\[0\].answer is missing"),
     ],
 )
 def test_bad_question_file(tmp_path: Path, content: str, words: str) -> None:
@@ -312,7 +312,7 @@ def test_bad_question_file(tmp_path: Path, content: str, words: str) -> None:
 
 def test_bad_benchmark_file(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "code_run.jsonl").write_text('{"context": "a", "input": "b", "answer": [1]}\n{"context": "a"}\n')
-    with pytest.raises(FlexASLError, match=r"code_run.jsonl, line 2: fields context, input and answer are needed"):
+    with pytest.raises(FlexASLError, match=r"code_run.jsonl, line 2: input is missing; give InfiniteBench's file"):
         build("code_run", tokenizer, 500, sources=Sources(infinitebench=tmp_path))
 
 

@@ -1,9 +1,20 @@
-"""What importing the package does, and does not."""
+"""What importing the package does, and does not; what its help says; what goes into its distributions."""
 
+import dataclasses
+import importlib.util
+import inspect
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 import flexasl
+
+ROOT = Path(__file__).parents[1]
 
 
 def imported(code):
@@ -20,7 +31,8 @@ def test_import_brings_nothing_heavier_than_torch():
 
 
 def test_the_command_line_answers_before_torch_is_imported():
-    assert "torch" not in imported("import flexasl.cli")
+    assert not {"torch", "typer"} & set(imported("import flexasl.cli"))
+    assert "torch" not in imported("import flexasl.cli.app")
 
 
 def test_no_fast_path_imports_the_reference():
@@ -39,3 +51,75 @@ def test_every_public_name_is_there():
     assert all(getattr(flexasl, name) is not None for name in flexasl.__all__)
     assert set(flexasl.__all__) <= set(dir(flexasl))
     assert not hasattr(flexasl, "no_such_name")
+
+
+def test_help_tells_of_every_setting():
+    for field in dataclasses.fields(flexasl.ASLConfig):
+        assert re.search(rf"^{field.name}: [A-Z]", inspect.getdoc(flexasl.ASLConfig), re.MULTILINE), field.name
+
+
+def ends(*arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_versions_and_help_by_every_door():
+    version = ends("flexasl", "--version")
+    assert re.fullmatch(rf"flexasl {flexasl.__version__}, Python 3\S+, torch \d\S+, transformers \d\S+\n", version)
+    assert ends("flexasl", "-h") == ends("flexasl.cli", "--help") == ends("flexasl")
+
+
+@pytest.fixture(scope="module")
+def commands():
+    from flexasl.cli.app import command
+
+    return command.commands
+
+
+def test_help_shows_defaults(commands, monkeypatch, capsys):
+    from flexasl.cli.app import run
+
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, command in commands.items():
+        run([name, "-h"])
+        page = " ".join(re.sub(r"[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+        for option in command.params:
+            if isinstance(option.show_default, str):
+                assert f"[default: ({option.show_default})]" in page, (name, option.name)
+        assert "Default:" not in page
+    assert "[default: (the embedded SmolLM2-135M-Instruct)]" in page
+
+
+def test_every_option_stands_on_a_page(commands):
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", pages))
+    for name, command in commands.items():
+        for option in command.params:
+            words = {word for word in option.opts if word.startswith("--")}
+            assert not words or words & named, (name, words)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_source_distribution_has_all_that_is_checked_in():
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"][
+        "include"
+    ]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    always = {"pyproject.toml", ".gitignore"}
+    assert {file.partition("/")[0] for file in listed} - always == {place.removeprefix("/") for place in include}
+
+
+def test_the_index_page_has_no_link_that_leads_nowhere(monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "hatchling.metadata.plugin.interface", SimpleNamespace(MetadataHookInterface=object)
+    )
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.without_relative_links((ROOT / "README.md").read_text())
+    assert not re.search(r"\]\((?!https://)", page) and "(https://arxiv.org/abs/2601.07667)" in page
+    text = "[a page](docs/a.md#part), [docs/b.md](docs/b.md), [far](https://example.org)"
+    assert hook.without_relative_links(text) == "a page (`docs/a.md`), `docs/b.md`, [far](https://example.org)"
+    hooked = hook.CustomMetadataHook()
+    hooked.root, metadata = str(ROOT), {}
+    hooked.update(metadata)
+    assert metadata["readme"]["text"].startswith("# FlexASL") and "source distribution" in metadata["readme"]["text"]

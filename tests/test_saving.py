@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import flexasl
 from flexasl import FlexASLError, UnsupportedError, saving
 from flexasl.integrations.transformers import PrunedCache
+from flexasl.integrations.transformers.fingerprint import fingerprint
 from flexasl.policies import POLICIES
 
 PRUNING = {"tokens": SMALL, "tokens and cache": SMALL.replace(kv_budget=16)}
@@ -388,7 +389,7 @@ def test_an_error_while_writing_leaves_the_old_file(patched, path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FlexASLError, match=f"^{path} cannot be written: No space left on device$"):
         read_prompt(patched, 50).save(path)
     assert Path(path).read_bytes() == old
     assert [file.name for file in Path(path).parent.iterdir()] == [Path(path).name]
@@ -403,6 +404,58 @@ def test_where_it_cannot_be_saved(patched, tmp_path):
     cache.reset()
     with pytest.raises(FlexASLError, match="the cache is empty; save it after a prefill"):
         cache.save(tmp_path / "prompt.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("notes", "words"),
+    [
+        ({"pages": 3}, "notes.pages is 3, where a text is needed"),
+        ({"pages": None}, "notes.pages is null, where a text is needed"),
+        ({"pages": ["1"]}, "notes.pages is a list"),
+        ({3: "pages"}, "a name in notes is 3, where a text is needed"),
+        ({"title": "half: \ud800"}, "it is not UTF-8"),
+        ([("title", "a contract")], "notes is a list, where an object is needed"),
+        ("a contract", "notes is 'a contract', where an object is needed"),
+    ],
+)
+def test_notes_that_could_not_be_read_again_are_refused(patched, path, notes, words):
+    cache = read_prompt(patched, 64)
+    cache.save(path, notes={"title": "old"})
+    old = Path(path).read_bytes()
+    with pytest.raises(FlexASLError) as caught:
+        cache.save(path, notes=notes)
+    assert f"{path} could not be read again, so nothing is written: " in str(caught.value) and words in str(
+        caught.value
+    )
+    assert Path(path).read_bytes() == old
+
+
+@pytest.mark.parametrize(("part", "words"), [("columns", "columns do not ascend"), ("values", "values are")])
+def test_what_is_written_has_passed_the_readers_own_check(patched, path, part, words):
+    cache = read_prompt(patched, 64)
+    layer = saving.SavedLayer(**_broken(cache.layers[2], part))
+    whole = {"seen": 64, "token_ids": cache.token_ids, "attention_mask": None, "model": {}, "reports": cache.reports}
+    with pytest.raises(FlexASLError, match=f"could not be read again, so nothing is written: layers.0.{words}"):
+        saving.write(path, saving.SavedCache(layers=(layer,), **whole))
+    assert not Path(path).exists()
+
+
+def _broken(layer, part):
+    whole = {"stored": tuple(layer.stored), "columns": layer.columns, "valid": layer.valid}
+    if part == "columns":
+        return whole | {"columns": layer.columns.flip(-1)}
+    return whole | {"stored": (layer.stored[0], layer.stored[1].double())}
+
+
+@pytest.mark.parametrize("content", [b"The lease ends in May. " * 20, struct.pack("<Q", 100) + b"{" * 200])
+def test_files_of_others_are_never_written_over(patched, path, content):
+    _written(path, content)
+    with pytest.raises(FlexASLError, match=f"^{path} was not written by flexasl; give another name, or remove"):
+        read_prompt(patched, 64).save(path)
+    assert Path(path).read_bytes() == content
+    _written(path, b"")
+    read_prompt(patched, 64).save(path)
+    assert flexasl.load_cache(path, patched).get_seq_length() == 64
 
 
 def test_the_file_has_the_rights_of_any_other_file(patched, path, tmp_path):
@@ -455,6 +508,52 @@ def test_the_same_weights_loaded_anew_are_the_same_model(content, path):
     again.config._name_or_path = "elsewhere"
     with flexasl.patch(again, policy="full"):
         assert flexasl.load_cache(path, again).get_seq_length() == 64
+
+
+class Sealed(torch.Tensor):
+    """Weights in eight bits with a scale, as quantising libraries have them, that nothing can look into."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].numbers, args[0].scale)
+        raise NotImplementedError(f"{cls.__name__} dispatch: no kernel for {func}")
+
+
+class Packed(Sealed):
+    """The same, and it says what it is made of."""
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, size, stride):
+        return Packed(parts["numbers"], parts["scale"])
+
+
+def packed(scale=0.5, kind=Packed):
+    model = torch.nn.Linear(8, 8, bias=False)
+    model.config, model.dtype = tiny().config, torch.float32
+    numbers = torch.arange(64, dtype=torch.int8).view(8, 8)
+    model.weight = torch.nn.Parameter(kind(numbers, torch.tensor([scale])), requires_grad=False)
+    return model
+
+
+def test_quantised_weights_are_known_by_what_is_stored():
+    one, same, other = (fingerprint(packed(scale)) for scale in (0.5, 0.5, 0.25))
+    assert one == same and one["shapes"] == other["shapes"] and one["weights"] != other["weights"]
+
+
+def test_weights_that_cannot_be_looked_into_are_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"Linear has weights that no fingerprint can be taken of \(.*no kernel"):
+        fingerprint(packed(kind=Sealed))
 
 
 def test_an_unpatched_model_is_refused(path):
@@ -710,10 +809,10 @@ def _written(path, content):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (b"", "it has 0 bytes"),
-        (b"\x80\x04\x95" + b"cposix\nsystem\n" * 20, "its header would have"),
-        (struct.pack("<Q", 2**63) + b" " * 200, "its header would have 9223372036854775808 bytes"),
-        (struct.pack("<Q", 100) + b"[" * 200, "it was not written by flexasl"),
+        (b"", "was not written by flexasl; give a file that flexasl prefill or cache.save wrote"),
+        (b"The lease ends in May. " * 20, "was not written by flexasl"),
+        (b"\x80\x04\x95" + b"cposix\nsystem\n" * 20, "was not written by flexasl"),
+        (struct.pack("<Q", 100) + b"[" * 200, "was not written by flexasl"),
     ],
 )
 def test_files_of_other_kinds(path, made, words):
@@ -725,13 +824,13 @@ def test_a_name_given_twice_is_refused(content, path):
     text = json.dumps(header, separators=(",", ":"))
     entry = json.dumps(header["token_ids"], separators=(",", ":"))
     text = (text[:-1] + f',"token_ids":{entry}}}').encode()
-    assert "names something twice" in refused(_written(path, struct.pack("<Q", len(text)) + text + data))
+    assert "it names 'token_ids' twice" in refused(_written(path, struct.pack("<Q", len(text)) + text + data))
 
 
 def test_other_safetensors_files_are_refused_and_ours_are_safetensors(content, path, tmp_path):
     other = str(tmp_path / "other.safetensors")
     save_file({"weight": torch.zeros(100)}, other)
-    assert "it was not written by flexasl" in refused(other)
+    assert "was not written by flexasl" in refused(other)
     _written(path, content)
     assert torch.equal(load_file(path)["layers.0.keys"], saving.read(path).layers[0].keys)
 

@@ -15,8 +15,8 @@ from flexasl.checks import instance, integer, several
 from flexasl.config import OWN_POOLING, ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.evaluation.costs import layer_costs
-from flexasl.evaluation.plans import MOST_SAMPLES
 from flexasl.evaluation.runner import model_name
+from flexasl.evaluation.samples import check_samples
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import build, find_task
 from flexasl.patching import patch, without_peft
@@ -62,7 +62,8 @@ def calibrate(
     samples, length, seed = integer("samples", samples), integer("length", length, 1), integer("seed", seed)
     checks.tokenizer(tokenizer)
     model = without_peft(model)
-    _check(model, tasks, unseen, samples)
+    _check(model)
+    check_tasks(tasks, unseen, samples)
     patch(model, config).remove()
     made_for = calibrated_for(model, model_name(model))
     run.check_fits(model, length, 1)
@@ -122,22 +123,26 @@ def _agree(recordings: Sequence[Recording], chosen: Judged, voters: Sequence[int
         assert (told.selected_layer, kept) == (outcome.layer, outcome.kept)
 
 
-def _check(model: Any, tasks: tuple[str, ...], unseen: str | None, samples: int) -> None:
+def _check(model: Any) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
             f"model is a {type(model).__name__}; calibration takes a transformers causal language model"
         )
+
+
+def check_tasks(tasks: Sequence[str], unseen: str | None, samples: int) -> None:
+    """Raises FlexASLError where settings cannot be chosen on such prompts."""
     if not tasks:
         raise FlexASLError("tasks=() is empty; give at least one task to choose settings on")
-    for name in (*tasks, *([unseen] if unseen else [])):
+    for name in (*tasks, *([] if unseen is None else [unseen])):
         find_task(name)
     if unseen in tasks:
         raise FlexASLError(f"unseen={unseen!r} is among the tasks that settings are chosen on; give another, or None")
     if samples < 2:
         raise FlexASLError(f"samples={samples} is too few to choose on some and check on others; give at least 2")
-    integer("samples", samples, most=MOST_SAMPLES)
+    check_samples(samples, len(tasks) + (unseen is not None))
 
 
 def _check_budget(config: ASLConfig, prompts: Sequence[Prompt]) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexasl import stored
 from flexasl.calibration.choosing import RULE, SETTINGS, Judged
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
+from flexasl.writing import beginning, check_file, replaced, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+HEADING = "# Calibration of "
 BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#666666", "#2f855a", "#6b46c1"
 
 
@@ -82,7 +84,7 @@ class Calibration:
         about = self.about
         return "\n\n".join(
             [
-                f"# Calibration of {about['model']}",
+                f"{HEADING}{about['model']}",
                 _table(["setting", "chosen", "default"], settings),
                 f"`select_tokens={self.config.select_tokens}`, prompts of at most {about['length']:,} tokens, "
                 f"{len(self.candidates)} candidates, the best of which keep {_of(most, self.choosing)} answers. {RULE}",
@@ -120,16 +122,16 @@ class Calibration:
 
     def save(self, out: str | Path) -> list[Path]:
         """Writes the settings to `out`, which ends in .json, and beside it, under the same name, the evidence:
-        `.evidence.json`, `.md` and `.png`. Returns all paths. Raises FlexASLError for a name that ends otherwise."""
-        from flexasl.evaluation.storage import replaced, write
-
+        `.evidence.json`, `.md` and `.png`. Returns all paths. Raises FlexASLError for a name that ends
+        otherwise, and where `check_files` does."""
+        check_files("out", out)
         paths = files_of(out)
         with replaced(paths[3]) as new:
             self.plot(new)
         text = f"{self}\n\n![Share kept against cost]({paths[3].name})\n"
         write(paths[2], text)
-        write(paths[1], json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
-        write(paths[0], json.dumps(self.config.to_dict(), indent=1) + "\n")
+        write(paths[1], stored.dump(self.to_dict(), indent=1) + "\n")
+        write(paths[0], stored.dump(self.config.to_dict(), indent=1) + "\n")
         return paths
 
     def _use(self, at: int) -> str:
@@ -181,6 +183,32 @@ def files_of(out: str | Path) -> list[Path]:
     if not out.parent.is_dir():
         raise FlexASLError(f"out={out} lies in a folder that does not exist; make {out.parent} first")
     return [out, out.with_suffix(".evidence.json"), out.with_suffix(".md"), out.with_suffix(".png")]
+
+
+def check_files(name: str, out: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raises FlexASLError where one of `files_of` cannot be written, is among the files that are read, or would replace
+    a file that no calibration has written."""
+    for path, ours in zip(files_of(out), (_holds("tau"), _holds("rule"), _is_page, _is_picture), strict=True):
+        check_file(name, path, inputs=inputs, ours=ours)
+
+
+def _holds(field: str) -> Callable[[Path], bool]:
+    def ours(path: Path) -> bool:
+        try:
+            found = stored.read(path)
+        except stored.Unfit:
+            return False
+        return isinstance(found, dict) and field in found
+
+    return ours
+
+
+def _is_page(path: Path) -> bool:
+    return beginning(path).startswith(HEADING.encode())
+
+
+def _is_picture(path: Path) -> bool:
+    return b"Matplotlib" in beginning(path)
 
 
 def _of(count: int, side: Sequence[int]) -> str:

@@ -1,47 +1,122 @@
-"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo`, `eval` and `calibrate`, a file each."""
+"""The command line `flexasl`, and how its process ends.
 
+No other package, and nothing slow, is imported before `main` runs: it meets an early interrupt and a missing package.
+"""
+
+import contextlib
+import errno
 import os
+import signal
 import sys
+from typing import NoReturn, TextIO
 
-import typer
-
-from flexasl.cli import ask, calibrate, demo, evaluate, inspect, prefill
 from flexasl.errors import FlexASLError
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Ask about long texts, with the prompt pruned while the model reads it.",
-)
-for name, command in (
-    ("ask", ask.ask),
-    ("prefill", prefill.prefill),
-    ("inspect", inspect.inspect),
-    ("demo", demo.demo),
-    ("eval", evaluate.evaluate),
-    ("calibrate", calibrate.calibrate),
-):
-    app.command(name)(command)
+UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+TRACEBACK = "FLEXASL_TRACEBACK"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 1 the demo's answer is wrong, 2 bad input, 130 interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point. Exit status: 0 done, 1 the demo's answer is wrong, or an error that nobody foresaw, 2 bad input or a
+    place that cannot be written, 130 interrupted.
+
+    Each error is one line on standard error; where the environment variable FLEXASL_TRACEBACK is set, behind a
+    traceback.
+    """
     try:
-        status = app(arguments or ["--help"], prog_name="flexasl", standalone_mode=False)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except typer.TyperException as error:
-        status = _fail(error.format_message())
-    except (FlexASLError, OSError) as error:
-        status = _fail(str(error))
-    raise SystemExit(status if isinstance(status, int) else 0)
+        status = _finish(_run(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        status = _finish(INTERRUPTED)
+    if argv is None:  # the process ends here, and an interrupt has nothing left to stop
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        _prepare_streams()
+        _check_current_folder()
+        from flexasl.cli.app import run
+
+        return run(arguments)
+    except FlexASLError as error:
+        return _fail(str(error))
+    except OSError as error:
+        fault = _output_fault()  # once more, where it was standard output that could not be written
+        return _fail(_sentence(error)) if fault is None else _of_output(fault)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        return _fail(f"the package {package} is missing; install it with: pip install 'flexasl[cli]'")
+    except Exception as error:
+        _fail(f"unexpected {type(error).__name__}: {error}; set {TRACEBACK}=1 to see where it comes from")
+        return UNEXPECTED
+
+
+def _prepare_streams() -> None:
+    """Standard streams that lose nothing: letters that an encoding lacks are written as \\N escapes."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, it lives as long as the process
+    if sys.stdout is None:
+        raise FlexASLError("standard output is closed, so that what is found would be lost; send it to a file")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise FlexASLError("the current folder does not exist any more; go to one that does") from error
+
+
+def _finish(status: int) -> int:
+    """The exit status, when all that was printed is written."""
+    fault = _output_fault()
+    return status if fault is None or status else _of_output(fault)
+
+
+def _of_output(fault: OSError) -> int:
+    if isinstance(fault, BrokenPipeError):  # the reader of our output has gone: nobody is left to tell
+        return UNEXPECTED
+    return _fail(f"standard output cannot be written: {fault.strerror}")
+
+
+def _output_fault() -> OSError | None:
+    """Why standard output cannot be written; None where all that was printed is written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        return error
+    return None
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left of a stream nowhere: else Python would fail on it once more when it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _sentence(error: OSError) -> str:
+    """An error of the operating system with the name of the file; one that we raise has a sentence already."""
+    if error.errno is None:
+        return str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    full = error.errno in (errno.ENOSPC, errno.EFBIG)
+    return f"standard output or a file cannot be written: {error.strerror}" if full else str(error.strerror)
 
 
 def _fail(message: str) -> int:
-    print("flexasl:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    try:
+        if os.environ.get(TRACEBACK):
+            import traceback
+
+            traceback.print_exc()
+        print("flexasl:", " ".join(message.split()), file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)
+    return BAD_INPUT

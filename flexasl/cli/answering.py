@@ -1,5 +1,6 @@
 """Models, their answers, and one answer beside another."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,13 @@ MIB = 2**20
 def load(model: str | None, dtype: str | None, device: str) -> tuple[Any, Any]:
     """Model and tokenizer, and before them `flexasl.run`, whose imports take seconds, behind one bar."""
     with progress_bar("loading the model"):
+        for name in ("torchao", "torch.utils._pytree"):  # of kernels that a machine without a GPU has no use for
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from transformers.utils.logging import set_verbosity_error
+
         from flexasl import run
 
-        _quiet_transformers()
+        set_verbosity_error()
         return run.load_model(model, dtype, device)
 
 
@@ -66,10 +71,3 @@ def print_comparison(pruned: "Answer", plain: "Answer", policy: str) -> None:
         less, full = measure(pruned), measure(plain)
         table.add_row(name, f"{less:{spec}}", f"{full:{spec}}", f"{less / full:.0%}" if full else "")
     Console().print(table)
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -1,15 +1,14 @@
 """`flexasl ask`."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flexasl.cli.answering import answered, load, print_comparison
 from flexasl.cli.options import (
+    MOST_TOKENS,
     AsJson,
     ConfigFile,
     Device,
@@ -20,14 +19,16 @@ from flexasl.cli.options import (
     PolicyName,
     SelectTokens,
     Tau,
+    TextFile,
     chosen,
+    path_option,
     text_of,
+    words,
 )
 from flexasl.cli.terminal import progress_bar, streamed
 from flexasl.errors import FlexASLError
-
-if TYPE_CHECKING:
-    from flexasl.report import Report
+from flexasl.extras import need
+from flexasl.writing import check_file, replaced
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy", "compare")
@@ -36,9 +37,11 @@ OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config"
 
 def ask(
     context: typer.Context,
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about the text.")],
-    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Text read before, by flexasl prefill with this model.")] = None,
+    question: Annotated[
+        str, typer.Option("--question", "-q", parser=words, metavar="TEXT", help="What to ask about the text.")
+    ],
+    file: TextFile = None,
+    cache: Annotated[Path | None, path_option("Text read before, by flexasl prefill with this model.")] = None,
     model: Model = None,
     select_tokens: SelectTokens = None,
     kv_budget: KVBudget = None,
@@ -48,9 +51,9 @@ def ask(
     policy: PolicyName = "asl",
     dtype: DtypeName = None,
     device: Device = "cpu",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 128,
     as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, path_option("Picture of the decision to write: .png, .svg or .pdf.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
 ) -> None:
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
@@ -58,7 +61,7 @@ def ask(
         _refuse_beside(context, "cache", OF_A_PROMPT)
     amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
     rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
-    _check_plot(plot)
+    _check_plot(plot, (file, cache, config, model))
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
     if cache is not None:
@@ -76,16 +79,18 @@ def ask(
     pruned = answered(
         loaded, tokenizer, ids, max_new_tokens, rule, settings, quiet=as_json, title=policy if compare else ""
     )
-    plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned") if compare else None
-    assert pruned.report is not None
-    if plot is not None:
-        _write_plot(pruned.report, plot)
-    if as_json:
-        print(json.dumps(pruned.to_dict() | ({"unpruned": plain.to_dict()} if plain else {})))
-        return
-    print(pruned.report)
-    if plain is not None:
-        print_comparison(pruned, plain, policy)
+    plain = None
+    try:
+        if compare:
+            plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned")
+    finally:  # an interrupt, or an error, of the second run does not take the first one's results away
+        if as_json:
+            print(json.dumps(pruned.to_dict() | ({"unpruned": plain.to_dict()} if plain else {})))
+        else:
+            print(pruned.report)
+        if plain is not None and not as_json:
+            print_comparison(pruned, plain, policy)
+    _draw(pruned, plot)
 
 
 def _ask_saved(
@@ -100,6 +105,10 @@ def _ask_saved(
     as_json: bool,
 ) -> None:
     """`ask` about a text that was read before."""
+    with progress_bar(f"checking {path}"):
+        from flexasl.saving import read
+
+        read(path)
     loaded, tokenizer = load(model, dtype, device)
     from flexasl import run
 
@@ -107,12 +116,11 @@ def _ask_saved(
         said = run.answer_saved(
             loaded, tokenizer, path, question, max_new_tokens=max_new_tokens, on_text=show, on_layer=advance
         )
-    if plot is not None and said.report is not None:
-        _write_plot(said.report, plot)
     if as_json:
         print(json.dumps(said.to_dict()))
     elif said.report is not None:
         print(f"{path}, read before:\n{said.report}")
+    _draw(said, plot)
 
 
 def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
@@ -126,22 +134,18 @@ def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...])
             )
 
 
-def _check_plot(path: Path | None) -> None:
+def _check_plot(path: Path | None, inputs: tuple[str | Path | None, ...]) -> None:
     """Find out before the model runs whether the picture can be written."""
     if path is None:
         return
     if path.suffix.lower() not in PLOT_FORMATS:
         raise FlexASLError(f"--plot {path} has no known format; give a name that ends in {', '.join(PLOT_FORMATS)}")
-    if not path.parent.is_dir():
-        raise FlexASLError(f"--plot {path} lies in a folder that does not exist; make {path.parent} first")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise FlexASLError("--plot needs matplotlib; install it with: pip install 'flexasl[plot]'") from error
+    check_file("--plot", path, inputs=inputs)
+    need("--plot", "plot", "matplotlib")
 
 
-def _write_plot(report: "Report", path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
-        drawn = Path(folder) / path.name
-        report.plot(drawn)
-        os.replace(drawn, path)
+def _draw(said: Any, path: Path | None) -> None:
+    """The picture, last of all: what was said is printed by then."""
+    if path is not None and said.report is not None:
+        with replaced(path) as new:
+            said.report.plot(new)

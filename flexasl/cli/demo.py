@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from flexasl.cli.answering import answered, load, print_comparison
-from flexasl.cli.options import AMOUNT, Device, DtypeName, Model, PolicyName, chosen
+from flexasl.cli.options import (
+    AMOUNT,
+    MOST_TOKENS,
+    Depth,
+    Device,
+    DtypeName,
+    Model,
+    PolicyName,
+    Seed,
+    chosen,
+)
 from flexasl.cli.terminal import progress_bar
 from flexasl.policies.grammar import parse
 from flexasl.text import magic_number, needle_prompt, prompt_ids
@@ -15,11 +25,11 @@ DEMO_ANSWER_TOKENS = 12
 
 
 def demo(
-    tokens: Annotated[int, typer.Option(min=256, help="Length of the prompt, in tokens.")] = 4000,
-    depth: Annotated[float, typer.Option(min=0, max=1, help="Where the fact is hidden: 0 start, 1 end.")] = 0.4,
-    seed: Annotated[int, typer.Option(help="Chooses the fact and the text around it.")] = 0,
+    tokens: Annotated[int, typer.Option(min=256, max=MOST_TOKENS, help="Length of the prompt, in tokens.")] = 4000,
+    depth: Depth = 0.4,
+    seed: Seed = 0,
     select_tokens: Annotated[
-        str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}. Default: 512.")
+        str | None, typer.Option(help=f"Tokens for the deeper layers: {AMOUNT}.", show_default="512")
     ] = None,
     policy: PolicyName = "asl",
     model: Model = None,

@@ -18,18 +18,23 @@ from flexasl.cli.options import (
     PolicyName,
     SelectTokens,
     Tau,
+    TextFile,
     chosen,
+    path_option,
     text_of,
+    words,
 )
 from flexasl.cli.terminal import progress_bar
-from flexasl.errors import FlexASLError
 
 
 def prefill(
-    out: Annotated[Path, typer.Option(help="File to write, such as contract.safetensors.")],
-    file: Annotated[str | None, typer.Option("--file", "-f", help="UTF-8 text; standard input if absent or -.")] = None,
+    out: Annotated[Path, path_option("File to write, such as contract.safetensors.")],
+    file: TextFile = None,
     about: Annotated[
-        str, typer.Option(help="What will be asked, in any words: keeps the tokens that matter to it.")
+        str,
+        typer.Option(
+            parser=words, metavar="TEXT", help="What will be asked, in any words: keeps the tokens that matter to it."
+        ),
     ] = "",
     model: Model = None,
     select_tokens: SelectTokens = None,
@@ -45,21 +50,25 @@ def prefill(
     """Read a text once and save what the model remembers, for flexasl ask --cache."""
     amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
     rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
-    if not out.parent.is_dir():
-        raise FlexASLError(f"--out {out} lies in a folder that does not exist; make {out.parent} first")
+    from flexasl import saving
+
+    saving.check_target(out, "--out", (file, config, model))
     text = text_of(file)
     loaded, tokenizer = load(model, dtype, device)
     from flexasl import run
 
+    run.check_savable(loaded)
     ids, notes = run.opening_ids(tokenizer, text, about.strip())
     run.check_fits(loaded, len(ids), 1)
     with progress_bar(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
         made = run.prefill(loaded, ids, config=settings, policy=rule, on_layer=bar.advance)
+    report = made.reports[-1]
+    if not as_json:
+        print(report)
     with progress_bar(f"writing {out}"):
         made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
     size = out.stat().st_size
     if as_json:
-        print(json.dumps({"path": str(out), "bytes": size, "report": made.reports[-1].to_dict()}))
-        return
-    print(made.reports[-1])
-    print(f"saved: {out}, {size / MIB:,.1f} MiB")
+        print(json.dumps({"path": str(out), "bytes": size, "report": report.to_dict()}))
+    else:
+        print(f"saved: {out}, {size / MIB:,.1f} MiB")

@@ -11,6 +11,7 @@ from typing import Any
 from flexasl.checks import instance, integer, several
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
+from flexasl.evaluation.samples import check_samples
 from flexasl.evaluation.sources import Sources
 from flexasl.evaluation.tasks import check_supply, find_suite, find_task, tasks
 from flexasl.policies import Policy
@@ -114,6 +115,7 @@ def plan(
         if isinstance(length, bool) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
     answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
+    check_samples(samples, len(chosen) * len(lengths))
     for name in chosen:
         check_supply(find_task(name), sources, samples)
     return Plan(

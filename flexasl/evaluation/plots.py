@@ -16,14 +16,15 @@ from flexasl.evaluation.sources import DEPTHS
 from flexasl.evaluation.tables import Estimate, Record, Results
 
 NEEDLE = "needle"
-GREY = "#666666"
+GREY, PALE = "#666666", "#dddddd"
+SIZES, FULL_SIZE = (6.0, 12.0), 20.0
+"""Of markers, in points: smallest and largest budget, and the unpatched model."""
 MARKERS = "os^Dvp<>hX"
 COLUMNS = 3
 
 
 def pareto(results: Results) -> Figure:
-    """Score against the cost of the prefill, measured where it was and counted, on tasks within the model's reach; a
-    line joins the settings that no other beats."""
+    """Score against the cost of the prefill, measured where it was and counted, on tasks within the model's reach."""
     results = results.within_reach()
     figure = Figure(figsize=(12 if results.timed else 7.5, 5.5), layout="constrained")
     panels = figure.subplots(1, 2 if results.timed else 1, sharey=True, squeeze=False)[0]
@@ -34,7 +35,8 @@ def pareto(results: Results) -> Figure:
         if results.timed:
             seconds[setting] = statistics.median(results.seconds_share(record) for record in records)
         operations[setting] = statistics.fmean(record["counted_prefill"] for record in records)
-    if results.timed:
+    seconds = {name: share for name, share in seconds.items() if math.isfinite(share)}  # else its full cache is missing
+    if seconds:
         _pareto(panels[0], "measured: seconds to the first token / full cache", seconds, scores)
     _pareto(panels[-1], "counted: operations of the prefill / full cache", operations, scores)
     panels[0].set_ylabel("score")
@@ -45,7 +47,8 @@ def pareto(results: Results) -> Figure:
 
 def heat_map(results: Results) -> Figure | None:
     """Score by length and depth of the one needle, a panel for each setting."""
-    records = results.of(task=NEEDLE) or [record for record in results.records if record["depth"] is not None]
+    placed = [record for record in results.records if record["depth"] is not None]
+    records = [record for record in placed if record["task"] == NEEDLE] or placed
     if not records:
         return None
     exact = records[0]["task"] == NEEDLE
@@ -88,7 +91,7 @@ def chosen_layers(results: Results) -> Figure | None:
     figure, panels = _panels([setting for setting in results.settings if setting in chose], 2.8)
     for setting, axes in panels:
         records = results.of(setting=setting)
-        layers = records[0]["num_layers"]
+        layers = max(record["num_layers"] for record in records)
         below = np.zeros(layers)
         for task in results.tasks:
             picked = [r["selected_layer"] for r in records if r["task"] == task and r["selected_layer"] is not None]
@@ -128,34 +131,48 @@ def variance_curves(results: Results) -> Figure | None:
 
 
 def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Estimate]) -> None:
-    """A colour for each policy with its settings; its budgets are joined by dots, and written beside the points."""
+    """A colour for each policy with its settings, whose budgets are joined by dots, and a size for each budget. A pale
+    band joins the settings that no other beats."""
     families: dict[str, list[str]] = {}
     for setting in costs:
         families.setdefault(setting.rpartition("@")[0] or setting, []).append(setting)
-    colors = _colors(list(families))
+    colors, sizes = _colors(list(families)), _sizes(list(costs))
     for place, (family, settings) in enumerate(families.items()):
         unpatched = family == FULL
-        look: dict[str, Any] = {"color": "black" if unpatched else colors[family], "markersize": 14 if unpatched else 7}
+        color, shape = ("black", "*") if unpatched else (colors[family], MARKERS[place % len(MARKERS)])
         found = [scores[setting] for setting in settings]
         means, spent = [score.mean for score in found], [costs[setting] for setting in settings]
         ends = [[mean - score.low, score.high - mean] for mean, score in zip(means, found)]
         spread = np.maximum(np.transpose(ends), 0)
-        shape = "*" if unpatched else MARKERS[place % len(MARKERS)]
-        axes.errorbar(
-            spent, means, spread, fmt=f"{shape}:", linewidth=1, elinewidth=0.8, capsize=2, label=family, **look
-        )
-        for setting, cost, mean in zip(settings, spent, means) if len(settings) > 1 else ():
-            axes.annotate(setting.rpartition("@")[2], (cost, mean), (4, 4), textcoords="offset points", fontsize=6)
+        axes.errorbar(spent, means, spread, fmt=":", color=color, linewidth=1, elinewidth=0.8, capsize=2, zorder=2)
+        areas = [FULL_SIZE**2 if unpatched else sizes[_budget(setting)] ** 2 for setting in settings]
+        axes.scatter(spent, means, areas, color=color, marker=shape, edgecolors="white", linewidths=0.5, zorder=3)
+        axes.plot([], [], f"{shape}:", color=color, markersize=13 if unpatched else 7, label=family)
     best = sorted(
         (cost, scores[setting].mean)
         for setting, cost in costs.items()
         if not any(_beats(costs[other], scores[other].mean, cost, scores[setting].mean) for other in costs)
     )
-    axes.plot([cost for cost, _ in best], [score for _, score in best], color=GREY, linewidth=1, zorder=0)
+    axes.plot(*zip(*best), color=PALE, linewidth=8, marker="o", markersize=16, zorder=1, label="beaten by none")
+    if len(sizes) > 1:
+        for budget, size in sizes.items():
+            axes.plot([], [], "o", color=GREY, markersize=size, label=f"budget {budget}")
     axes.set_xlabel(what)
-    axes.set_xlim(left=max(0, math.floor(10 * min(costs.values())) / 10 - 0.05))
-    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(max(0, math.floor(10 * min(costs.values())) / 10 - 0.05), max(1.0, *costs.values()) + 0.04)
+    axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
+
+
+def _sizes(settings: list[str]) -> dict[str, float]:
+    """A marker's size for each budget, the smallest budget first."""
+    budgets = sorted({_budget(setting) for setting in settings if setting != FULL}, key=float)
+    least, most = SIZES
+    sizes = np.linspace(least, most, len(budgets)) if len(budgets) > 1 else [(least + most) / 2]
+    return dict(zip(budgets, map(float, sizes)))
+
+
+def _budget(setting: str) -> str:
+    return setting.rpartition("@")[2]
 
 
 def _beats(cost: float, score: float, other_cost: float, other_score: float) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from flexasl.checks import path
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.runner import ANSWERS, PROMPTS, answer_key, prompt_key
-from flexasl.evaluation.storage import read_all, read_keys, read_run, replaced, write
-
-RESULTS, SCORES, TIMES, REPORT = "results.jsonl", "scores.md", "times.md", "report.md"
+from flexasl.evaluation.storage import PICTURES, REPORT, RESULTS, SCORES, TIMES, read_all, read_keys, read_run
+from flexasl.stored import dump
+from flexasl.writing import replaced, write
 
 
 def report(out: str | Path) -> Path:
@@ -32,16 +31,20 @@ def report(out: str | Path) -> Path:
 
     results = Results(records)
     scores, times = score_tables(results), time_tables(results) if results.timed else None
-    write(out / RESULTS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in results.records))
+    write(out / RESULTS, "".join(dump(record) + "\n" for record in results.records))
     write(out / SCORES, scores)
     if times is not None:
         write(out / TIMES, times)
     drawn: list[tuple[str, str, str]] = []
-    for name, title, caption, draw in (
-        ("pareto.png", "Score against prefill cost", "Up and to the left is better.", plots.pareto),
-        ("needle.png", "Needle by length and depth", "Depth 0 % is the start of the text.", plots.heat_map),
-        ("layers.png", "Chosen layers", "", plots.chosen_layers),
-        ("variance.png", "Variance ratio by layer", "Selection happens below tau.", plots.variance_curves),
+    for name, (title, caption, draw) in zip(
+        PICTURES,
+        (
+            ("Score against prefill cost", "Up and to the left is better.", plots.pareto),
+            ("Needle by length and depth", "Depth 0 % is the start of the text.", plots.heat_map),
+            ("Chosen layers", "", plots.chosen_layers),
+            ("Variance ratio by layer", "Selection happens below tau.", plots.variance_curves),
+        ),
+        strict=True,
     ):
         figure = draw(results)
         if figure is None:

@@ -14,11 +14,10 @@ from flexasl.checks import instance, integer
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.costs import LayerCost, layer_costs, prefill_share
 from flexasl.evaluation.plans import Item, Plan, Setting
+from flexasl.evaluation.records import ANSWERS, PROMPTS
 from flexasl.evaluation.samples import Sample, encode
 from flexasl.evaluation.storage import Journal, agree, held, read_keys
 from flexasl.evaluation.tasks import build, find_task
-
-PROMPTS, ANSWERS = "prompts", "answers"
 
 
 def prompt_key(record: dict[str, Any]) -> Item:
@@ -98,6 +97,8 @@ def _answer_all(
     together: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> None:
+    from flexasl import run
+
     costs, answered = layer_costs(model), _together if together else _one_by_one
     missing = {item: [one for one in plan.settings if (item, one.label) not in answers] for item in items}
     total = len(items) * len(plan.settings)
@@ -109,6 +110,9 @@ def _answer_all(
             continue
         sample = Sample.from_dict(prompts[item])
         ids = encode(tokenizer, sample.prompt)
+        if not ids:
+            raise FlexASLError(f"prompt {item.index} of task {item.task!r} has no tokens; remove it from {PROMPTS}")
+        run.check_fits(model, len(ids), sample.max_new_tokens)
         if cold:
             _warm_up(model, tokenizer, ids, plan.settings[-1])
             cold = False

@@ -6,9 +6,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from flexasl.errors import FlexASLError
+from flexasl.stored import AtLeast, Count, Range, Share, fit
+from flexasl.text import through_template
+
+MOST_CHARACTERS = 1000
+"""That a token can stand for; a tokenizer that needs fewer tokens than that leaves text out."""
+
+
+MOST_PROMPTS = 1_000_000
+"""Of one evaluation or calibration."""
 
 
 class Draft(NamedTuple):
@@ -40,17 +49,17 @@ class Sample:
     """One prompt with its references."""
 
     task: str
-    length: int
+    length: Count
     """Tokens that the prompt was to have."""
-    index: int
+    index: Count
     """Which sample of its task and length, from 0."""
     prompt: str
     """The prompt as the model reads it: chat template, message and start of the answer."""
-    prompt_tokens: int
+    prompt_tokens: Count
     """Tokens that it has: at most `length`."""
-    references: tuple[str, ...]
-    max_new_tokens: int
-    depth: float | None = field(default=None)
+    references: Annotated[tuple[str, ...], AtLeast(1)]
+    max_new_tokens: Annotated[int, Range(1)]
+    depth: Share | None = field(default=None)
     """Place of the one needle, 0 start to 1 end; None where there is not exactly one."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,22 +68,30 @@ class Sample:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
-        """The inverse of `to_dict`."""
-        return cls(**(data | {"references": tuple(data["references"])}))
+        """The inverse of `to_dict`; raises FlexASLError for anything else."""
+        sample: Sample = fit(cls, data)
+        return sample
 
 
 def render(tokenizer: Any, message: str, answer_prefix: str) -> str:
     """The text of a prompt: the message through the chat template, if there is one, then the start of the answer."""
     if tokenizer.chat_template is None:
         return f"{message}\n{answer_prefix}" if answer_prefix else message
-    turns = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + answer_prefix
+    return through_template(tokenizer, message) + answer_prefix
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a rendered prompt. A chat template writes its own special tokens; without one the tokenizer does."""
     plain = tokenizer.chat_template is None
     return list(tokenizer(prompt, add_special_tokens=plain, verbose=False)["input_ids"])
+
+
+def check_samples(samples: int, each: int) -> None:
+    """Raise FlexASLError for so many samples of so many tasks and lengths that their list alone would not end."""
+    if samples * each > MOST_PROMPTS:
+        raise FlexASLError(
+            f"samples={samples} makes {samples * each:,} prompts in all; give at most {MOST_PROMPTS // each:,}"
+        )
 
 
 def fill(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Draft, str, int]:
@@ -100,6 +117,11 @@ def fill(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Draft, str, int]:
             units = min(max(low + int(share * (over - low)), low + 1), over - 1)
         tries += 1
         found = prompt(units)
+        if recipe.most is None and found[2] <= tokens and len(found[1]) > MOST_CHARACTERS * max(tokens, 1):
+            raise FlexASLError(
+                f"the tokenizer makes {found[2]} tokens of {len(found[1]):,} characters, so it leaves text out, and no "
+                f"prompt has length={tokens}"
+            )
         if found[2] <= tokens:
             low, best = units, found
         else:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from numbers import Real
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from flexasl import stored
 from flexasl.checks import path, several
 from flexasl.errors import FlexASLError
 from flexasl.evaluation.haystack import Haystack
@@ -19,6 +19,8 @@ from flexasl.text import prose, read_text
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SQUAD, HOTPOTQA = "SQuAD", "HotpotQA"
+LETTERS = "ABCD"
+"""Of the options of a multiple choice."""
 
 
 class Question(NamedTuple):
@@ -111,28 +113,60 @@ def _installed_prose() -> Haystack:
     return Haystack(prose())
 
 
+class _SquadAnswer(TypedDict):
+    text: str
+
+
+class _SquadQuestion(TypedDict):
+    question: str
+    answers: list[_SquadAnswer]
+    is_impossible: NotRequired[bool]
+
+
+class _SquadParagraph(TypedDict):
+    context: str
+    qas: list[_SquadQuestion]
+
+
+class _SquadArticle(TypedDict):
+    paragraphs: list[_SquadParagraph]
+
+
+class _Squad(TypedDict):
+    data: list[_SquadArticle]
+
+
+class _HotpotQuestion(TypedDict):
+    question: str
+    answer: str
+    context: list[tuple[str, list[str]]]
+    """Title and sentences of each document."""
+    supporting_facts: NotRequired[list[tuple[str, int]]]
+    """Title and number of a sentence."""
+
+
+class _InfiniteBenchRecord(TypedDict):
+    context: str
+    input: str
+    answer: str | int | float | list[str | int | float]
+    options: NotRequired[list[str]]
+
+
 def _questions(path: Path) -> tuple[str, Questions]:
     try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise FlexASLError(
-            f"{path} is not JSON ({error.msg} in line {error.lineno}); give SQuAD or HotpotQA"
-        ) from error
-    try:
-        if isinstance(data, dict) and "data" in data:
-            kind, questions = SQUAD, _squad(data["data"])
-        elif isinstance(data, list):
-            kind, questions = HOTPOTQA, _hotpotqa(data)
+        data = stored.read(path)
+        if isinstance(data, list):
+            kind, questions = HOTPOTQA, _hotpotqa(stored.fit(list[_HotpotQuestion], data))
         else:
-            raise KeyError("data")
-    except (KeyError, TypeError, ValueError) as error:
-        raise FlexASLError(f"{path} has neither SQuAD's nor HotpotQA's fields (missing: {error})") from error
+            kind, questions = SQUAD, _squad(stored.fit(_Squad, data)["data"])
+    except stored.Unfit as error:
+        raise FlexASLError(f"{path} is neither SQuAD's nor HotpotQA's: {error}; give one of them") from error
     if not questions.questions:
         raise FlexASLError(f"{path} has no question with an answer; give a file that has")
     return kind, questions
 
 
-def _squad(articles: list[dict[str, Any]]) -> Questions:
+def _squad(articles: list[_SquadArticle]) -> Questions:
     questions: list[Question] = []
     documents: list[str] = []
     for article in articles:
@@ -147,7 +181,7 @@ def _squad(articles: list[dict[str, Any]]) -> Questions:
     return Questions(questions, list(dict.fromkeys(documents)))
 
 
-def _hotpotqa(records: list[dict[str, Any]]) -> Questions:
+def _hotpotqa(records: list[_HotpotQuestion]) -> Questions:
     questions: list[Question] = []
     documents: list[str] = []
     for record in records:
@@ -162,16 +196,25 @@ def _hotpotqa(records: list[dict[str, Any]]) -> Questions:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, (_, line) in enumerate(stored.lines(path), 1):
         if line.strip():
             try:
-                record = json.loads(line)
-                if not {"context", "input", "answer"} <= set(record):
-                    raise ValueError("fields context, input and answer are needed")
-            except ValueError as error:
+                record = stored.fit(_InfiniteBenchRecord, stored.parse(line))
+                _check_options(record)
+            except stored.Unfit as error:
                 raise FlexASLError(f"{path}, line {number}: {error}; give InfiniteBench's file") from error
             records.append(record)
     return records
+
+
+def _check_options(record: dict[str, Any]) -> None:
+    """That there is an answer, and that it is one of the options, where there are any."""
+    options, answer = record.get("options"), record["answer"]
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers:
+        raise stored.Unfit("answer is an empty list")
+    if options and str(answers[0]) not in options[: len(LETTERS)]:
+        raise stored.Unfit(f"the answer {answers[0]!r:.60} is none of the options A to {LETTERS[-1]}")
 
 
 def _digest(path: Path) -> str:

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from flexasl import stored, writing
 from flexasl.errors import FlexASLError
+from flexasl.evaluation.records import ANSWERS, PROMPTS, Run, check
 
 RUN = "run.json"
+RESULTS, SCORES, TIMES, REPORT = "results.jsonl", "scores.md", "times.md", "report.md"
+PICTURES = ("pareto.png", "needle.png", "layers.png", "variance.png")
 
 
 class Journal:
     """All records of one kind in a folder, `<kind>-<rank>.jsonl`; this process appends to its own file.
 
-    A half-written last line is dropped: from the own file for good, in those of others it is skipped.
+    A last line that is half written, or otherwise no record, is dropped: from the own file for good, in those of others
+    it is skipped. Any other line that is no record raises FlexASLError, and the file stays as it is.
     """
 
     def __init__(self, folder: Path, kind: str, rank: int, key: Callable[[dict[str, Any]], Any]) -> None:
-        self._key = key
+        self._key, self._kind = key, kind
         self._places: dict[Any, tuple[Path, int]] = {}
-        own = folder / f"{kind}-{rank}.jsonl"
-        if own.exists():
-            _drop_half_line(own)
+        self._own = folder / f"{kind}-{rank}.jsonl"
+        self._end = 0
         for path in sorted(folder.glob(f"{kind}-*.jsonl")):
-            for place, record in _records(path):
+            for place, size, record in _records(path, kind):
                 self._places.setdefault(key(record), (path, place))
-        self._own, self._file = own, own.open("ab")
+                if path == self._own:
+                    self._end = place + size
+        with writing.named(self._own):
+            self._file = self._own.open("ab", buffering=0)
+            self._file.truncate(self._end)
 
     def __contains__(self, key: Any) -> bool:
         return key in self._places
@@ -41,16 +46,29 @@ class Journal:
         path, place = self._places[key]
         with path.open("rb") as stream:
             stream.seek(place)
-            return json.loads(stream.readline())
+            return check(self._kind, stored.parse(stream.readline()))
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Write records, all with one call; when this returns, a kill no longer loses them."""
-        whole, start = b"", self._file.tell()
+        """Write records, all or none of them; when this returns, a kill no longer loses them.
+
+        Raises FlexASLError where they cannot be written.
+        """
+        whole, places = b"", {}
         for record in records:
-            self._places[self._key(record)] = (self._own, start + len(whole))
-            whole += json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        self._file.write(whole)
-        self._file.flush()
+            check(self._kind, record)
+            places[self._key(record)] = (self._own, self._end + len(whole))
+            whole += stored.dump(record).encode() + b"\n"
+        with writing.named(self._own):
+            try:
+                left = memoryview(whole)
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
+        self._end += len(whole)
+        self._places |= places
 
     def close(self) -> None:
         self._file.close()
@@ -60,25 +78,48 @@ def read_all(folder: Path, kind: str, key: Callable[[dict[str, Any]], Any]) -> l
     """Every record of a kind, of all processes, each key once."""
     found: dict[Any, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{kind}-*.jsonl")):
-        for _, record in _records(path):
+        for *_, record in _records(path, kind):
             found.setdefault(key(record), record)
     return list(found.values())
 
 
 def read_keys(folder: Path, kind: str, key: Callable[[dict[str, Any]], Any]) -> set[Any]:
     """The keys of what `read_all` returns, with one record at a time in memory."""
-    return {key(record) for path in sorted(folder.glob(f"{kind}-*.jsonl")) for _, record in _records(path)}
+    return {key(record) for path in sorted(folder.glob(f"{kind}-*.jsonl")) for *_, record in _records(path, kind)}
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises FlexASLError, which begins with the name of an option or argument and the path, where an evaluation cannot
+    put its results there: see `writing.check_folder`. A folder that holds other things will do, but not one that holds
+    files of the same names which no evaluation has written."""
+    writing.check_folder(name, folder)
+    if (folder / RUN).exists():
+        read_run(folder)
+        return
+    journals = [file.name for kind in (PROMPTS, ANSWERS) for file in folder.glob(f"{kind}-*.jsonl")]
+    for own in (RESULTS, SCORES, TIMES, REPORT, *PICTURES, *journals):
+        if (folder / own).exists():
+            raise FlexASLError(
+                f"{name} {folder} holds {own}, and no {RUN} that says it is of an evaluation; give another folder"
+            )
 
 
 @contextmanager
 def held(folder: Path, rank: int) -> Iterator[None]:
-    """The folder, made if need be, for this rank alone; raises FlexASLError where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder, made if need be, for this rank alone; raises FlexASLError where another process has it, and where
+    `check_folder` refuses it."""
+    check_folder("out", folder)
+    with writing.named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".rank-{rank}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FlexASLError(f"out={folder} is in use by another evaluation; wait for it, or give another") from error
     try:
-        with FileLock(folder / f".rank-{rank}.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise FlexASLError(f"out={folder} is in use by another evaluation; wait for it, or give another") from error
+        yield
+    finally:
+        lock.release()
 
 
 def agree(folder: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
@@ -88,7 +129,7 @@ def agree(folder: Path, identity: dict[str, Any], about: dict[str, Any]) -> None
     """
     path = folder / RUN
     if not path.exists():
-        write(path, json.dumps({"identity": identity, "about": about}, indent=1, ensure_ascii=False) + "\n")
+        writing.write(path, stored.dump({"identity": identity, "about": about}, indent=1) + "\n")
     held = read_run(folder)["identity"]
     for name in identity:
         if held.get(name) != identity[name]:
@@ -98,53 +139,30 @@ def agree(folder: Path, identity: dict[str, Any], about: dict[str, Any]) -> None
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What `agree` noted; raises FlexASLError where the folder holds no evaluation."""
-    if not (folder / RUN).is_file():
+    path = folder / RUN
+    if not path.is_file():
         raise FlexASLError(f"out={folder} holds no evaluation; give a folder that `flexasl eval` has written")
-    return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    try:
+        run: dict[str, Any] = stored.read(path, Run)
+    except stored.Unfit as error:
+        raise FlexASLError(f"{path} is not what flexasl eval wrote: {error}; give another folder") from error
+    return run
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with replaced(path) as new:
-        new.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end, and is gone if that is not reached."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".flexasl-") as folder:
-        new = Path(folder) / path.name
-        yield new
-        os.replace(new, path)
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Place in bytes and content of each whole line."""
-    with path.open("rb") as stream:
-        place = 0
-        for number, line in enumerate(stream, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield place, json.loads(line)
-            except ValueError as error:
-                raise FlexASLError(f"{path}, line {number} is damaged; remove the line to have it made anew") from error
-            place += len(line)
-
-
-def _drop_half_line(path: Path) -> None:
-    with path.open("r+b") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        place = size
-        while place > 0:
-            start = max(0, place - 65536)
-            stream.seek(start)
-            end = stream.read(place - start).rfind(b"\n")
-            if end >= 0:
-                stream.truncate(start + end + 1)
-                return
-            place = start
-        stream.truncate(0)
+def _records(path: Path, kind: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Place and size in bytes, and content, of each line."""
+    bad: tuple[int, stored.Unfit] | None = None
+    for number, (place, line) in enumerate(stored.lines(path), 1):
+        if bad is not None:
+            raise FlexASLError(f"{path}, line {bad[0]} is damaged: {bad[1]}; remove the line to have it made anew")
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = check(kind, stored.parse(line))
+        except stored.Unfit as error:
+            bad = number, error
+        else:
+            yield place, len(line), record
 
 
 def _brief(value: Any) -> str:

@@ -185,6 +185,7 @@ class PrunedCache(DynamicCache):
             raise FlexASLError(f"the cache {what}; save it after a prefill, while the model is there")
         mask = self.attention_mask
         assert mask is not None
+        notes = self.notes if notes is None else notes
         saved = SavedCache(
             layers=tuple(_saved(layer) for layer in self.layers),
             seen=self.get_seq_length(),
@@ -192,7 +193,7 @@ class PrunedCache(DynamicCache):
             attention_mask=None if bool(mask.all()) else mask.bool(),
             model=fingerprint(model),
             reports=self.reports,
-            notes=dict(self.notes if notes is None else notes),
+            notes=dict(notes) if isinstance(notes, Mapping) else notes,
         )
         write(path, saved)
 

@@ -1,0 +1,3 @@
+from flexasl.cli import main
+
+main()
