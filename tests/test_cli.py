@@ -217,6 +217,11 @@ def test_options_reach_the_configuration(ask) -> None:
     assert data["report"]["rows"][0]["kept_tokens"] == data["prompt_tokens"] // 2
 
 
+def test_thousands_of_tokens(ask) -> None:
+    config = json.loads(ask("--json", "--select-tokens", "4k", "--kv-budget", "0.5K").out)["report"]["config"]
+    assert (config["select_tokens"], config["kv_budget"]) == (4096, 512)
+
+
 def test_settings_from_a_file(ask, flexasl_main, model: str, document: str, tmp_path: Path) -> None:
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"select_tokens": 300, "tau": 0.75, "max_layer": 2, "kernel_size": 3}))
@@ -255,6 +260,11 @@ def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
         (["--out", "/proc/own.json"], "--out /proc/own.json cannot be written"),
         (["--select-tokens", "many"], "--select-tokens many is no amount"),
         (["--length", "1k,2k"], "--length 1k,2k is several lengths"),
+        (
+            ["--tasks", "longbook_sum_eng"],
+            "task='longbook_sum_eng' needs a file, which flexasl calibrate does not take",
+        ),
+        (["--unseen", "qa_1"], "task='qa_1' needs a file, which flexasl calibrate does not take"),
         (["--model", "./no/such/model"], "is neither a folder nor a GGUF file"),
         (["--samples", "1"], "samples=1 is too few"),
         (["--select-tokens", "400"], "select_tokens=400 is not smaller than a prompt"),
@@ -321,6 +331,11 @@ def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: 
         (["--device", "abacus"], "device='abacus' cannot be used here"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--file", "none.txt"], "none.txt does not exist"),
+        (["--file", ""], "--file is empty"),
+        (["--plot", ""], "--plot': it is empty; give a path"),
+        (["--question", "Wh\udcff?"], "it is not UTF-8"),
+        (["--model", __file__], "is a file that does not end in .gguf; give a folder with a model"),
+        (["--plot", "/proc/picture.png"], "--plot /proc/picture.png cannot be written: "),
         (["--model", "./no/such/model"], "model ./no/such/model is neither a folder nor a GGUF file"),
         (["--model", "no-such.gguf"], "model no-such.gguf is neither a folder nor a GGUF file"),
         (["--model", "no-such-owner/no-such-model"], "model no-such-owner/no-such-model cannot be loaded"),
