@@ -241,8 +241,7 @@ class LayerCache:
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         length = self._length + count
-        # With slack, room is left at the end always: a graph takes full storage for another kind of tensor.
-        if length + bool(self.slack) > self._states[0].shape[2]:
+        if length > self._states[0].shape[2]:
             most = length + self.slack
             self._states = tuple(_grown(states, 2, self._length, most) for states in self._states)
             self._columns = _grown(self._columns, -1, self._length, most)
