@@ -332,10 +332,9 @@ class LayerCache:
         if valid is not None and self._valid is None:
             self._valid = torch.ones_like(self._columns, dtype=torch.bool)
         count = columns.shape[-1]
-        # With slack, room is left at the end always: a graph takes full storage for another kind of tensor.
         # What was made under inference mode cannot be written into outside of it; with gradients, earlier steps need
         # the storage as it was.
-        full = self._length + count + bool(self.slack) > self._states[0].shape[2]
+        full = self._length + count > self._states[0].shape[2]
         locked = self._states[0].is_inference() and not torch.is_inference_mode_enabled()
         if full or locked or self._states[0].requires_grad:
             self._grow(count, sliding_window)

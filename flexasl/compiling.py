@@ -84,7 +84,7 @@ def require_compiler(device: torch.device) -> None:
 def bare(states: Tensor) -> Tensor:
     """The tensor by itself, at the start of its storage: a compiler takes views of others, and offsets, for other kinds
     of input."""
-    return states.data if states.storage_offset() == 0 else states.clone()
+    return states.data if states.storage_offset() == 0 else states.clone(memory_format=torch.contiguous_format)
 
 
 def kind_of(module: nn.Module) -> Hashable:
