@@ -5,9 +5,11 @@ no decision hangs on rounding.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from test_selector import Decision, decide
 
 import flexasl
 from flexasl import ASLConfig
+from flexasl.compiling import with_fused_rows
 from flexasl.config import SELECT_ON
 from flexasl.ops import reference
 from flexasl.prefill import Prefill
@@ -74,25 +77,56 @@ models = st.builds(
     st.sampled_from(sorted(FAMILIES)),
     sliding_window=st.sampled_from([None, 8]),
 )
-default_dtypes = st.sampled_from([torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64])
 answers = st.sampled_from([3] * 8 + [26] + [150] * (FACTOR > 1))
 """New tokens: now and then more than three sliding windows of 8 or 48."""
 policies = st.sampled_from(["asl", "asl", "asl", "fixed_layer", "snapkv"])
 
 
+@dataclass(frozen=True)
+class Process:
+    """What the process around a patched model is like."""
+
+    default_dtype: torch.dtype
+    compile: bool
+
+
+processes = st.builds(
+    Process,
+    st.sampled_from([torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from([False] * 5 + [True]),
+)
+PLAIN = Process(torch.float32, False)
+
+
+@functools.cache
+def compiled(model):
+    """A copy of the model with compiled layers, patched for all examples: graphs are good for all settings."""
+    return flexasl.patch(copy.deepcopy(model), compile=True)
+
+
 @contextlib.contextmanager
-def patched(model, config, policy="asl", default_dtype=torch.float32):
-    """The patch, in a process with this default dtype; settings that the model's layers cannot run are no example."""
-    try:
-        patch = flexasl.patch(model, counting(policy, config), policy)
-    except flexasl.ConfigError:
-        reject()
-    torch.set_default_dtype(default_dtype)
-    try:
-        with patch:
-            yield patch
-    finally:
-        torch.set_default_dtype(torch.float32)
+def patched(model, config, policy="asl", process=PLAIN):
+    """The patched model and its patch, in such a process; settings that the model's layers cannot run are no example.
+    Other policies than asl run uncompiled."""
+    graphs = process.compile and policy == "asl" and (FACTOR > 1 or model.config.model_type in ("llama", "mistral"))
+    with pytest.MonkeyPatch.context() as context:
+        if FACTOR == 1 or model.config.model_type not in ("llama", "gpt2", "mistral"):
+            # Graphs run as they are: building them takes long.
+            context.setattr("flexasl.compiling.inductor", lambda graph, inputs: with_fused_rows(graph).forward)
+        try:
+            if graphs:
+                patch = compiled(model)
+                patch.config = config
+            else:
+                patch = flexasl.patch(model, counting(policy, config), policy)
+        except flexasl.ConfigError:
+            reject()
+        torch.set_default_dtype(process.default_dtype)
+        try:
+            with contextlib.nullcontext() if graphs else patch:
+                yield patch._model, patch
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def columns_in_front(rows, padding):
@@ -146,9 +180,9 @@ def keep_everything(config, amount):
     config=rules(),
     amount=st.sampled_from([1.0, 90, 5000]),
     policy=policies,
-    default_dtype=default_dtypes,
+    process=processes,
 )
-def test_keep_all_is_identity(model, batch, config, amount, policy, default_dtype):
+def test_keep_all_is_identity(model, batch, config, amount, policy, process):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     config = keep_everything(config, amount)
@@ -157,8 +191,8 @@ def test_keep_all_is_identity(model, batch, config, amount, policy, default_dtyp
     plain = model(**inputs, use_cache=True)
     # transformers' eager attention in float64 gives NaN where a padded query sees nothing, and spreads it.
     assume(not plain.logits[real].isnan().any())
-    with patched(model, config, policy, default_dtype) as patch:
-        pruned = model(**inputs, use_cache=True)
+    with patched(model, config, policy, process) as (pruning, patch):
+        pruned = pruning(**inputs, use_cache=True)
     torch.testing.assert_close(pruned.logits[real], plain.logits[real], **CLOSE)
     assert [row.kept_positions for row in patch.report.rows] == [tuple(range(len(row))) for row in rows]
     layers = zip(pruned.past_key_values.layers, plain.past_key_values.layers, strict=True)
@@ -175,15 +209,15 @@ def test_keep_all_is_identity(model, batch, config, amount, policy, default_dtyp
 
 
 @examples(20)
-@given(model=models, batch=batches(rows=2), config=rules(), count=answers, default_dtype=default_dtypes)
-def test_keep_all_generates_the_same_tokens(model, batch, config, count, default_dtype):
+@given(model=models, batch=batches(rows=2), config=rules(), count=answers, process=processes)
+def test_keep_all_generates_the_same_tokens(model, batch, config, count, process):
     rows, padding = batch
     inputs = columns_in_front(rows, padding)
     del inputs["position_ids"]
     assume(not model(**inputs).logits[:, -1].isnan().any())
     want = model.generate(**inputs, max_new_tokens=count, **GREEDY)
-    with patched(model, keep_everything(config, 1.0), default_dtype=default_dtype):
-        got = model.generate(**inputs, max_new_tokens=count, **GREEDY)
+    with patched(model, keep_everything(config, 1.0), process=process) as (pruning, _):
+        got = pruning.generate(**inputs, max_new_tokens=count, **GREEDY)
     assert torch.equal(got.sequences, want.sequences)
     for layer, (mine, theirs) in enumerate(zip(got.past_key_values.layers, want.past_key_values.layers, strict=True)):
         most = theirs.keys.shape[2] + (sliding_window(model, layer) or 0)
@@ -201,19 +235,19 @@ def test_keep_all_generates_the_same_tokens(model, batch, config, count, default
     policy=policies,
     group=st.sampled_from([1, 60, 2048]),
     count=answers,
-    default_dtype=default_dtypes,
+    process=processes,
 )
-def test_a_row_is_alone(model, batch, config, policy, group, count, default_dtype):
+def test_a_row_is_alone(model, batch, config, policy, group, count, process):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[count] * len(rows), seed=7))
     width = padding + max(map(len, rows))
-    with patched(model, config, policy, default_dtype) as patch, pytest.MonkeyPatch.context() as context:
+    with patched(model, config, policy, process) as (pruning, patch), pytest.MonkeyPatch.context() as context:
         context.setattr("flexasl.packing.GROUP", group)
-        logits, cache, _ = decode(model, rows, padding, more)
+        logits, cache, _ = decode(pruning, rows, padding, more)
         together = patch.report.rows
         for index, ids in enumerate(rows):
-            alone, own, _ = decode(model, [ids], 0, more[index : index + 1])
+            alone, own, _ = decode(pruning, [ids], 0, more[index : index + 1])
             solo = patch.report.rows[0]
             mine = together[index]
             assert (mine.selected_layer, mine.kept_positions) == (solo.selected_layer, solo.kept_positions)
@@ -225,15 +259,13 @@ def test_a_row_is_alone(model, batch, config, policy, group, count, default_dtyp
 
 
 @examples(100)
-@given(
-    model=models, batch=batches(rows=2), config=rules(), policy=policies, count=answers, default_dtype=default_dtypes
-)
-def test_pruned_decode_equals_recompute(model, batch, config, policy, count, default_dtype):
+@given(model=models, batch=batches(rows=2), config=rules(), policy=policies, count=answers, process=processes)
+def test_pruned_decode_equals_recompute(model, batch, config, policy, count, process):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[count] * len(rows), seed=8))
-    with patched(model, config, policy, default_dtype) as patch:
-        logits, _, after_prompt = decode(model, rows, padding, more)
+    with patched(model, config, policy, process) as (pruning, patch):
+        logits, _, after_prompt = decode(pruning, rows, padding, more)
     for index, ids in enumerate(rows):
         made = patch.report.rows[index]
         new = list(range(len(ids), len(ids) + count))
@@ -294,12 +326,12 @@ def check_entries(config, policy, made, tokens, index, heads, window):
 
 
 @examples(200)
-@given(model=models, batch=batches(), config=rules(), policy=policies, default_dtype=default_dtypes)
-def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy, default_dtype):
+@given(model=models, batch=batches(), config=rules(), policy=policies, process=processes)
+def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy, process):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    with patched(model, config, policy, default_dtype) as patch:
-        cache = model(**columns_in_front(rows, padding), use_cache=True).past_key_values
+    with patched(model, config, policy, process) as (pruning, patch):
+        cache = pruning(**columns_in_front(rows, padding), use_cache=True).past_key_values
         resolved = patch.config
     report, width = patch.report, padding + max(map(len, rows))
     for row, ids in enumerate(rows):
