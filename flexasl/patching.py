@@ -32,8 +32,8 @@ def patch(
     computes attention, see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on
     the first prompt and the first new token, good for all lengths; such a model gives no gradients, and a backward pass
     through it raises `UnsupportedError`. Returns the patch, whose `report` tells of the last prompt. Raises
-    `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit it; the model is
-    then untouched.
+    `UnsupportedError` for a model that cannot be patched and `ConfigError` for settings that do not fit it; the model
+    is then untouched.
     """
     if config is not None and not isinstance(config, ASLConfig):
         raise FlexASLError(f"config={config!r} is a {type(config).__name__}; give an ASLConfig or None")
