@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.attention import FlexASLAttention, Scoring
+from flexasl.attention_gradients import attention_gradients
 from flexasl.masks import Visibility
 
 GROUP = 2048
@@ -343,3 +344,58 @@ def packed_attention(
 @packed_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
+
+
+@torch.library.custom_op("flexasl::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    columns: Tensor,
+    gaps: bool,
+    stays: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty where there are none) by that of `packed_attention`'s output."""
+    packed = Packed(lengths.tolist(), columns, stays, gaps)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    found = []
+    for run in packed.runs():
+        own, wanted, keys, values = (run.of(tensor, 2) for tensor in (query, grad, key, value))
+        found.append(
+            attention_gradients(wanted, own, keys, values, packed.visible(run), scale, sliding_window, softcap, sinks)
+        )
+    *parts, of_sinks = zip(*found)
+    joined = [torch.cat([made.transpose(1, 2).flatten(0, 1) for made in part]) for part in parts]
+    queries, keys, values = (part[None].transpose(1, 2).contiguous() for part in joined)
+    none = sinks is None
+    return queries, keys, values, query.new_empty(0) if none else torch.stack(of_sinks).sum(0).to(sinks.dtype)
+
+
+@packed_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = query.new_empty(0) if settings[4] is None else torch.empty_like(settings[4])
+    wanted, keys, values = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return wanted, keys, values, sinks
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, lengths, columns, gaps, stays, sinks, *settings, _ = inputs
+    ctx.save_for_backward(query, key, value, lengths, columns, stays, sinks)
+    ctx.settings = gaps, settings
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (query, key, value, lengths, columns, stays, sinks), (gaps, settings) = ctx.saved_tensors, ctx.settings
+    *states, of_sinks = packed_attention_backward(
+        grad, query, key, value, lengths, columns, gaps, stays, sinks, *settings
+    )
+    return *states, None, None, None, None, None if sinks is None else of_sinks, *[None] * 4
+
+
+packed_attention.register_autograd(_attention_backward, setup_context=_remember)
