@@ -25,8 +25,8 @@ def attention_gradients(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query [B, H, M, D], key and value [B, G, N, D] and sinks [H] (0 where there are none), by that of the
-    output [B, H, M, D]. Computed in float32 at least, some queries at a time."""
+    """Gradients of query [B, H, M, D], key and value [B, G, N, D] and sinks [H] (0 where there are none), by that of
+    the output [B, H, M, D]. Computed in float32 at least, some queries at a time."""
     (batch, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     key_wide, value_wide = key.to(wide), value.to(wide)

@@ -333,8 +333,8 @@ def packed_attention(
     softcap: float | None,
     kernel: str,
 ) -> Tensor:
-    """`Packed.attend` as one node of a graph, for any number of rows of any lengths, which `Packed.layout` tells. It
-    has no gradients."""
+    """`Packed.attend` as one node of a graph, for any number of rows of any lengths, which `Packed.layout`
+    tells."""
     attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
     gaps, *lengths = layout.tolist()
     out = Packed(lengths, columns, stays, bool(gaps), layout).attend(attention, query, key, value, sinks)
@@ -352,9 +352,8 @@ def packed_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Tensor,
+    layout: Tensor,
     columns: Tensor,
-    gaps: bool,
     stays: Tensor | None,
     sinks: Tensor | None,
     scale: float | None,
@@ -362,7 +361,8 @@ def packed_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none) by that of `packed_attention`'s output."""
-    packed = Packed(lengths.tolist(), columns, stays, gaps)
+    gaps, *lengths = layout.tolist()
+    packed = Packed(lengths, columns, stays, bool(gaps), layout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     found = []
     for run in packed.runs():
@@ -373,29 +373,27 @@ def packed_attention_backward(
     *parts, of_sinks = zip(*found)
     joined = [torch.cat([made.transpose(1, 2).flatten(0, 1) for made in part]) for part in parts]
     queries, keys, values = (part[None].transpose(1, 2).contiguous() for part in joined)
-    none = sinks is None
-    return queries, keys, values, query.new_empty(0) if none else torch.stack(of_sinks).sum(0).to(sinks.dtype)
+    for_sinks = query.new_empty(0) if sinks is None else torch.stack(of_sinks).sum(0).to(sinks.dtype)
+    return queries, keys, values, for_sinks
 
 
 @packed_attention_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = query.new_empty(0) if settings[4] is None else torch.empty_like(settings[4])
+    sinks = query.new_empty(0) if settings[3] is None else torch.empty_like(settings[3])
     wanted, keys, values = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     return wanted, keys, values, sinks
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, lengths, columns, gaps, stays, sinks, *settings, _ = inputs
-    ctx.save_for_backward(query, key, value, lengths, columns, stays, sinks)
-    ctx.settings = gaps, settings
+    query, key, value, layout, columns, stays, sinks, *settings, _ = inputs
+    ctx.save_for_backward(query, key, value, layout, columns, stays, sinks)
+    ctx.settings = settings
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (query, key, value, lengths, columns, stays, sinks), (gaps, settings) = ctx.saved_tensors, ctx.settings
-    *states, of_sinks = packed_attention_backward(
-        grad, query, key, value, lengths, columns, gaps, stays, sinks, *settings
-    )
-    return *states, None, None, None, None, None if sinks is None else of_sinks, *[None] * 4
+    sinks = ctx.saved_tensors[-1]
+    *states, of_sinks = packed_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *states, None, None, None, None if sinks is None else of_sinks, *[None] * 4
 
 
 packed_attention.register_autograd(_attention_backward, setup_context=_remember)

@@ -55,8 +55,9 @@ def ask(flexasl_main, model: str, document: str):
     """`flexasl ask` about the document with the tiny model; later options win."""
 
     def call(*arguments: str) -> Outcome:
-        given = ["--file", document, "--question", "Why?", "--model", model, "--select-tokens", str(SELECT)]
-        return flexasl_main("ask", *given, "--max-new-tokens", "8", *arguments)
+        given = ["--file", document, "--question", "Why?", "--model", model, "--max-new-tokens", "8"]
+        budget = [] if "full" in arguments else ["--select-tokens", str(SELECT)]
+        return flexasl_main("ask", *given, *budget, *arguments)
 
     return call
 
@@ -208,12 +209,10 @@ def test_dtype(ask, name: str) -> None:
 
 
 def test_options_reach_the_configuration(ask) -> None:
-    data = json.loads(
-        ask("--json", "--select-tokens", "0.5", "--kv-budget", "64", "--tau", "0.125", "--policy", "fixed_layer").out
-    )
+    data = json.loads(ask("--json", "--select-tokens", "0.5", "--kv-budget", "64", "--tau", "0.125").out)
     config = data["report"]["config"]
     assert (config["select_tokens"], config["kv_budget"], config["tau"]) == (0.5, 64, 0.125)
-    assert data["report"]["policy"] == "fixed_layer"
+    assert data["report"]["policy"] == "asl"
     assert data["report"]["rows"][0]["kept_tokens"] == data["prompt_tokens"] // 2
 
 

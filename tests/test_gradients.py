@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, SMALL, decoder_layers, held_columns, left_padded, prompts, recompute, tiny
+from models import FAMILIES, SMALL, counting, decoder_layers, held_columns, left_padded, prompts, recompute, tiny
 
 import flexasl
 from flexasl import ASLConfig, UnsupportedError
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_a_recomputation(family):
 
 
 ROOM = ASLConfig(select_tokens=24, window=8)
-RULES = {name: (ROOM, name) for name in POLICIES} | {
+RULES = {name: (counting(name, ROOM), name) for name in POLICIES} | {
     "kv_top_p": (SMALL.replace(kv_top_p=0.6), "asl"),
     "later turn": (SMALL.replace(kv_budget=20, later_turns="prune"), "asl"),
 }

@@ -140,7 +140,7 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     arguments = (query, key, value, packed.layout, packed.columns, stays, None, None, 3, None, "auto")
     torch.library.opcheck(packed_attention, arguments)
     query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
-    torch.library.opcheck(packed_attention, (query, key, value, *arguments[3:7], torch.randn(HEADS), *arguments[8:]))
+    torch.library.opcheck(packed_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), *arguments[7:]))
     want = packed.masked(stays).attend(FlexASLAttention(sliding_window=3), query, key, value)
     torch.testing.assert_close(packed_attention(*arguments), want)
 
@@ -158,7 +158,7 @@ def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, maske
     inputs += [torch.randn(HEADS, dtype=torch.float64, requires_grad=True)] if sunk else [None]
     *qkv, sinks = inputs
     attention = FlexASLAttention(sliding_window=5, softcap=softcap, kernel="eager")
-    rows = (packed.counts, packed.columns, True, packed.stays, sinks)
+    rows = (packed.layout, packed.columns, packed.stays, sinks)
     out = packed_attention(*qkv, *rows, None, 5, softcap, "eager")
     want, way = packed.attend(attention, *qkv, sinks), torch.randn(1, HEADS, 14, DIM, dtype=torch.float64)
     wanted = [tensor for tensor in inputs if tensor is not None]
