@@ -29,8 +29,8 @@ class _Coming(NamedTuple):
 
     entries: int = 0
     seen: int = 0
-    gapless: bool = True
-    """Whether they are those of the next columns, none of them padding."""
+    aligned: bool = True
+    """Whether they are those of the next columns in all rows and heads."""
 
 
 NO_GRADIENTS = "no gradients flow through a cache in eight bits; patch the model with kv_dtype=None"
@@ -69,7 +69,8 @@ class LayerCache:
         self._valid: Tensor | None = None
         self._dtype: torch.dtype | None = None
         self._coming = _Coming()
-        self._gapless = 0  # of the last entries, how many are known to be those of the last columns; see `is_gapless`
+        self._aligned = 0  # of the last entries, how many are known to stand at the last columns; see `is_aligned`
+        self._padded = False  # whether padding may be among those
         self._recorded = 0
         self._had_gradients = False
         self.unfinished = False
@@ -105,19 +106,30 @@ class LayerCache:
         """Bool like `columns`, False at padding; None where there is none."""
         return None if self._valid is None else span(self._valid, -1, 0, self._length)
 
-    def append(self, keys: Tensor, values: Tensor, columns: Tensor, valid: Tensor | None, seen: int) -> None:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor,
+        valid: Tensor | None,
+        seen: int,
+        *,
+        aligned: bool = False,
+    ) -> None:
         """Adds entries [B, G, M, D] at columns [B, M], of which valid [B, M] is False at padding, as `seen` more
-        columns. Columns and valid may also differ by head: [B, G, M]."""
+        columns. Columns and valid may also differ by head: [B, G, M]. aligned: the entries that are valid stand at the
+        last M of these columns, in order."""
+        aligned = aligned or (valid is None and columns.shape[-1] == seen)
+        self._padded |= aligned and valid is not None
         states = self._encoded(keys, values)
         if self._states:
-            self._make_room(columns, valid, seen)
+            self._make_room(columns, valid, seen, aligned=aligned)
             self._write(states)
             self._count()
             return
         self.seen += seen
         self._dtype = keys.dtype
-        gapless = columns.shape[-1] if valid is None and columns.shape[-1] == seen else 0
-        self._hold(tuple(map(owned, states)), columns, valid, gapless)
+        self._hold(tuple(map(owned, states)), columns, valid, columns.shape[-1] if aligned else 0)
 
     def extend(
         self,
@@ -136,6 +148,7 @@ class LayerCache:
         `SPARE` tokens needs.
         """
         self._make_room(columns, valid, seen, sliding_window)
+        self._padded |= valid is not None
         first = 0 if sliding_window is None or whole else max(0, self._length - sliding_window + 1)
         end = self._length + self._coming.entries
         return self._read(0, first, end), self._read(1, first, end)
@@ -153,10 +166,15 @@ class LayerCache:
         valid = None if self._valid is None else span(self._valid, -1, end - count, end)
         return span(self._columns, -1, end - count, end), valid
 
-    def is_gapless(self, count: int) -> bool:
-        """Whether the last `count` entries, counted as by `marks`, are known to be those of the last `count` columns in
-        all rows and heads, none of them padding."""
-        return count <= (self._gapless + self._coming.entries if self._coming.gapless else 0)
+    def is_aligned(self, count: int) -> bool:
+        """Whether the last `count` entries, counted as by `marks`, are known to stand at the last `count` columns, in
+        order, in all rows and heads, but for padding, which is not valid."""
+        return count <= (self._aligned + self._coming.entries if self._coming.aligned else 0)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there may be padding among those."""
+        return self._padded
 
     @property
     def tight(self) -> tuple[Tensor, ...] | None:
@@ -174,7 +192,7 @@ class LayerCache:
         if self._length == self._columns.shape[-1]:
             coming = torch.arange(self.seen, self.seen + COLUMNS, dtype=torch.int64, device=self._columns.device)
             self._columns = torch.cat([self._columns, coming.expand(*self._columns.shape[:-1], -1)], -1)
-        self._length, self._gapless, self.seen = self._length + 1, self._gapless + 1, self.seen + 1
+        self._length, self._aligned, self.seen = self._length + 1, self._aligned + 1, self.seen + 1
 
     def restore(
         self,
@@ -209,9 +227,10 @@ class LayerCache:
         if all(cache.columns is not None and cache.columns.dim() == 2 for cache in caches):
             columns, valid = columns[:, 0].contiguous(), valid[:, 0].contiguous()
         made, length = cls(slack), keys.shape[2] - slack
-        gapless = min(cache._gapless for cache in caches)
-        made._hold((keys, values), columns, None if bool(valid[..., :length].all()) else valid, gapless)
+        aligned = min(cache._aligned for cache in caches)
+        made._hold((keys, values), columns, None if bool(valid[..., :length].all()) else valid, aligned)
         made._length, made._dtype = length, keys.dtype
+        made._padded = any(cache._padded for cache in caches)
         made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
         return made
 
@@ -241,8 +260,8 @@ class LayerCache:
         if self._columns is None or self.seen <= count:
             return
         self._bar(count, sliding_window)
-        if self._gapless >= min(count, self._length):
-            self._cut(max(0, self._length - count), self._length, min(count, self._gapless))
+        if self._aligned >= min(count, self._length):
+            self._cut(max(0, self._length - count), self._length, min(count, self._aligned))
         else:
             assert self.columns is not None
             self.retain(self.columns >= self.seen - count)
@@ -264,8 +283,8 @@ class LayerCache:
         self.uncroppable = min(self.uncroppable, seen)
         if self.columns is None or count == 0:
             return
-        if self._gapless >= count:
-            self._cut(0, self._length - count, self._gapless - count)
+        if self._aligned >= count:
+            self._cut(0, self._length - count, self._aligned - count)
         else:
             self.retain(self.columns < seen)
 
@@ -275,7 +294,7 @@ class LayerCache:
             return
         rows = rows.to(self.columns.device)
         valid = None if self.valid is None else self.valid[rows]
-        self._hold(tuple(states[rows] for states in self.stored), self.columns[rows], valid, self._gapless)
+        self._hold(tuple(states[rows] for states in self.stored), self.columns[rows], valid, self._aligned)
 
     def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
         """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs."""
@@ -321,7 +340,15 @@ class LayerCache:
         self._had_gradients |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         return quantize_both(keys, values, self.kv_dtype)
 
-    def _make_room(self, columns: Tensor, valid: Tensor | None, seen: int, sliding_window: int | None = None) -> None:
+    def _make_room(
+        self,
+        columns: Tensor,
+        valid: Tensor | None,
+        seen: int,
+        sliding_window: int | None = None,
+        *,
+        aligned: bool = True,
+    ) -> None:
         """All of `extend` but the keys and values."""
         assert self._columns is not None
         heads = self._states[0].shape[1]
@@ -342,7 +369,7 @@ class LayerCache:
         self._columns[..., room] = columns
         if self._valid is not None:
             self._valid[..., room] = True if valid is None else valid
-        self._coming = _Coming(count, seen, valid is None and count == seen)
+        self._coming = _Coming(count, seen, aligned)
 
     def _grow(self, count: int, sliding_window: int | None) -> None:
         """Moves into storage for `count` more entries and the slack, without what a sliding window can do without."""
@@ -360,7 +387,7 @@ class LayerCache:
         assert self._columns is not None
         self._columns = grown(self._columns[..., moved], -1, most)
         self._valid = None if self._valid is None else grown(self._valid[..., moved], -1, most)
-        self._length, self._gapless = kept, min(self._gapless, kept)
+        self._length, self._aligned = kept, min(self._aligned, kept)
 
     def _needed(self, sliding_window: int, spare: int) -> int:
         """Last columns that a sliding window must not drop. Their entries are among as many last ones: of the entries
@@ -375,26 +402,26 @@ class LayerCache:
     def _count(self) -> None:
         """The entries that there was room for are held now."""
         count, seen, _ = self._coming
-        self._gapless = self._gapless + count if self._coming.gapless else 0
+        self._aligned = self._aligned + count if self._coming.aligned else 0
         self._length, self.seen, self._coming = self._length + count, self.seen + seen, _Coming()
 
-    def _cut(self, first: int, end: int, gapless: int) -> None:
+    def _cut(self, first: int, end: int, aligned: int) -> None:
         """Keeps the entries from one to another, and frees the rest."""
         assert self._columns is not None
         if (first, end) == (0, self._length):
             return
         states = tuple(states[:, :, first:end].clone() for states in self._states)
         valid = None if self._valid is None else self._valid[..., first:end].clone()
-        self._hold(states, self._columns[..., first:end].clone(), valid, gapless)
+        self._hold(states, self._columns[..., first:end].clone(), valid, aligned)
 
     def _write(self, states: tuple[Tensor, ...]) -> None:
         """Puts these [B, G, M, D or 1] where room was made."""
         for held, new in zip(self._states, states, strict=True):
             held[:, :, self._length : self._length + self._coming.entries] = new
 
-    def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None, gapless: int = 0) -> None:
+    def _hold(self, states: tuple[Tensor, ...], columns: Tensor, valid: Tensor | None, aligned: int = 0) -> None:
         self._states, self._columns, self._valid = states, columns, valid
-        self._length, self._gapless, self._coming = states[0].shape[2], gapless, _Coming()
+        self._length, self._aligned, self._coming = states[0].shape[2], aligned, _Coming()
 
 
 def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,8 @@ class Call:
         """What `finish` puts in the place of dropped tokens. NaN there becomes the gradients of all weights after the
         last layer; to train, set 0, and call `blank_out` on what these weights make of it."""
         self._tables: list[tuple[Tensor, Tensor]] = []
+        self._masks: dict[int, Visibility] = {}
+        self._new_valid = None if valid is None or prefill is not None else valid.gather(1, columns)
         self._windows: dict[int, int] = {}
         self._started = 0.0 if prefill is None else _clock(columns.device)
 
@@ -216,9 +218,8 @@ class Call:
             held = cache.tight
             if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
                 return LayerStep(attention, keys=held[0], values=held[1], room=False)
-        new = None if self._valid is None else self._valid.gather(1, self.columns)
         settles = self._compiled and self._tokens == 1 and attention.kernel != "flex"
-        keys, values = cache.extend(self.columns, new, self._tokens, window, whole=settles)
+        keys, values = cache.extend(self.columns, self._new_valid, self._tokens, window, whole=settles)
         count = min(window, keys.shape[2]) if settles and window is not None else keys.shape[2]
         visible = self._visible(cache, count, window)
         if settles:
@@ -331,7 +332,8 @@ class Call:
             keys, values = run.of(keys, 2), run.of(values, 2)
         else:
             keys, values = compact_kv(keys, values, tokens[:, None].expand(-1, keys.shape[1], -1))
-        cache.append(keys, values, packed.columns[tokens] + self._past, real, self._tokens)
+        columns, whole = packed.columns[tokens] + self._past, not packed.gaps
+        cache.append(keys, values, columns, real, self._tokens, aligned=whole)
 
     def close(self) -> None:
         """After the model has run, outside any graph: drops what was masked out from the caches."""
@@ -382,14 +384,25 @@ class Call:
     def _visible(self, cache: LayerCache, count: int, sliding_window: int | None) -> Visibility | None:
         """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
         token sees them all."""
-        if self._tokens == 1 and self._valid is None and cache.is_gapless(count):
-            return None
+        if cache.is_aligned(count) and (self._valid is not None or not cache.is_padded):
+            return None if self._tokens == 1 and self._valid is None else self._aligned(count)
         columns, valid = cache.marks(count)
         valid = self._valid_entries(columns, valid)
         slides = sliding_window is not None and cache.seen + self._tokens > sliding_window
         if self._tokens == 1 and valid is None and not slides:
             return None
         return Visibility(self.columns, columns, valid)
+
+    def _aligned(self, count: int) -> Visibility:
+        """Who sees whom where the entries are those of the last `count` columns: the same for all such layers."""
+        made = self._masks.get(count)
+        if made is None:
+            stop = self._past + self._tokens
+            at = torch.arange(stop - count, stop, dtype=torch.int64, device=self.columns.device)
+            at = at.expand(self.columns.shape[0], -1)
+            valid = None if self._valid is None else self._valid[:, stop - count :]
+            made = self._masks[count] = Visibility(self.columns, at, valid)
+        return made
 
     def _valid_entries(self, columns: Tensor, valid: Tensor | None) -> Tensor | None:
         if self._valid is None:

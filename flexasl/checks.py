@@ -77,6 +77,9 @@ def real(name: str, value: Any, allowed: str, *, error: type[FlexASLError] = Fle
 
 def amount(name: str, value: Any, window: int) -> int | float:
     """A count of tokens beyond the window, or a share in (0, 1]."""
+    if not isinstance(value, (bool, float)):
+        with contextlib.suppress(TypeError):  # integers of NumPy, torch and others
+            value = operator.index(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{name}={shown(value)} is not an amount; give a count of tokens or a share in (0, 1]")
     if not isinstance(value, numbers.Integral):

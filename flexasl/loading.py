@@ -64,7 +64,7 @@ def find_device(name: str) -> torch.device:
     """The device of that name; raises FlexASLError where nothing can be computed there."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float32, device=device).item()
     except Exception as error:  # each backend raises its own
         reason = str(error).strip().partition("\n")[0]
         raise FlexASLError(f"device={name!r} cannot be used here: {reason}") from error

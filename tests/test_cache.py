@@ -226,11 +226,12 @@ def check_visible(cache, model, window):
             assert held[len(held) - len(near) :] == near and held == entries[len(entries) - len(held) :]
 
 
-def check_gapless(cache, model):
-    sure = max(count for count in range(cache.columns.shape[-1] + 1) if cache.is_gapless(count))
-    last = torch.arange(model.seen - sure, model.seen)
-    assert (cache.columns[..., cache.columns.shape[-1] - sure :] == last).all()
-    assert cache.valid is None or cache.valid[..., cache.valid.shape[-1] - sure :].all()
+def check_aligned(cache, model):
+    sure = max(count for count in range(cache.columns.shape[-1] + 1) if cache.is_aligned(count))
+    first, last = cache.columns.shape[-1] - sure, torch.arange(model.seen - sure, model.seen)
+    padding = torch.zeros_like(cache.columns, dtype=torch.bool) if cache.valid is None else ~cache.valid
+    assert ((cache.columns[..., first:] == last) | padding[..., first:]).all()
+    assert cache.is_padded or not padding[..., first:].any()
 
 
 @settings(max_examples=100)
@@ -269,4 +270,4 @@ def test_a_sliding_window_forgets_nothing_that_is_seen_again(data, window, slack
         if recorded is not None:
             assert cache.uncroppable <= recorded
         check_visible(cache, model, window)
-        check_gapless(cache, model)
+        check_aligned(cache, model)

@@ -74,7 +74,7 @@ def test_a_new_token(family, when, slack):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_prompt_and_a_later_turn(family, later_turns):
     model, (ids, turn) = tiny(family), [row[None] for row in prompts(60, 50)]
-    with flexasl.patch(model, SMALL.replace(later_turns=later_turns)):
+    with flexasl.patch(model, SMALL.replace(later_turns=later_turns), foreign_hooks="packed"):
         want = model(ids).past_key_values
         model(turn, past_key_values=want)
         want = model(NEW, past_key_values=want).logits

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, LAYERS, SMALL, decoder_layers, left_padded, prompts, tiny
+from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, decoder_layers, left_padded, prompts, tiny
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,10 +129,10 @@ def test_hooks_up_to_the_selecting_layer_see_the_whole_prompt(family, config):
     """What they give is what goes on: dropping tokens is masking them out, with the same hooks."""
     model, batch, last = tiny(family), left_padded(prompts(90, 61)), 3
     policy = flexasl.policies.FixedLayer(last)
-    with flexasl.patch(model, SMALL.replace(propagate="mask"), policy) as patch:
+    with flexasl.patch(model, counting(policy, SMALL.replace(propagate="mask")), policy) as patch:
         want, saw = steered(model, answers(batch), range(last + 1))
         kept = [row.kept_positions for row in patch.report.rows]
-    with flexasl.patch(model, config, policy) as patch:
+    with flexasl.patch(model, counting(policy, config), policy) as patch:
         got, seen = steered(model, answers(batch), range(last + 1))
         assert [row.kept_positions for row in patch.report.rows] == kept
         assert all(row.pruned and row.selected_layer == last for row in patch.report.rows)
@@ -149,7 +149,7 @@ def test_hooks_up_to_the_selecting_layer_see_the_whole_prompt(family, config):
 def test_policies_that_drop_no_tokens_take_hooks_on_all_layers(policy):
     model, batch = tiny(), left_padded(prompts(90, 61))
     want, _ = steered(model, answers(batch))
-    with flexasl.patch(model, SMALL, policy):
+    with flexasl.patch(model, counting(policy), policy):
         got, _ = steered(model, answers(batch))
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-4, atol=2e-4)
 
@@ -168,14 +168,14 @@ def test_a_layer_that_may_see_fewer_tokens_is_refused_by_name():
             model.generate(**left_padded(prompts(90, 61)), max_new_tokens=2, **GREEDY)
         assert len(ran) == 1, "nothing has run"
         model(ids[:, :20])  # which nothing can be dropped from
-    with flexasl.patch(model, SMALL, "asl_two_pass"):
+    with flexasl.patch(model, counting("asl_two_pass"), "asl_two_pass"):
         model(ids[:, :20])
         with pytest.raises(UnsupportedError, match=r"model\.layers\.0 has a hook .* layers read again the tokens"):
             model(ids)
     refusal = pytest.raises(
         UnsupportedError, match=r"model\.layers\.2 has a hook .* layer 1 may see fewer .*; give a pr"
     )
-    with flexasl.patch(model, SMALL, "pyramid_infer"), refusal:
+    with flexasl.patch(model, counting("pyramid_infer"), "pyramid_infer"), refusal:
         model(ids)
     for handle in handles:
         handle.remove()
@@ -278,7 +278,7 @@ def test_foreign_hooks_packed(monkeypatch):
         deeper.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2]))),
     ]
     batch = left_padded(prompts(90, 61, 9, 33))
-    with flexasl.patch(model, SMALL, flexasl.policies.FixedLayer(1), foreign_hooks="packed"):
+    with flexasl.patch(model, counting("fixed_layer"), "fixed_layer:layer=1", foreign_hooks="packed"):
         model(**batch)
     for handle in handles:
         handle.remove()

@@ -43,7 +43,7 @@ def test_the_rest_of_a_layer_holds_keys_values_and_the_queries_that_are_scored(f
 
     handle = layer.mlp.register_forward_pre_hook(look)
     try:
-        with flexasl.patch(model, SMALL):
+        with flexasl.patch(model, SMALL, foreign_hooks="packed"):
             model(**left_padded(prompts(90, 70)), use_cache=True)
     finally:
         handle.remove()

@@ -82,7 +82,8 @@ def window_scores_and_mass(
     """`flexasl.ops.window_scores_and_mass`, in float64. Section 3 of arXiv 2601.07667."""
     batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
     valid = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if valid is None else valid
-    at = torch.arange(tokens, device=key.device).expand(batch, -1) if positions is None else positions
+    at = torch.arange(tokens, dtype=torch.int64, device=key.device) if positions is None else positions
+    at = at.expand(batch, -1)
     seen = torch.ones_like(valid[0]).expand(window, -1).tril(tokens - window) & valid[:, None]
     seen = seen & valid[:, tokens - window :, None]
     if sliding_window is not None:
@@ -138,7 +139,8 @@ def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """keep [N] bool → the places that stay, ascending, behind others up to `count`; and which of these stay."""
     kept = keep.nonzero()[:, 0]
     filler = (~keep).nonzero()[: count - len(kept), 0]
-    return torch.cat([filler, kept]), torch.arange(count, device=keep.device) >= len(filler)
+    stays = torch.arange(count, dtype=torch.int64, device=keep.device) >= len(filler)
+    return torch.cat([filler, kept]), stays
 
 
 def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
