@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_chat import tiny_tokenizer
 
-import flexasl
 from flexasl import embedded, loading, run, text
 from flexasl.errors import FlexASLError
 
@@ -152,11 +150,3 @@ def test_a_template_may_strip_the_message() -> None:
     tokenizer = copy.copy(tiny_tokenizer())
     tokenizer.chat_template = "<user>{{ messages[0].content | trim }}<end>"
     assert text.through_template(tokenizer, " A text.\n") == "<user>A text.<end>"
-
-
-def test_compiling_without_a_compiler(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = loaded
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(flexasl.UnsupportedError, match=r"compile=True needs a C\+\+ compiler .* or give compile=False"):
-        flexasl.patch(model, compile=True)
-    assert not hasattr(model, "flexasl_patch")
