@@ -27,7 +27,7 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
     It gives no gradients: a backward pass through what it returns raises `UnsupportedError`.
     """
     from torch._dynamo import config
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     # A code object of its own, because compilers count recompiles, and stop at 8, by code object.
     own = types.FunctionType(
@@ -53,7 +53,7 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
                 "torch._dynamo.config.recompile_limit allows, and these inputs need another; raise the limit, or patch "
                 "with compile=False"
             ) from error
-        except (BackendCompilerFailed, Unsupported) as error:
+        except TorchDynamoException as error:
             why = str(error).strip().splitlines()[0]
             raise UnsupportedError(
                 f"compile=True cannot make {kind} one graph: {why}; patch with compile=False"

@@ -119,16 +119,22 @@ def test_the_recompile_limit_is_a_sentence_and_the_model_stays_usable(graphs):
         torch.testing.assert_close(model(ids).logits, want, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+def graph_break(self, states):
+    torch._dynamo.graph_break()
+    return states
+
+
+def loop_over_data(self, states):
+    for row in states[0, :, 0].nonzero()[:, 0]:
+        states = states * (1 + 0 * row)
+    return states
+
+
+@pytest.mark.parametrize("breaks", [graph_break, loop_over_data])
 @torch.no_grad()
-def test_a_layer_that_is_no_single_graph_is_refused(graphs, monkeypatch):
+def test_a_layer_that_is_no_single_graph_is_refused(graphs, monkeypatch, breaks):
     model = own()
-    kind = type(decoder_layers(model)[0].mlp)
-
-    def breaks(self, states):
-        torch._dynamo.graph_break()
-        return states
-
-    monkeypatch.setattr(kind, "forward", breaks)
+    monkeypatch.setattr(type(decoder_layers(model)[0].mlp), "forward", breaks)
     with (
         flexasl.patch(model, SMALL, compile=True),
         pytest.raises(UnsupportedError, match=r"cannot make LlamaDecoderLayer one graph: .*; patch with compile=False"),
