@@ -21,7 +21,10 @@ class Conversation:
 
     def read(self, *lengths, pads=0):
         """New tokens of each row, behind so many columns that are padding in all rows."""
-        new = left_padded(prompts(*lengths, seed=len(self.passes)))
+        self.read_rows(prompts(*lengths, seed=len(self.passes)), pads)
+
+    def read_rows(self, rows, pads=0):
+        new = left_padded(rows)
         ids, mask = (torch.nn.functional.pad(new[name], (pads, 0)) for name in ("input_ids", "attention_mask"))
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
@@ -109,3 +112,26 @@ def test_a_later_mask_cannot_bring_padding_back(kv_budget):
             for given in (mask, careless)
         )
     assert torch.equal(want[mask[:, -2:].bool()], got[mask[:, -2:].bool()])
+
+
+@pytest.mark.parametrize("config", [{}, {"kv_budget": 16}, {"kv_top_p": 0.7}])
+def test_scores_do_not_pool_over_the_padding_of_earlier_turns(config):
+    config = SMALL.replace(kernel_size=7, later_turns="prune", **config)
+    turns = [(60, 40), (1, 5), (50, 31), (30, 40)]
+    model = tiny("llama", torch.float64)
+
+    def talk(rows):
+        talk, kept = Conversation(model), []
+        for lengths in turns:
+            both = prompts(*lengths, seed=len(talk.passes))
+            talk.read_rows([both[row] for row in rows])
+            kept.append([row.kept_positions for row in patch.report.rows])
+        return kept, [logits[:, -1] for *_, logits in talk.passes]
+
+    with torch.no_grad(), flexasl.patch(model, config) as patch:
+        together, logits = talk([0, 1])
+        for row in (0, 1):
+            alone, own = talk([row])
+            assert [kept[0] for kept in alone] == [kept[row] for kept in together]
+            for mine, others in zip(own, logits, strict=True):
+                torch.testing.assert_close(mine[0], others[row], rtol=0, atol=1e-5)
