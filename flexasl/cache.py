@@ -287,7 +287,8 @@ class LayerCache:
             self._cut(0, self._length - count, self._aligned - count)
         else:
             self.retain(self.columns < seen)
-        if self._valid is not None:  # padding may have the columns of tokens that are gone
+        if self._valid is not None and self._columns is not None:
+            # Padding may have the columns of tokens that are gone.
             self._columns = self._columns.clamp(max=max(0, seen - 1))
 
     def select_rows(self, rows: Tensor) -> None:

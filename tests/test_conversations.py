@@ -117,7 +117,7 @@ def test_a_later_mask_cannot_bring_padding_back(kv_budget):
 @pytest.mark.parametrize("config", [{}, {"kv_budget": 16}, {"kv_top_p": 0.7}])
 def test_scores_do_not_pool_over_the_padding_of_earlier_turns(config):
     config = SMALL.replace(kernel_size=7, later_turns="prune", **config)
-    turns = [(60, 40), (1, 5), (50, 31), (30, 40)]
+    turns = [(60, 40), (2, 5), (50, 31), (30, 40)]
     model = tiny("llama", torch.float64)
 
     def talk(rows):
