@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
+from models import FAMILIES, SMALL, left_padded, prompts, sliding_window, tiny
 
 import flexasl
-from tests.models import FAMILIES, SMALL, left_padded, prompts, sliding_window, tiny
 
 KEEP_ALL = SMALL.replace(select_tokens=1000)
 
