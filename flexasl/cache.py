@@ -287,6 +287,9 @@ class LayerCache:
             self._cut(0, self._length - count, self._aligned - count)
         else:
             self.retain(self.columns < seen)
+        if self._valid is not None and self._columns is not None:
+            # Padding may have the columns of tokens that are gone.
+            self._columns = self._columns.clamp(max=max(0, seen - 1))
 
     def select_rows(self, rows: Tensor) -> None:
         """Keeps the batch rows named, in that order; a row may be named more than once."""
@@ -401,8 +404,10 @@ class LayerCache:
 
     def _count(self) -> None:
         """The entries that there was room for are held now."""
-        count, seen, _ = self._coming
-        self._aligned = self._aligned + count if self._coming.aligned else 0
+        count, seen, aligned = self._coming
+        # Where the columns that only padding has were left out, there is a gap to the entries before.
+        before = self._aligned if count == seen else 0
+        self._aligned = before + count if aligned else 0
         self._length, self.seen, self._coming = self._length + count, self.seen + seen, _Coming()
 
     def _cut(self, first: int, end: int, aligned: int) -> None:

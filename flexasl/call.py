@@ -385,7 +385,7 @@ class Call:
         """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
         token sees them all."""
         if cache.is_aligned(count) and (self._valid is not None or not cache.is_padded):
-            return None if self._tokens == 1 and self._valid is None else self._aligned(count)
+            return None if self._tokens == 1 and self._valid is None else self._aligned(cache, count)
         columns, valid = cache.marks(count)
         valid = self._valid_entries(columns, valid)
         slides = sliding_window is not None and cache.seen + self._tokens > sliding_window
@@ -393,7 +393,7 @@ class Call:
             return None
         return Visibility(self.columns, columns, valid)
 
-    def _aligned(self, count: int) -> Visibility:
+    def _aligned(self, cache: LayerCache, count: int) -> Visibility:
         """Who sees whom where the entries are those of the last `count` columns: the same for all such layers."""
         made = self._masks.get(count)
         if made is None:
@@ -401,6 +401,9 @@ class Call:
             at = torch.arange(stop - count, stop, dtype=torch.int64, device=self.columns.device)
             at = at.expand(self.columns.shape[0], -1)
             valid = None if self._valid is None else self._valid[:, stop - count :]
+            known = cache.marks(count)[1]
+            if valid is not None and known is not None:
+                valid = valid & (known if known.dim() == 2 else known[:, 0])
             made = self._masks[count] = Visibility(self.columns, at, valid)
         return made
 

@@ -290,8 +290,8 @@ class Continued:
         """As `Packed.scores`, of the new tokens alone."""
 
         def seen(run: Run, some: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-            at, valid = self._view(run)
-            return self._joined(run).of(key, 2)[some], at[some], None if valid is None else valid[some]
+            keys, (at, valid) = self._joined(run).of(key, 2)[some], self._view(run)
+            return (keys, at[some], None) if valid is None else _padding_first(keys, at[some], valid[some])
 
         return self.packed.scores_of(attention, query, scoring, rows, seen, sinks, mass)
 
@@ -311,6 +311,14 @@ class Continued:
         if valid is not None:
             valid = torch.cat([valid, valid.new_ones(new.shape)], -1)
         return torch.cat([held, new], -1), valid
+
+
+def _padding_first(keys: Tensor, at: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [B, G, N, D] with their columns and validity, [B, N] or [B, G, N], in an order that has no padding of an
+    earlier turn between real tokens, which scores pool over."""
+    order = valid.to(torch.uint8).argsort(dim=-1, stable=True)
+    by_head = order if order.dim() == 3 else order[:, None].expand(-1, keys.shape[1], -1)
+    return keys.take_along_dim(by_head[..., None], 2), at.gather(-1, order), valid.gather(-1, order)
 
 
 def _right_aligned(parts: Sequence[Tensor], width: int) -> Tensor:

@@ -10,7 +10,7 @@ from models import GREEDY, SMALL, left_padded, prompts, tiny
 from peft import LoraConfig, XLoraConfig, get_peft_model
 
 import flexasl
-from flexasl import UnsupportedError
+from flexasl import FlexASLError, UnsupportedError
 from flexasl.integrations.transformers import adapters
 
 TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -232,3 +232,22 @@ def test_tasks_by_row_are_refused():
         pytest.raises(UnsupportedError, match="type POLY, which takes task_ids by row"),
     ):
         generate(model, **BATCH, task_ids=torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_saved_cache_belongs_to_the_adapter_that_read_it(kind, tmp_path):
+    model, path = adapted(config_of(kind), config_of(kind)), tmp_path / "prompt"
+    with torch.no_grad(), flexasl.patch(model, SMALL):
+        model(**left_padded(prompts(60)), use_cache=True).past_key_values.save(path)
+        flexasl.load_cache(path, model)
+        model.set_adapter("de")
+        with pytest.raises(FlexASLError, match=r"adapters in use is \['fr.*\], and this model's is \['de.*\]"):
+            flexasl.load_cache(path, model)
+        with model.disable_adapter(), pytest.raises(FlexASLError, match=r"this model's is \[\]"):
+            flexasl.load_cache(path, model)
+        model.set_adapter("fr")
+        flexasl.load_cache(path, model)
+        if kind == "lora":
+            model.base_model.model.model.layers[2].self_attn.q_proj.set_scale("fr", 0.5)
+            with pytest.raises(FlexASLError, match="adapters in use"):
+                flexasl.load_cache(path, model)

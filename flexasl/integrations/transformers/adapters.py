@@ -104,6 +104,19 @@ def refuse_adapters(model: nn.Module, rows: int = 1) -> None:
             )
 
 
+def adapters_in_use(model: nn.Module) -> list[str]:
+    """Adapters that the model's layers add to what they compute, with their scales."""
+    found = set()
+    modules: Any = model.modules() if "peft" in sys.modules else ()
+    for module in modules:
+        if _kind(type(module)) is None or getattr(module, "disable_adapters", True):  # type: ignore[arg-type]
+            continue
+        given = getattr(module, "scaling", None)
+        scales = given if isinstance(given, dict) else {}
+        found |= {f"{name} scaled by {scales[name]}" if name in scales else name for name in module.active_adapters}
+    return sorted(found)
+
+
 @contextlib.contextmanager
 def forgetting_rows(model: nn.Module) -> Iterator[None]:
     """Where a call is refused inside, takes away the hooks that PEFT has put on layers for it and would leave behind:

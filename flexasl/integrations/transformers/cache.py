@@ -131,12 +131,16 @@ class PrunedCache(DynamicCache):
     def token_ids(self) -> Tensor | None:
         """[B, S] int64: what was read, dropped tokens and padding included; None where the model was given
         embeddings. A later turn's ids go behind them."""
+        seen, known = self.get_seq_length(), self._known()
+        return known[:, :seen] if known is not None and known.shape[1] >= seen else None
+
+    def _known(self) -> Tensor | None:
+        """What was read until the last pass [B, S], cropped since or not."""
         if not self._ids:
             return None
         if len(self._ids) > 1:
             self._ids = [torch.cat(self._ids, 1)]
-        known = self._ids[0][:, : self.get_seq_length()]
-        return known if known.shape[1] == self.get_seq_length() else None
+        return self._ids[0]
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -157,7 +161,7 @@ class PrunedCache(DynamicCache):
         if past > self._read:  # a pass has failed midway
             self._ids = None
         elif past < self._read:  # it was cropped since
-            known = self.token_ids
+            known = self._known()
             self._ids = None if known is None else [known[:, :past]]
             self._mask = None if self._mask is None else self._mask[:, :past]
         if ids is None or self._ids is None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flexasl.calibrated import CalibratedFor
 from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.integrations.transformers.adapters import adapters_in_use
 
 SAMPLE = 64
 """Numbers of each parameter that are hashed."""
@@ -24,7 +25,8 @@ LIKE_MODELS = ("token_id", "drop", "initializer", "chunk_size")
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """Architecture, dtype, settings (rotary ones included) and digests of shapes and weights, ready for JSON.
+    """Architecture, dtype, settings (rotary ones included), digests of shapes and weights, and which of the adapters
+    are in use, ready for JSON.
 
     The same on every device. Weights are known by `SAMPLE` numbers of every parameter, evenly spaced: another training
     run differs in them, a single changed number may not. Of quantised weights, the numbers and scales that are stored
@@ -59,6 +61,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "settings": _settings(model.config.get_text_config(decoder=True)),
         "shapes": shapes.hexdigest(),
         "weights": weights.hexdigest(),
+        "adapters": adapters_in_use(model),
     }
 
 
@@ -73,6 +76,8 @@ def refuse_other_model(found: dict[str, Any], model: Any, path: str) -> None:
     pairs = [(words, found.get(name), mine[name]) for name, words in parts]
     pairs[2:2] = [(name, settings[name], value) for name, value in mine["settings"].items() if name in settings]
     pairs.append(("digest of weights", found.get("weights"), mine["weights"]))
+    if "adapters" in found:  # older files do not tell
+        pairs.append(("list of adapters in use", found["adapters"], mine["adapters"]))
     for words, theirs, own in pairs:
         if theirs != own:
             raise FlexASLError(
