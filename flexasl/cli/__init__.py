@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = _finish(INTERRUPTED)
     if argv is None:  # the process ends here, and an interrupt has nothing left to stop
+        exec("")  # CPython ends by the signal where it has interrupted code of a text, though it was caught; no longer
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(status)
@@ -116,7 +117,11 @@ def _fail(message: str) -> int:
             import traceback
 
             traceback.print_exc()
-        print("flexasl:", " ".join(message.split()), file=sys.stderr)
+        from flexasl.stored import nameable, visible
+
+        with contextlib.suppress(UnicodeEncodeError):  # halves of characters that are none of a file's name
+            message = nameable(message)
+        print("flexasl:", visible(" ".join(message.split())), file=sys.stderr)
     except OSError:
         _discard(sys.stderr)
     return BAD_INPUT
