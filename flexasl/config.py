@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flexasl import stored
+from flexasl import checks, stored
 from flexasl.calibrated import CalibratedFor
 from flexasl.checks import amount, article, instance, integer, one_of, real
 from flexasl.errors import ConfigError
@@ -133,6 +133,7 @@ class ASLConfig:
 
         Raises `ConfigError` where the file holds something else, FileNotFoundError where there is none.
         """
+        path = checks.path("path", path)
         try:
             return cls.from_dict(stored.read(path))
         except FileNotFoundError as error:
@@ -149,6 +150,7 @@ class ASLConfig:
         `max_layer` the last one up to there. Raises `ConfigError` for settings that do not fit so many layers, or were
         calibrated for a model of another depth.
         """
+        num_layers = integer("num_layers", num_layers, 1, error=ConfigError)
         if self.calibrated_for is not None:
             self.calibrated_for.refuse_depth(num_layers)
         if voters is not None and len(voters) < num_layers:

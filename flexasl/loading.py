@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexasl import weights
+from flexasl import checks, weights
 from flexasl.errors import FlexASLError
 from flexasl.extras import need
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+TYPES = "the name of a number format, such as 'bfloat16', or None"
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+"""Settings of `generate` under which an answer is one row, token by token, whatever the model's own settings say."""
 NAMES = "give a folder with a model, a file that ends in .gguf, or a hub id such as owner/name"
 
 
@@ -35,13 +38,21 @@ def load_model(
     """
     from flexasl import embedded
 
+    if not isinstance(name, (str, type(None))):
+        name = str(checks.path("name", name))
+    kind = dtype if dtype is None else getattr(torch, checks.instance("dtype", dtype, str, TYPES), None)
+    if dtype is not None and not isinstance(kind, torch.dtype):
+        raise FlexASLError(f"dtype={checks.shown(dtype)} is not known; give {TYPES}")
     place = find_device(device)
     if name is None:
         return embedded.load(getattr(torch, dtype or "float32"), place)
     folder, source = _find(name)
     model, tokenizer = read(name, folder, dtype or ("float32" if source else "auto"), **source)
     model.name_or_path = name
-    return model.to(place).eval(), tokenizer
+    model = model.to(place).eval()
+    with in_one_sentence(f"model {name} cannot answer"):
+        _answer_once(model, tokenizer)
+    return model, tokenizer
 
 
 def read(name: str, folder: str | Path, dtype: Any, **source: Any) -> tuple[Any, Any]:
@@ -58,6 +69,19 @@ def read(name: str, folder: str | Path, dtype: Any, **source: Any) -> tuple[Any,
         tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
     weights.check_loaded(name, model, found)
     return model, tokenizer
+
+
+def _answer_once(model: Any, tokenizer: Any) -> None:
+    """One word read and one token said, since nothing checks the settings of tokenizers and generation before."""
+    ids = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"] or [0]
+    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    most = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= most:
+        raise ValueError(f"its tokenizer has ids such as {max(ids)}, and it {most} tokens; get both of one model")
+    said = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, tokenizer=tokenizer, **GREEDY
+    )
+    tokenizer.decode(said[0])
 
 
 def find_device(name: str) -> torch.device:

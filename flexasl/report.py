@@ -182,9 +182,10 @@ class Report:
         _draw_curve(above, chosen, self.num_layers, self.config.get("tau"))
         _draw_positions(below, chosen)
         figure.suptitle(
-            f"{self.policy}, row {row}: {chosen.kept_tokens:,} of {chosen.prompt_tokens:,} tokens kept, "
+            f"{visible(self.policy)}, row {row}: {chosen.kept_tokens:,} of {chosen.prompt_tokens:,} tokens kept, "
             f"KV cache {self.kv_share:.0%} of full",
             fontsize=11,
+            parse_math=False,
         )
         if path is not None:
             figure.savefig(path, dpi=150)

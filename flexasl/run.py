@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import flexasl
 from flexasl.errors import FlexASLError
 from flexasl.integrations.transformers.fingerprint import fingerprint
+from flexasl.loading import GREEDY
 from flexasl.loading import load_model as load_model
 from flexasl.report import Report
 from flexasl.text import prompt_ids, through_template
@@ -202,8 +203,9 @@ def _generate(
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             streamer=stream,
+            tokenizer=tokenizer,  # for stop strings
+            **GREEDY,
             return_dict_in_generate=True,
         )
         end = time.perf_counter()

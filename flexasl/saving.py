@@ -148,7 +148,11 @@ def write(path: str | os.PathLike[str], saved: SavedCache) -> None:
 
 def check_target(path: Path, name: str = "", inputs: tuple[str | Path | None, ...] = ()) -> None:
     """Raises `FlexASLError`, which begins with the name of an option and the path, where no cache can be saved there:
-    see `writing.check_file`."""
+    see `writing.check_file`. safetensors opens names in UTF-8 alone."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise FlexASLError(f"{f'{name} {path}'.lstrip()} is not UTF-8; give a name that is") from error
     writing.check_file(name, path, inputs=inputs, ours=_ours)
 
 

@@ -163,6 +163,12 @@ def dump(value: Any, **settings: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **settings)
 
 
+def nameable(path: str) -> str:
+    """A file's name as text that can be stored and printed. Python disguises bytes that the locale's encoding lacks as
+    halves of characters: they are read as UTF-8, and what is none becomes `\\xff` and the like."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def visible(text: str) -> str:
     """A text in which what a terminal would obey (all control characters but line ends and tabs, and marks that turn
     the direction of writing) is written as `\\x1b` and the like."""

@@ -46,7 +46,7 @@ def check_safetensors(folder: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, it is no dict
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise FlexASLError(
                 f"model {folder} cannot be loaded: a file of it is damaged, {path.name} "
                 f"({type(error).__name__}: {one_line(error)}); get it anew"
@@ -59,7 +59,7 @@ def check_safetensors(folder: Path) -> None:
         return
     for name, most in {"num_hidden_layers": tensors, "hidden_size": largest, "vocab_size": largest}.items():
         size = config.get(name) if tensors and isinstance(config, dict) else None
-        if isinstance(size, int) and size > most:
+        if isinstance(size, int) and not 0 < size <= most:
             raise FlexASLError(
                 f"model {folder} cannot be loaded: its config.json says {name}={size}, and its weights are {tensors} "
                 f"tensors of at most {largest} columns; get all files of one model"

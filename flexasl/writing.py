@@ -67,8 +67,9 @@ def check_file(
 
 def check_folder(name: str, path: Path) -> None:
     """The same for files in a folder, which need not exist yet."""
-    if path.exists() and not path.is_dir():
-        raise FlexASLError(f"{name} {path} is a file; give a folder")
+    if os.path.lexists(path) and not path.is_dir():
+        kind = "a file" if path.exists() else "a link that leads nowhere"
+        raise FlexASLError(f"{name} {path} is {kind}; give a folder")
     _check_folder(f"{name} {path}", next(place for place in (path, *path.absolute().parents) if place.exists()), "x")
 
 

@@ -9,7 +9,7 @@ from models import SMALL, tiny
 from tiny_chat import tiny_tokenizer
 
 import flexasl
-from flexasl import ASLConfig, evaluation
+from flexasl import ASLConfig, evaluation, run
 from flexasl.attention import Scoring
 from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
@@ -87,6 +87,17 @@ def lone(name, **given):
             "'select_token' is not a setting of ASLConfig; the settings are select_tokens",
         ),
         (lambda: ASLConfig().replace(layers=5), "'layers' is not a setting of ASLConfig"),
+        (lambda: ASLConfig.load(None), "path is None; give a path"),
+        (lambda: ASLConfig.load(True), "path=True is a bool; give a path"),
+        (lambda: ASLConfig().resolve("6"), "num_layers='6' is not a whole number; give an int of at least 1"),
+        (lambda: ASLConfig().resolve(0), "num_layers=0 is too small; give at least 1"),
+        (lambda: run.load_model(3), "name=3 is an int; give a path"),
+        (
+            lambda: run.load_model("tiny", []),
+            "dtype=[] is a list; give the name of a number format",
+        ),
+        (lambda: run.load_model("tiny", "nn"), "dtype='nn' is not known; give the name of a number format"),
+        (lone("evaluate", together="yes"), "together='yes' is a str; give True or False"),
         (lambda: ASLConfig.from_dict({1: 2, "b": 3}), "1 is not a setting of ASLConfig"),
         (lambda: ASLConfig(select_on=["last"]), "select_on=['last'] is not known; give 'last' or 'max' or 'recent'"),
         (lambda: ASLConfig(tau="x" * 500), "tau='xxx"),

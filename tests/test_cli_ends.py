@@ -115,11 +115,22 @@ def test_letters_that_the_output_lacks(ask, monkeypatch: pytest.MonkeyPatch, enc
         assert text.index("[") < text.index("KV cache")
 
 
-def test_an_interrupt_while_the_command_line_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n")
+@pytest.mark.parametrize("code", ["{}", "exec({!r})"])  # of which dataclasses are made
+def test_an_interrupt_while_the_command_line_is_imported(tmp_path: Path, code: str) -> None:
+    interrupt = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n"
+    (tmp_path / "typer.py").write_text(code.format(interrupt))
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = ended(["--help"], stdout=PIPE, env=os.environ | {"PYTHONPATH": path}, preexec_fn=_heed_interrupts)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    torch = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\nprint('whole')\n"
+    (tmp_path / "torch.py").write_text(f"{torch}def __getattr__(name):\n    time.sleep(10)\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = ended(["inspect", __file__], stdout=PIPE, env=environment, preexec_fn=_heed_interrupts)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "whole\n", "")
 
 
 def test_an_interrupt_while_the_process_tidies_up() -> None:

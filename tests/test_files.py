@@ -96,6 +96,51 @@ def test_pictures_are_not_drawn_over_what_is_read(refused, tmp_path: Path) -> No
     assert "drawing.svg is a file that is read" in refused(tmp_path, *ask)
 
 
+@pytest.mark.parametrize("name", ["run.json", "answers-0.jsonl", "prompts-7.jsonl", "scores.md", "needle.png"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_evaluations_find_what_is_no_file_before_the_model_runs(refused, tmp_path: Path, name: str, make) -> None:
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "run.json").write_text(json.dumps(RUN))
+    (out / name).unlink(missing_ok=True)
+    make(out / name)
+    assert f"--out {out} holds {name}, which is not a file" in refused(tmp_path, "eval", "--out", out)
+
+
+def test_a_folder_that_is_a_link_to_nowhere(refused, tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(tmp_path / "no" / "where")
+    assert "is a link that leads nowhere; give a folder" in refused(tmp_path, "eval", "--out", tmp_path / "results")
+
+
+NO_UTF8 = os.fsdecode(b"lease\xff")
+
+
+def test_names_of_files_that_are_no_utf8(call, refused, folder: Path, document: Path, tmp_path: Path) -> None:
+    file = document.rename(tmp_path / f"{NO_UTF8}.txt")
+    saved = tmp_path / "lease.safetensors"
+    read = ("-f", file, "--model", folder, "--select-tokens", 100)
+    assert call("prefill", *read, "--out", saved)[0] == 0
+    assert "lease\\xff.txt" in flexasl.saving.read(saved).notes["source"]
+    tiny = ("--model", folder, "--tasks", "passkey", "--haystack", file, "--samples", 2)
+    assert call("eval", *tiny, "--lengths", 200, "--policies", "full", "--out", tmp_path / NO_UTF8)[0] == 0
+    assert "lease\\xff.txt" in (tmp_path / NO_UTF8 / "report.md").read_text()
+    calibrated = tmp_path / f"{NO_UTF8}.json"
+    assert call("calibrate", *tiny, "--length", 200, "--select-tokens", 64, "--out", calibrated)[0] == 0
+    assert call("ask", "-q", "Why?", *read, "--max-new-tokens", 1, "--config", calibrated)[0] == 0
+    named = tmp_path / f"{NO_UTF8}.safetensors"
+    said = refused(tmp_path, "prefill", *read, "--out", named)
+    assert "lease\\xff.safetensors is not UTF-8; give a name that is" in said
+
+
+def test_settings_say_nothing_that_a_terminal_would_obey(refused, document: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"tau": "\x1b]0;x\x07", "\x1b[31m": 1}))
+    assert refused(tmp_path, "ask", "-q", "Why?", "-f", document, "--config", config)[:-1].isprintable()
+    config.write_text("{")
+    asked = ("ask", "-q", "Why?", "-f", document, "--config", config.rename(tmp_path / "\x1b[31m.json"))
+    assert refused(tmp_path, *asked)[:-1].isprintable()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("own.json", '{"name": "package"}'), ("own.evidence.json", "[1]"), ("own.md", "# Notes"), ("own.png", "a photo")],

@@ -22,7 +22,7 @@ from test_saving import described, opened, sealed
 import flexasl
 from flexasl import embedded, saving, weights
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import Sources
+from flexasl.evaluation import Sources, plots
 from flexasl.evaluation.infinitebench import from_file
 from flexasl.evaluation.records import ANSWERS, PROMPTS, Answered
 from flexasl.evaluation.runner import answer_key, prompt_key
@@ -195,6 +195,7 @@ def test_records(tmp_path: Path, kind: str) -> None:
         assert read_keys(tmp_path, kind, key) == set(map(key, records))
         if kind == ANSWERS and records:
             results = Results(records)
+            plots._sizes(results.settings)
             score_tables(results)
             if results.timed:
                 time_tables(results)

@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_chat import tiny_tokenizer
 
+import flexasl
 from flexasl import embedded, loading, run, text
 from flexasl.errors import FlexASLError
-
-
-def _config(**changes: object) -> Callable[[Path], None]:
-    def change(model: Path) -> None:
-        file = model / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return change
 
 
 def _file(name: str, content: bytes | None) -> Callable[[Path], None]:
@@ -38,6 +31,34 @@ def _without_tokenizer(model: Path) -> None:
 def _cut_weights(model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def _settings(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        file = model / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def _config(**changes: object) -> Callable[[Path], None]:
+    return _settings("config.json", **changes)
+
+
+def _generation(**changes: object) -> Callable[[Path], None]:
+    return _settings("generation_config.json", **changes)
+
+
+def _folder_of_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+
+
+def _longer_vocabulary(model: Path) -> None:
+    file = model / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["vocab"] = {word: place + 5000 for word, place in told["model"]["vocab"].items()}
+    file.write_text(json.dumps(told))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -62,7 +83,37 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (_without_tokenizer, "need to have sentencepiece or tiktoken installed"),
     "half a tokenizer": (_file("tokenizer.json", b'{"a": '), "cannot be loaded: "),
     "another tokenizer": (_file("tokenizer.json", b'{"a": 1}'), "a file of it is damaged"),
+    "no width": (_config(hidden_size=0), "its config.json says hidden_size=0"),
+    "a folder of weights": (_folder_of_weights, r"a file of it is damaged, model.safetensors \(OSError"),
+    "a longer vocabulary": (
+        _longer_vocabulary,
+        r"cannot answer: its tokenizer has ids such as 50\d\d, and it 1000 tokens",
+    ),
+    "a length that is none": (
+        _settings("tokenizer_config.json", model_max_length="long"),
+        "cannot answer: .*TypeError",
+    ),
+    "an end that is none": (_generation(eos_token_id="end"), "cannot answer: a file of it is damaged.*TypeError"),
+    "an end beyond": (_generation(forced_eos_token_id=5000), "cannot answer: .*IndexError"),
+    "a penalty below 0": (_generation(repetition_penalty=-2.0), "cannot answer: `penalty` has to be"),
+    "words of no kind": (_generation(bad_words_ids=3), "cannot answer: `bad_words_ids` has to be"),
 }
+
+
+def test_answers_are_greedy_whatever_the_model_asks_for(folder: Path, tmp_path: Path) -> None:
+    asked: list[dict[str, object]] = [{}, {"num_beams": 3}, {"use_cache": False}, {"stop_strings": ["no such words"]}]
+    said = []
+    for number, settings in enumerate(asked):
+        model = tmp_path / str(number)
+        shutil.copytree(folder, model)
+        _generation(**settings)(model)
+        loaded, tokenizer = run.load_model(str(model))
+        ids = list(range(3, 203))
+        config = flexasl.ASLConfig(select_tokens=64)
+        for policy in (None, "asl"):
+            given = run.answer(loaded, tokenizer, ids, max_new_tokens=6, config=config, policy=policy)
+            said.append((policy, given.text, given.kv_bytes))
+    assert said == said[:2] * len(asked)
 
 
 @pytest.mark.parametrize("kind", BROKEN)

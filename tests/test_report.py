@@ -166,6 +166,14 @@ def test_plot_writes_a_png_and_shows_curve_threshold_and_choice(tmp_path):
     assert kept == pytest.approx(512)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["my $\\no$ policy", "a\x1b[31m", "$"])
+def test_plot_with_any_name_of_a_policy(name, tmp_path):
+    report = dataclasses.replace(make_report(pruned_row()), policy=name)
+    title = report.plot(tmp_path / "why.png").get_suptitle()
+    assert title.isprintable() and title.startswith(name.replace("\x1b", "\\x1b"))
+
+
 def test_plot_of_a_row_without_scores_says_so():
     pytest.importorskip("matplotlib")
     above, below = make_report(full_row(kept_positions=())).plot().axes

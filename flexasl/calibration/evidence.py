@@ -128,7 +128,7 @@ class Calibration:
         paths = files_of(out)
         with replaced(paths[3]) as new:
             self.plot(new)
-        text = f"{self}\n\n![Share kept against cost]({paths[3].name})\n"
+        text = f"{self}\n\n![Share kept against cost]({stored.nameable(paths[3].name)})\n"
         write(paths[2], text)
         write(paths[1], stored.dump(self.to_dict(), indent=1) + "\n")
         write(paths[0], stored.dump(self.config.to_dict(), indent=1) + "\n")

@@ -8,6 +8,8 @@ import errno
 import os
 import signal
 import sys
+import threading
+from types import FrameType
 from typing import NoReturn, TextIO
 
 from flexasl.errors import FlexASLError
@@ -23,14 +25,28 @@ def main(argv: list[str] | None = None) -> NoReturn:
     Each error is one line on standard error; where the environment variable FLEXASL_TRACEBACK is set, behind a
     traceback.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, _interrupt)
     try:
         status = _finish(_run(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         status = _finish(INTERRUPTED)
     if argv is None:  # the process ends here, and an interrupt has nothing left to stop
+        exec("")  # CPython ends by the signal where it has interrupted code of a text, though it was caught; no longer
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stops, once torch is whole: its C++ ends the process where an import of it is interrupted."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        raise KeyboardInterrupt
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _run(arguments: list[str]) -> int:
@@ -116,7 +132,11 @@ def _fail(message: str) -> int:
             import traceback
 
             traceback.print_exc()
-        print("flexasl:", " ".join(message.split()), file=sys.stderr)
+        from flexasl.stored import nameable, visible
+
+        with contextlib.suppress(UnicodeEncodeError):  # halves of characters that are none of a file's name
+            message = nameable(message)
+        print("flexasl:", visible(" ".join(message.split())), file=sys.stderr)
     except OSError:
         _discard(sys.stderr)
     return BAD_INPUT

@@ -25,6 +25,7 @@ from flexasl.cli.options import (
     words,
 )
 from flexasl.cli.terminal import progress_bar
+from flexasl.stored import nameable
 
 
 def prefill(
@@ -66,7 +67,7 @@ def prefill(
     if not as_json:
         print(report)
     with progress_bar(f"writing {out}"):
-        made.save(out, notes=notes | {"source": file or "-", "about": about.strip()})
+        made.save(out, notes=notes | {"source": nameable(file or "-"), "about": about.strip()})
     size = out.stat().st_size
     if as_json:
         print(json.dumps({"path": str(out), "bytes": size, "report": report.to_dict()}))

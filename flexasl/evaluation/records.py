@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NotRequired, TypedDict
 
+from flexasl.evaluation.plans import FULL
 from flexasl.evaluation.samples import Sample
 from flexasl.evaluation.tasks import TASKS
 from flexasl.stored import Count, Range, Share, Unfit, fit
@@ -97,4 +98,9 @@ def _answer(record: Any) -> dict[str, Any]:
         raise Unfit(f"a layer is {max(layers)}, where num_layers is {found['num_layers']}")
     if len(found["eval_layers"]) != len(found["variance_ratio"]):
         raise Unfit("variance_ratio has not an entry for each of eval_layers")
+    label = FULL if found["budget"] is None else f"{found['policy']}@{found['budget']}"
+    if found["setting"] != label or not label.isprintable():
+        raise Unfit(f"setting is {found['setting']!r:.60}, and not its policy with its budget")
+    if (found["first_token_seconds"] is None) != (found["total_seconds"] is None):
+        raise Unfit("of first_token_seconds and total_seconds, one is there and the other not")
     return found

@@ -18,6 +18,7 @@ from flexasl.evaluation.records import ANSWERS, PROMPTS
 from flexasl.evaluation.samples import Sample, encode
 from flexasl.evaluation.storage import Journal, agree, held, read_keys
 from flexasl.evaluation.tasks import build, find_task
+from flexasl.stored import nameable
 
 
 def prompt_key(record: dict[str, Any]) -> Item:
@@ -57,6 +58,7 @@ def evaluate(
     checks.transformers_model(model)
     checks.tokenizer(tokenizer)
     world_size = integer("world_size", world_size, 1)
+    instance("together", together, bool, "True or False")
     rank, out = integer("rank", rank, 0, world_size - 1), checks.path("out", out)
     for setting in plan.settings:
         if together and setting.config is not None and setting.config.kv_dtype is not None:
@@ -209,4 +211,4 @@ def _about(model: Any) -> dict[str, Any]:
 def model_name(model: Any) -> str:
     """The model's hub id, or the last part of its path."""
     path = Path(model.name_or_path)
-    return path.name if path.is_absolute() or path.exists() else model.name_or_path
+    return nameable(path.name if path.is_absolute() or path.exists() else model.name_or_path)

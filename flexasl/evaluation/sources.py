@@ -98,7 +98,8 @@ class Sources:
         files = [self.haystack, *self.qa_files]
         if self.infinitebench is not None:
             files += sorted(self.infinitebench.glob("*.jsonl"))
-        return {"depths": list(self.depths), "files": {path.name: _digest(path) for path in files if path is not None}}
+        digests = {stored.nameable(path.name): _digest(path) for path in files if path is not None}
+        return {"depths": list(self.depths), "files": digests}
 
 
 def pick(seed: str, index: int, items: list[Any]) -> Any:

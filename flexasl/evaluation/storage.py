@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,11 +94,15 @@ def check_folder(name: str, folder: Path) -> None:
     put its results there: see `writing.check_folder`. A folder that holds other things will do, but not one that holds
     files of the same names which no evaluation has written."""
     writing.check_folder(name, folder)
+    journals = [file.name for kind in (PROMPTS, ANSWERS) for file in folder.glob(f"{kind}-*.jsonl")]
+    made = (RESULTS, SCORES, TIMES, REPORT, *PICTURES, *journals)
+    for own in (RUN, *made):
+        if os.path.lexists(folder / own) and not (folder / own).is_file():
+            raise FlexASLError(f"{name} {folder} holds {own}, which is not a file; give another folder")
     if (folder / RUN).exists():
         read_run(folder)
         return
-    journals = [file.name for kind in (PROMPTS, ANSWERS) for file in folder.glob(f"{kind}-*.jsonl")]
-    for own in (RESULTS, SCORES, TIMES, REPORT, *PICTURES, *journals):
+    for own in made:
         if (folder / own).exists():
             raise FlexASLError(
                 f"{name} {folder} holds {own}, and no {RUN} that says it is of an evaluation; give another folder"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from flexasl.calibrated import CalibratedFor
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.transformers.adapters import adapters_in_use
+from flexasl.stored import nameable
 
 SAMPLE = 64
 """Numbers of each parameter that are hashed."""
@@ -103,7 +104,7 @@ def calibrated_for(model: Any, name: str = "") -> CalibratedFor:
     except UnsupportedError:
         weights = None
     return CalibratedFor(
-        model=name or Path(model.name_or_path).name or type(model).__name__,
+        model=name or nameable(Path(model.name_or_path).name) or type(model).__name__,
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
