@@ -44,7 +44,7 @@ def main() -> None:
                 short_rows.append([dtype, count, row["name"], f"{row['median'] * 1e3:.1f}", f"{row['cost']:.3f}"])
                 short_data.append({"dtype": dtype, "prompt": count} | row)
         print(table([""] * 5, short_rows), flush=True)
-        caches = [_read(model, prompt) for model in (plain, small, whole, eager)]
+        caches = [_read(model, prompt) for model in (plain, small, whole, eager)] if args.batches else []
         for batch in args.batches:
             for cache in caches:
                 cache.batch_repeat_interleave(batch // _rows(cache))
@@ -79,7 +79,9 @@ def main() -> None:
     )
     short_heads = ["dtype", "prompt tokens", "what", "ms a token", "time ÷ unpatched"]
     short_note = "After prompts within the budget, batch 1, from which nothing is dropped:"
-    tables = f"{note}\n\n{table(heads, rows)}\n\n{short_note}\n\n{table(short_heads, short_rows)}"
+    tables = f"{short_note}\n\n{table(short_heads, short_rows)}"
+    if rows:
+        tables = f"{note}\n\n{table(heads, rows)}\n\n{tables}"
     write(args.out, "Decode", tables, {"rows": data, "within_budget": short_data})
 
 
@@ -157,7 +159,8 @@ def _bytes(cache: Any) -> int:
 def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="each a multiple of the one before")
+    several = "each a multiple of the one before; none: short prompts alone"
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help=several)
     parser.add_argument("--short", type=int, nargs="+", default=[52, 500], help="prompt lengths within the budget")
     parser.set_defaults(tokens=[4000])
     args = parser.parse_args()
