@@ -317,7 +317,7 @@ def check_entries(config, policy, made, tokens, index, heads, window):
     by_mass = config.kv_top_p is not None and limit > share_of(config.select_tokens, tokens, config.window)
     for held in heads:
         assert held == sorted(set(held)) and set(held) <= set(seen_later)
-        assert set(present[-config.window :]) <= set(held)
+        assert set(present[-config.window :]) & set(seen_later) <= set(held)
         if by_mass:
             assert present[0] in held or sliding
         elif limit == len(present):
