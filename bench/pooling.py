@@ -42,8 +42,8 @@ def main() -> None:
         with Memo(len(prompt.ids)).over(costly_modules(decoder_layers(model))):
             for pooling, width in POOLINGS:
                 config = flexasl.ASLConfig(select_tokens=args.select_tokens, kernel_size=width, pooling=pooling)
-                (recording,), voters = record(model, [prompt], config, lambda done: None)
-                known = Table(recording, config, costs, voters)
+                (recording,), ranking_layers = record(model, [prompt], config, lambda done: None)
+                known = Table(recording, config, costs, ranking_layers)
                 for observed in OBSERVED:
                     name = f"{pooling} {width}, best of {observed}" if observed > 1 else f"{pooling} {width}, one layer"
                     for layer in LAYERS:
@@ -53,9 +53,9 @@ def main() -> None:
                             observe_layers=observed,
                             select_on="max",
                             if_never="select",
-                        ).resolve(len(costs), voters)
+                        ).resolve(len(costs), ranking_layers)
                         kept.setdefault(name, {}).setdefault(layer, []).append(known.outcome(at).kept)
-                rule = config.resolve(len(costs), voters)
+                rule = config.resolve(len(costs), ranking_layers)
                 ruled.setdefault(f"{pooling} {width}", []).append((task, known.outcome(rule)))
     rows = [[name, *(f"{fmean(by[layer]):.2f}" for layer in LAYERS)] for name, by in kept.items()]
     chosen = [

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexasl import ASLConfig, FlexASLAttention  # FlexASL
-from flexasl.cache import LayerCache  # FlexASL
-from flexasl.call import Call, LayerStep  # FlexASL
-from flexasl.policies import ASL  # FlexASL
-from flexasl.prefill import Prefill  # FlexASL
-from flexasl.report import Report  # FlexASL
+import flexasl  # FlexASL
 
 
 class Block(nn.Module):
@@ -30,16 +25,16 @@ class Block(nn.Module):
         self.out = nn.Linear(heads * self.dim, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.attention = FlexASLAttention()  # FlexASL
+        self.attention = flexasl.FlexASLAttention()  # FlexASL
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: LayerStep) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: flexasl.LayerStep) -> Tensor:
         normed = self.attention_norm(hidden)
         query, key, value = (
             project(normed).unflatten(-1, (-1, self.dim)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mixed = step.attend(query, *step.update(key, value))  # FlexASL
+        mixed = step.attention(query, key, value)  # FlexASL
         hidden = hidden + self.out(mixed.transpose(1, 2).flatten(2))
         return hidden + self.down(F.gelu(self.up(self.mlp_norm(hidden))))
 
@@ -54,43 +49,38 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.dim = width // heads
 
-    def forward(self, tokens: Tensor, call: Call) -> Tensor:
+    def forward(self, tokens: Tensor, forward_pass: flexasl.ForwardPass) -> Tensor:
         """tokens [B, M] int64 → logits [B, M, vocabulary]; those of prompt tokens that were dropped are NaN."""
-        hidden = call.start(self.embed(tokens))  # FlexASL
-        cos, sin = rotary_tables(call.columns, self.dim)
+        hidden = self.embed(tokens)
+        cos, sin = rotary_tables(forward_pass.positions, self.dim)
         for index, block in enumerate(self.blocks):
-            step = call.enter(index, block.attention)  # FlexASL
-            hidden = block(hidden, call.table(cos), call.table(sin), step)  # FlexASL
-            hidden = call.leave(index, step, hidden)  # FlexASL
-        return F.linear(self.norm(call.finish(hidden)), self.embed.weight)  # FlexASL
+            hidden, step = forward_pass.before_layer(index, block.attention, hidden)  # FlexASL
+            hidden = block(hidden, forward_pass.table(cos), forward_pass.table(sin), step)  # FlexASL
+            hidden = forward_pass.after_layer(index, step, hidden)  # FlexASL
+        return F.linear(self.norm(hidden), self.embed.weight)
 
 
-def read_prompt(model: Decoder, prompt: Tensor, config: ASLConfig) -> tuple[Tensor, Call]:
-    """Logits [B, M, vocabulary] of a batch of prompts, and the call, whose caches hold what is left of them."""
-    caches = [LayerCache() for _ in model.blocks]  # FlexASL
-    lengths = [prompt.shape[1]] * prompt.shape[0]  # FlexASL
-    rule = ASL().resolve(config, len(caches))  # FlexASL
-    prefill = Prefill(ASL(), rule, len(caches), lengths, device=prompt.device)  # FlexASL
-    columns = torch.arange(prompt.shape[1], device=prompt.device).expand(prompt.shape)
-    call = Call(caches, prefill, columns, None)  # FlexASL
-    logits = model(prompt, call)
-    call.close()  # FlexASL
-    return logits, call
+def read(
+    model: Decoder, tokens: Tensor, caches: list[flexasl.LayerCache], mask: Tensor, config: flexasl.ASLConfig
+) -> tuple[Tensor, flexasl.Report | None]:
+    """Logits [B, M, vocabulary] of a batch of prompts, or of tokens [B, M] after what the caches hold, and what was
+    decided about prompts. mask [B, all tokens so far] is 0 at padding."""
+    forward_pass = flexasl.ForwardPass.begin(caches, mask, config)  # FlexASL
+    logits = model(tokens, forward_pass)
+    return logits, forward_pass.close()  # FlexASL
 
 
-def read_token(model: Decoder, token: Tensor, caches: list[LayerCache]) -> Tensor:
-    """Logits [B, 1, vocabulary] after one more token [B, 1], at its true position."""
-    columns = torch.full_like(token, caches[0].seen)  # FlexASL
-    return model(token, Call(caches, None, columns, None))  # FlexASL
-
-
-def generate(model: Decoder, prompt: Tensor, config: ASLConfig, new_tokens: int) -> tuple[Tensor, Report]:
+def generate(
+    model: Decoder, prompt: Tensor, config: flexasl.ASLConfig, new_tokens: int
+) -> tuple[Tensor, flexasl.Report | None]:
     """Greedy continuation [B, new_tokens] of prompts [B, M], and what was decided about them."""
-    logits, call = read_prompt(model, prompt, config)
-    report = call.report(ASL())  # FlexASL
+    caches = [flexasl.LayerCache() for _ in model.blocks]  # FlexASL
+    mask = torch.ones_like(prompt)
+    logits, report = read(model, prompt, caches, mask, config)
     tokens = [logits[:, -1:].argmax(-1)]
     while len(tokens) < new_tokens:
-        tokens.append(read_token(model, tokens[-1], call.caches)[:, -1:].argmax(-1))
+        mask = F.pad(mask, (0, 1), value=1)
+        tokens.append(read(model, tokens[-1], caches, mask, config)[0][:, -1:].argmax(-1))
     return torch.cat(tokens, 1), report
 
 
@@ -110,13 +100,13 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def main() -> None:
     torch.manual_seed(0)
     model, prompt = Decoder().eval(), torch.randint(257, (2, 400))
-    config = ASLConfig(select_tokens=64)
+    config = flexasl.ASLConfig(select_tokens=64)
     tokens, report = generate(model, prompt, config, 16)
     print(report)
     print("next tokens:", tokens.tolist())
     whole, dropped, masked = (
-        read_prompt(model, prompt, choice)[0][:, -1]
-        for choice in (ASLConfig(select_tokens=1.0), config, config.replace(propagate="mask"))
+        read(model, prompt, [flexasl.LayerCache() for _ in model.blocks], torch.ones_like(prompt), choice)[0][:, -1]
+        for choice in (flexasl.ASLConfig(select_tokens=1.0), config, config.replace(propagate="mask"))
     )
     print(f"last logits, tokens dropped or masked out: {(dropped - masked).abs().max():.1e} apart")
     print(f"last logits, tokens dropped or all kept: {(dropped - whole).abs().max():.1e} apart")

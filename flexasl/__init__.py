@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexasl import policies
     from flexasl.attention import FlexASLAttention, Scoring
+    from flexasl.cache import LayerCache
     from flexasl.calibration import Calibration, calibrate
     from flexasl.config import ASLConfig
     from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
+    from flexasl.forward_pass import ForwardPass
+    from flexasl.layer_step import LayerStep
     from flexasl.masks import Visibility
     from flexasl.patching import load_cache, patch
     from flexasl.replaying import Replay, replay
-    from flexasl.selector import LayerSelector, Selection
+    from flexasl.report import Report
+    from flexasl.retention import Retention
+    from flexasl.selectors import LayerSelector, Selection, Selector
 
 __version__ = "0.1.0"
 
@@ -22,10 +27,16 @@ __all__ = [
     "ConfigError",
     "FlexASLAttention",
     "FlexASLError",
+    "ForwardPass",
+    "LayerCache",
     "LayerSelector",
+    "LayerStep",
     "Replay",
+    "Report",
+    "Retention",
     "Scoring",
     "Selection",
+    "Selector",
     "UnsupportedError",
     "Visibility",
     "calibrate",
@@ -41,10 +52,16 @@ _HOMES = {
     "ConfigError": "errors",
     "FlexASLAttention": "attention",
     "FlexASLError": "errors",
-    "LayerSelector": "selector",
+    "ForwardPass": "forward_pass",
+    "LayerCache": "cache",
+    "LayerSelector": "selectors",
+    "LayerStep": "layer_step",
     "Replay": "replaying",
+    "Report": "report",
+    "Retention": "retention",
     "Scoring": "attention",
-    "Selection": "selector",
+    "Selection": "selectors",
+    "Selector": "selectors",
     "UnsupportedError": "errors",
     "Visibility": "masks",
     "calibrate": "calibration",

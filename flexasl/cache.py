@@ -14,7 +14,7 @@ from torch import Tensor
 from flexasl.entries import by_head, grown, owned, span, stack_rows, widened
 from flexasl.errors import FlexASLError
 from flexasl.gradients import refuse_gradients
-from flexasl.ops import compact_kv, kept_slots
+from flexasl.ops import compact_kv, kept_indices
 from flexasl.quantizing import dequantize, name_of, primitives, quantize_both
 
 SPARE = 64
@@ -141,7 +141,7 @@ class LayerCache:
         whole: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As `append`, but leaves the new entries' keys and values to the caller, who writes them at the end of the
-        tensors returned [B, G, N + M, D], and then calls `settle` with these; until then the cache is as it was.
+        tensors returned [B, G, N + M, D], and then calls `commit` with these; until then the cache is as it was.
 
         With a sliding_window N is at most the `sliding_window - 1` entries that the first new token may see, or all
         that are held where `whole`. Where storage must grow, older ones are dropped, but for those that a crop by
@@ -153,7 +153,7 @@ class LayerCache:
         end = self._length + self._coming.entries
         return self._read(0, first, end), self._read(1, first, end)
 
-    def settle(self, keys: Tensor, values: Tensor, count: int) -> None:
+    def commit(self, keys: Tensor, values: Tensor, count: int) -> None:
         """Stores the last `count` entries of what `extend` gave, which are in place already without a `kv_dtype`."""
         if self.kv_dtype is not None:
             self._write(self._encoded(keys[:, :, -count:], values[:, :, -count:]))
@@ -250,7 +250,7 @@ class LayerCache:
             wanted = wanted & self.valid
         counts = wanted.sum(-1)
         most, least = torch.stack([counts.max(), counts.min()]).tolist()
-        slots, valid = kept_slots(wanted, most)
+        slots, valid = kept_indices(wanted, most)
         self.keep(slots, None if most == least else valid)
 
     def forget(self, sliding_window: int, spare: int = 0) -> None:

@@ -9,6 +9,7 @@ import numbers
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,8 @@ def transformers_model(value: Any) -> Any:
 def path(name: str, value: Any) -> Path:
     """The value as a path."""
     return Path(instance(name, value, (str, os.PathLike), "a path"))
+
+
+def renamed(old: str, new: str) -> None:
+    """Warns that a public name has another one now; it goes with the next release."""
+    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)

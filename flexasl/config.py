@@ -141,20 +141,20 @@ class ASLConfig:
         except (ConfigError, stored.Unfit) as error:
             raise ConfigError(f"{os.fspath(path)} holds no settings of ASLConfig: {error!s:.300}") from error
 
-    def resolve(self, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def resolve(self, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the
         model.
 
-        voters are the layers that a ranking may be taken from, ascending; None for all. Where these are not all,
-        `observe_layers` counts voters, `min_layer` becomes the first one from there on that has so many, and
+        ranking_layers are the layers that a ranking may be taken from, ascending; None for all. Where these are not all,
+        `observe_layers` counts ranking_layers, `min_layer` becomes the first one from there on that has so many, and
         `max_layer` the last one up to there. Raises `ConfigError` for settings that do not fit so many layers, or were
         calibrated for a model of another depth.
         """
         num_layers = integer("num_layers", num_layers, 1, error=ConfigError)
         if self.calibrated_for is not None:
             self.calibrated_for.refuse_depth(num_layers)
-        if voters is not None and len(voters) < num_layers:
-            return self._resolve_among(voters, num_layers)
+        if ranking_layers is not None and len(ranking_layers) < num_layers:
+            return self._resolve_among(ranking_layers, num_layers)
         paper = self.variance_reference == "initial"
         bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
         observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
@@ -210,26 +210,26 @@ class ASLConfig:
         """Puts a checked value in the place of the one that was given, such as an int for numpy's."""
         object.__setattr__(self, name, value)
 
-    def _resolve_among(self, voters: Sequence[int], num_layers: int) -> ASLConfig:
+    def _resolve_among(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
         bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
         if self.min_layer is not None:
-            bounds["min_layer"] = max(sum(layer < self.min_layer for layer in voters), (self.observe_layers or 1) - 1)
+            bounds["min_layer"] = max(sum(layer < self.min_layer for layer in ranking_layers), (self.observe_layers or 1) - 1)
         if self.max_layer is not None:
-            bounds["max_layer"] = sum(layer <= self.max_layer for layer in voters) - 1
+            bounds["max_layer"] = sum(layer <= self.max_layer for layer in ranking_layers) - 1
         least = 0
         for name, place in bounds.items():
             given = getattr(self, name)
             if place is None:
                 continue
-            if given >= num_layers or not least <= place < len(voters):
+            if given >= num_layers or not least <= place < len(ranking_layers):
                 raise ConfigError(
                     f"{name}={given} leaves no layer to select at; layers with full attention are "
-                    f"{', '.join(map(str, voters))} of {num_layers}"
+                    f"{', '.join(map(str, ranking_layers))} of {num_layers}"
                 )
             least = place
-        found = self.replace(**bounds, calibrated_for=None).resolve(len(voters))
+        found = self.replace(**bounds, calibrated_for=None).resolve(len(ranking_layers))
         assert found.min_layer is not None and found.max_layer is not None
-        layers = {"min_layer": voters[found.min_layer], "max_layer": voters[found.max_layer]}
+        layers = {"min_layer": ranking_layers[found.min_layer], "max_layer": ranking_layers[found.max_layer]}
         return found.replace(**layers, calibrated_for=self.calibrated_for)
 
     def _check_choices(self) -> None:

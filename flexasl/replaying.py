@@ -20,8 +20,9 @@ from flexasl.errors import FlexASLError
 from flexasl.ops import token_ranks
 from flexasl.policies import Policy, choose
 from flexasl.policies.contract import resolved
-from flexasl.prefill import Entries, Prefill, left_padded_lengths
-from flexasl.selector import LayerSelector, Trace
+from flexasl.prefill import Entries, Prefill
+from flexasl.rows import left_padded_lengths
+from flexasl.selectors import LayerSelector, Trace
 
 
 @dataclass
@@ -86,7 +87,7 @@ def replay(
     rows = [Replay() for _ in range(batch)]
     for layer in range(layers):
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
-        queries = queries[:, :, prefill.packed.last(rule.window)]
+        queries = queries[:, :, prefill.rows.last(rule.window)]
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
@@ -97,30 +98,31 @@ def replay(
         totals = {layer: scores[layer][row].sum(0) for layer in result.scored_layers}
         _finish(result, prefill.selector.traces.get(row), totals, lengths[row] - rule.window)
         made = prefill.selections.get(row)
-        if made is not None:
-            result.selected_layer, result.selected = made.layer, prefill.kept_positions(row)
+        if made:
+            result.selected_layer, result.selected = made[-1].layer, prefill.kept_positions(row)
     return rows
 
 
 @torch.no_grad()
-def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, voters: Sequence[int] | None = None) -> Replay:
+def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, ranking_layers: Sequence[int] | None = None) -> Replay:
     """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads.
 
-    voters are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;
+    ranking_layers are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;
     `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
     """
     if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
         given = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else article(scores)
         raise FlexASLError(f"scores is {given}; give floats [layer, token]")
     layers, prefix = scores.shape
-    rule = instance("config", config or ASLConfig(), ASLConfig, "an ASLConfig or None").resolve(layers, voters)
-    selector = LayerSelector(rule, [prefix + rule.window], voters=voters, device=scores.device)
+    rule = instance("config", config or ASLConfig(), ASLConfig, "an ASLConfig or None").resolve(layers, ranking_layers)
+    selector = LayerSelector(rule, [prefix + rule.window], ranking_layers=ranking_layers, device=scores.device)
     result = Replay()
     for layer in range(layers):
         if not selector.needs(layer):
             continue
-        for made in selector.select(layer, selector.observe(layer, scores[layer][None])):
-            result.selected_layer, result.selected = layer, made.slots
+        selector.observe(layer, scores[layer][None])
+        for made in selector.select(layer):
+            result.selected_layer, result.selected = layer, made.indices
         result.scored_layers.append(layer)
     _finish(result, selector.traces[0], dict(enumerate(scores)), prefix)
     return result
@@ -156,7 +158,7 @@ def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> 
 
 def _pack(states: Tensor, prefill: Prefill) -> Tensor:
     """Recorded states [B, H, N, D] of the current layer's tokens: [1, H, T, D]."""
-    return states.transpose(0, 1).flatten(1, 2)[:, prefill.packed.flat(prefill.tokens)][None]
+    return states.transpose(0, 1).flatten(1, 2)[:, prefill.rows.flat(prefill.tokens)][None]
 
 
 def _counts(prefill: Prefill, row: int, layer: int) -> bool:
@@ -165,13 +167,13 @@ def _counts(prefill: Prefill, row: int, layer: int) -> bool:
     if rule.min_layer == rule.max_layer:
         return layer == rule.max_layer
     assert rule.max_layer is not None
-    return layer <= (rule.max_layer if made is None else made.layer)
+    return layer <= (made[-1].layer if made else rule.max_layer)
 
 
 def _kept_indices(
     prefill: Prefill, row: int, scores: Tensor | None, entries: Entries | None, groups: int
 ) -> list[Tensor]:
-    start, length = prefill.packed.starts[row], prefill.packed.lengths[row]
+    start, length = prefill.rows.starts[row], prefill.rows.lengths[row]
     prefix = length - prefill.config.window
     heads = []
     for group in range(groups):

@@ -44,6 +44,16 @@ class _Positions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionReport:
+    """One selection from a prompt."""
+
+    layer: Count
+    """Layer that selected, counted from 0."""
+    kept_tokens: Count
+    """Tokens that go on below it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowReport:
     """What was decided for one prompt of the batch."""
 
@@ -52,7 +62,7 @@ class RowReport:
     kept_tokens: Count
     """Tokens that go on below the selection layer; `prompt_tokens` where nothing was selected."""
     selected_layer: Count | None
-    """Layer that selected, counted from 0; None where nothing was selected."""
+    """The last layer that selected, counted from 0; None where nothing was selected."""
     reason: str
     """Why this layer, or why none: one sentence."""
     scored_layers: tuple[Count, ...] = ()
@@ -68,8 +78,15 @@ class RowReport:
     and becomes a tuple when it is read."""
     layer_tokens: tuple[Count, ...] = ()
     """Tokens that each layer ran on."""
+    selections: tuple[SelectionReport, ...] = ()
+    """All selections, in order of layers; where none is given, the one that `selected_layer` and `kept_tokens` tell."""
     reread_layers: Count = 0
     """How many layers, from the first on, ran a second time, on the kept tokens alone."""
+
+    def __post_init__(self) -> None:
+        if not self.selections and self.selected_layer is not None:
+            only = SelectionReport(layer=self.selected_layer, kept_tokens=self.kept_tokens)
+            object.__setattr__(self, "selections", (only,))
 
     @property
     def pruned(self) -> bool:
@@ -120,6 +137,8 @@ class Report:
         if isinstance(data, dict):
             data = {"preset": None} | data  # of a report that was written before there were presets
             data.pop("kv_share", None)
+            if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row could have several selections
+                data["rows"] = [{"selections": ()} | row if isinstance(row, dict) else row for row in data["rows"]]
         report: Report = fit(cls, data)
         fit(_Shown, report.config, "config")
         for index, row in enumerate(report.rows):
@@ -158,7 +177,7 @@ class Report:
         elif row.selected_layer + 1 < self.num_layers:
             # The selection layer itself still runs on every token.
             head += f"{row.kept_tokens:,} kept from layer {row.selected_layer + 1} of {self.num_layers} on"
-            head += f" (selected at layer {row.selected_layer})"
+            head += f" (selected at {_layers(row)})"
         else:
             head += f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
         return [head, *_wrap(f"why: {row.reason}", indent="  "), *_curve_lines(row)]
@@ -219,15 +238,28 @@ class _Shown(TypedDict):
 
 def _check_row(row: RowReport, num_layers: int, where: str) -> None:
     """Raises `Unfit` for what no prefill decides."""
-    layers = (*row.eval_layers, *row.scored_layers, *([] if row.selected_layer is None else [row.selected_layer]))
+    selected = [selection.layer for selection in row.selections]
+    layers = (*row.eval_layers, *row.scored_layers, *selected)
     if any(layer >= num_layers for layer in layers):
         raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
     if not len(row.eval_layers) == len(row.variance) == len(row.variance_ratio):
         raise Unfit(f"{where} has not a variance and a variance_ratio for each of its eval_layers")
+    kept = [row.prompt_tokens, *(selection.kept_tokens for selection in row.selections), row.kept_tokens]
+    if (selected[-1] if selected else None) != row.selected_layer or any(one >= two for one, two in pairwise(selected)):
+        raise Unfit(f"{where} selects at layer {row.selected_layer}, which is not the last of its selections {selected}")
+    if any(one < two for one, two in pairwise(kept[:-1])) or (selected and kept[-2] != kept[-1]):
+        raise Unfit(f"{where} keeps {row.kept_tokens} tokens, which its selections do not end with: {kept[1:-1]}")
     if row.kept_tokens > row.prompt_tokens:
         raise Unfit(f"{where} keeps {row.kept_tokens} of {row.prompt_tokens} tokens")
     if any(one >= other for one, other in pairwise((*row.kept_positions, row.prompt_tokens))):
         raise Unfit(f"{where}.kept_positions do not ascend within the prompt's {row.prompt_tokens} tokens")
+
+
+def _layers(row: RowReport) -> str:
+    """`layer 9`, or `layers 4 (1,024 tokens), 9`."""
+    *before, last = row.selections
+    earlier = [f"{selection.layer} ({selection.kept_tokens:,} tokens)" for selection in before]
+    return f"layer{'s' if earlier else ''} {', '.join([*earlier, str(last.layer)])}"
 
 
 def _wrap(text: str, indent: str) -> list[str]:
@@ -286,8 +318,9 @@ def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) 
         _say(axes, "no variance was evaluated for this row")
         axes.set_yticks([])
     if row.selected_layer is not None:
-        label = f"selected at layer {row.selected_layer}"
-        axes.axvline(row.selected_layer, color=ORANGE, linewidth=1.5, label=label)
+        for selection in row.selections[:-1]:
+            axes.axvline(selection.layer, color=ORANGE, linewidth=1, linestyle=":")
+        axes.axvline(row.selected_layer, color=ORANGE, linewidth=1.5, label=f"selected at {_layers(row)}")
         if row.selected_layer in row.eval_layers:
             ratio = row.variance_ratio[row.eval_layers.index(row.selected_layer)]
             axes.plot(row.selected_layer, ratio, marker="o", markersize=9, color=ORANGE, zorder=3)

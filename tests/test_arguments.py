@@ -64,7 +64,7 @@ def lone(name, **given):
             lambda: LayerSelector(ASLConfig(), [9]),
             "config has tau=None; give those of policy.resolve(config, num_layers)",
         ),
-        (lambda: LayerSelector(SMALL.resolve(6), [9], voters=[0, 2]), "min_layer=1 does not see the whole prompt"),
+        (lambda: LayerSelector(SMALL.resolve(6), [9], ranking_layers=[0, 2]), "min_layer=1 does not see the whole prompt"),
         (lambda: LayerSelector(SMALL.resolve(6), [9.5]), "lengths=9.5 is not a whole number"),
         (lambda: LayerSelector(SMALL.resolve(6), [9], tokens=8), "tokens=8 is too small; give at least 9"),
         (lambda: LayerSelector({}, [9]), "config={} is a dict; give an ASLConfig"),

@@ -95,7 +95,7 @@ def test_each_prompt_is_read_once_and_scored_as_the_rule_scores(family: str) -> 
     runs, counted = [], []
     handle = decoder_layers(model)[-1].register_forward_hook(lambda *_: runs.append(1))
     try:
-        recordings, voters = record(model, prompts, CONFIG, counted.append)
+        recordings, ranking_layers = record(model, prompts, CONFIG, counted.append)
     finally:
         handle.remove()
     assert (len(runs), counted) == (2, [1, 2])
@@ -104,9 +104,9 @@ def test_each_prompt_is_read_once_and_scored_as_the_rule_scores(family: str) -> 
     for recording in recordings:
         with flexasl.patch(model, config) as patch, torch.no_grad():
             model(torch.tensor([recording.prompt.ids]))
-        row, voting = patch.report.rows[0], patch.voters
-        assert voters == voting
-        replayed = replay_scores(recording.scores, config, voters=voters)
+        row, voting = patch.report.rows[0], patch.ranking_layers
+        assert ranking_layers == voting
+        replayed = replay_scores(recording.scores, config, ranking_layers=ranking_layers)
         assert replayed.selected_layer == row.selected_layer is not None
         assert tuple(replayed.selected.tolist()) == row.kept_positions
         assert (tuple(replayed.eval_layers), tuple(replayed.variance)) == (row.eval_layers, row.variance)
@@ -129,17 +129,17 @@ def test_recorded_scores_are_replayed_as_states_are() -> None:
         assert torch.equal(row.ranks, want.ranks[row.scored_layers])
 
 
-@pytest.mark.parametrize("voters", [None, [0, 2, 3, 5, 6, 8, 9, 11]])
-def test_the_table_is_what_the_rule_decides(voters: list[int] | None) -> None:
+@pytest.mark.parametrize("ranking_layers", [None, [0, 2, 3, 5, 6, 8, 9, 11]])
+def test_the_table_is_what_the_rule_decides(ranking_layers: list[int] | None) -> None:
     costs = layer_costs(tiny("mistral_sliding")) * 2
     choose_one, tried, layers_seen = Random(0), 0, set()
     for seed in range(8):
         recording = recorded(len(costs), 150, seed)
-        rules = candidates(CONFIG.replace(select_tokens=60), len(costs), voters)
-        table = Table(recording, CONFIG.replace(select_tokens=60), costs, voters)
+        rules = candidates(CONFIG.replace(select_tokens=60), len(costs), ranking_layers)
+        table = Table(recording, CONFIG.replace(select_tokens=60), costs, ranking_layers)
         for rule in choose_one.sample(rules, min(40, len(rules))):
             rule = rule.replace(if_never=choose_one.choice(["select", "keep"]), tau=choose_one.choice([rule.tau, 0.95]))
-            told, outcome = replay_scores(recording.scores, rule, voters=voters), table.outcome(rule)
+            told, outcome = replay_scores(recording.scores, rule, ranking_layers=ranking_layers), table.outcome(rule)
             assert outcome.layer == told.selected_layer
             layers_seen.add(outcome.layer)
             if told.selected is None:
@@ -148,10 +148,10 @@ def test_the_table_is_what_the_rule_decides(voters: list[int] | None) -> None:
             assert outcome.kept == holds_answers(recording.prompt, told.selected.tolist())
             assert 0 < outcome.cost < 1 or outcome == (len(costs) - 1, outcome.kept, 1.0)
             tried += 1
-        for layer in table.voters:
-            rule = flexasl.policies.FixedLayer(layer).resolve(CONFIG.replace(select_tokens=60), len(costs), voters)
+        for layer in table.ranking_layers:
+            rule = flexasl.policies.FixedLayer(layer).resolve(CONFIG.replace(select_tokens=60), len(costs), ranking_layers)
             assert table.fixed(layer) == table.outcome(rule)
-            assert table.fixed(layer).layer == replay_scores(recording.scores, rule, voters=voters).selected_layer
+            assert table.fixed(layer).layer == replay_scores(recording.scores, rule, ranking_layers=ranking_layers).selected_layer
     assert tried > 100 and None in layers_seen and len(layers_seen) > 4
 
 
@@ -161,10 +161,10 @@ def test_cost_is_that_of_the_real_run(family: str) -> None:
     ids = torch.randint(3, 199, (1, 100))
     config = CONFIG.replace(select_tokens=40, tau=0.9)
     prompt = Prompt(task="needle", index=0, ids=ids[0].tolist(), answers=())
-    (recording,), voters = record(model, [prompt], config, lambda done: None)
+    (recording,), ranking_layers = record(model, [prompt], config, lambda done: None)
     with flexasl.patch(model, config) as patch, torch.no_grad():
         model(ids)
-    outcome = Table(recording, config, layer_costs(model), voters).outcome(patch.config)
+    outcome = Table(recording, config, layer_costs(model), ranking_layers).outcome(patch.config)
     assert outcome.layer == patch.report.rows[0].selected_layer
     assert outcome.cost == prefill_share(layer_costs(model), patch.report) < 1
 
@@ -174,13 +174,13 @@ def test_cost_is_that_of_the_real_run(family: str) -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 6, 12, 30, 80])
 def test_candidates_fit_the_model_and_begin_with_the_default(layers: int) -> None:
-    for voters in (None, list(range(1, layers, 2))):
-        rules = candidates(CONFIG, layers, voters)
-        assert rules[0] == default_of(CONFIG).resolve(layers, voters)
+    for ranking_layers in (None, list(range(1, layers, 2))):
+        rules = candidates(CONFIG, layers, ranking_layers)
+        assert rules[0] == default_of(CONFIG).resolve(layers, ranking_layers)
         assert len({tuple(settings_of(rule).items()) for rule in rules}) == len(rules) <= 1800
         for rule in rules:
-            assert rule.resolve(layers, voters) == rule
-            assert rule.replace(**settings_of(flexasl.ASLConfig())).resolve(layers, voters) == rules[0]
+            assert rule.resolve(layers, ranking_layers) == rule
+            assert rule.replace(**settings_of(flexasl.ASLConfig())).resolve(layers, ranking_layers) == rules[0]
     assert layers < 6 or {rule.select_on for rule in rules} == set(SELECT_ON)
 
 

@@ -286,8 +286,8 @@ class Own(policies.Policy):
         self.returned, self.budget, self.made = steps, budget, rule
         vars(self).update(attributes)
 
-    def rule(self, config, num_layers, voters=None):
-        return super().rule(config, num_layers, voters) if self.made is None else self.made(config, num_layers)
+    def rule(self, config, num_layers, ranking_layers=None):
+        return super().rule(config, num_layers, ranking_layers) if self.made is None else self.made(config, num_layers)
 
     def steps(self, config, num_layers, prompt_tokens):
         return self.returned(prompt_tokens) if callable(self.returned) else self.returned
@@ -414,7 +414,7 @@ def test_a_policy_of_ones_own():
         takes = policies.CACHE | policies.SCORES | {"select_tokens"}
         fixes = {"select_on": "last", "observe_layers": 1, "if_never": "select"}  # noqa: RUF012
 
-        def rule(self, config, num_layers, voters=None):
+        def rule(self, config, num_layers, ranking_layers=None):
             return config.replace(min_layer=1, max_layer=num_layers - 1).resolve(num_layers)
 
         def steps(self, config, num_layers, prompt_tokens):

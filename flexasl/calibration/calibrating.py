@@ -75,10 +75,10 @@ def calibrate(
     on_progress(PROMPTS, len(prompts), len(asked))
     _check_budget(config, prompts)
     on_progress(RUNS, 0, len(prompts))
-    recordings, voters = record(model, prompts, config, lambda done: on_progress(RUNS, done, len(prompts)))
+    recordings, ranking_layers = record(model, prompts, config, lambda done: on_progress(RUNS, done, len(prompts)))
     costs = layer_costs(model)
-    tables = [Table(recording, config, costs, voters) for recording in recordings]
-    rules = candidates(config, len(costs), voters)
+    tables = [Table(recording, config, costs, ranking_layers) for recording in recordings]
+    rules = candidates(config, len(costs), ranking_layers)
     judged = []
     for place, rule in enumerate(rules):
         on_progress(CANDIDATES, place, len(rules))
@@ -87,10 +87,10 @@ def calibrate(
     choosing = [at for at, prompt in enumerate(prompts) if prompt.task != unseen and prompt.index % 2 == 0]
     chosen = choose(judged, choosing, rules[0])
     assert chosen.rule is not None
-    _agree(recordings, chosen, voters)
+    _agree(recordings, chosen, ranking_layers)
     fixed = [
         Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
-        for layer in tables[0].voters
+        for layer in tables[0].ranking_layers
     ]
     return Calibration(
         config=config.replace(**settings_of(chosen.rule), calibrated_for=made_for),
@@ -105,7 +105,7 @@ def calibrate(
         candidates=tuple(judged),
         chosen=chosen,
         default=judged[0],
-        paper=_judge("paper", paper_of(config).resolve(len(costs), voters), tables),
+        paper=_judge("paper", paper_of(config).resolve(len(costs), ranking_layers), tables),
         fixed_layers=tuple(fixed),
         fixed_layer=choose(fixed, choosing),
     )
@@ -115,10 +115,10 @@ def _judge(name: str, rule: ASLConfig, tables: Sequence[Table]) -> Judged:
     return Judged(name=name, rule=rule, outcomes=tuple(table.outcome(rule) for table in tables))
 
 
-def _agree(recordings: Sequence[Recording], chosen: Judged, voters: Sequence[int] | None) -> None:
+def _agree(recordings: Sequence[Recording], chosen: Judged, ranking_layers: Sequence[int] | None) -> None:
     """That the choice does what was looked up, by the rule itself."""
     for recording, outcome in zip(recordings, chosen.outcomes, strict=True):
-        told = replay_scores(recording.scores, chosen.rule, voters=voters)
+        told = replay_scores(recording.scores, chosen.rule, ranking_layers=ranking_layers)
         kept = told.selected is None or holds_answers(recording.prompt, told.selected.tolist())
         assert (told.selected_layer, kept) == (outcome.layer, outcome.kept)
 

@@ -65,15 +65,15 @@ def paper_of(config: ASLConfig) -> ASLConfig:
     return default_of(config).replace(variance_reference="initial", select_on="last", if_never="keep")
 
 
-def candidates(config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> list[ASLConfig]:
+def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> list[ASLConfig]:
     """Rules to try, resolved, the default first. Of the config everything but `SETTINGS` stays."""
-    voters = list(range(num_layers) if voters is None else voters)
-    depth = len(voters)
-    default = default_of(config).resolve(num_layers, voters)
+    ranking_layers = list(range(num_layers) if ranking_layers is None else ranking_layers)
+    depth = len(ranking_layers)
+    default = default_of(config).resolve(num_layers, ranking_layers)
     assert default.observe_layers and default.tau and default.min_layer is not None and default.max_layer is not None
     observed = sorted({default.observe_layers, *(count for count in OBSERVED if count <= depth // 2)})
-    firsts = _places(FIRST, depth, voters.index(default.min_layer))
-    lasts = _places(LAST, depth, voters.index(default.max_layer))
+    firsts = _places(FIRST, depth, ranking_layers.index(default.min_layer))
+    lasts = _places(LAST, depth, ranking_layers.index(default.max_layer))
     taus = sorted({default.tau, *TAUS})
     found = {tuple(settings_of(default).values()): default}
     for count, first, last, tau in itertools.product(observed, firsts, lasts, taus):
@@ -81,13 +81,13 @@ def candidates(config: ASLConfig, num_layers: int, voters: Sequence[int] | None 
             continue
         for reference, on in itertools.product(("peak", "initial"), SELECT_ON):
             rule = config.replace(
-                min_layer=voters[first],
-                max_layer=voters[last],
+                min_layer=ranking_layers[first],
+                max_layer=ranking_layers[last],
                 tau=tau,
                 observe_layers=count,
                 variance_reference=reference,
                 select_on=on,
-            ).resolve(num_layers, voters)
+            ).resolve(num_layers, ranking_layers)
             found.setdefault(tuple(settings_of(rule).values()), rule)
     return list(found.values())
 

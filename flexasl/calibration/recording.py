@@ -94,7 +94,7 @@ def record(
             scores = torch.stack([layers[layer] for layer in sorted(layers)]).cpu()
             recordings.append(Recording(prompt=prompt, scores=scores))
             on_run(len(recordings))
-        return recordings, None if patch.voters is None else list(patch.voters)
+        return recordings, None if patch.ranking_layers is None else list(patch.ranking_layers)
 
 
 class _Watched(flexasl.policies.Full):

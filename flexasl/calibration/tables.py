@@ -1,6 +1,6 @@
 """What every setting makes of one recorded prompt, looked up: ranks, variances and selections are taken once for all.
 
-Shapes: V layers whose ranks count (voters), O observed layers, P prefix tokens, N prompt tokens.
+Shapes: V layers whose ranks count (ranking_layers), O observed layers, P prefix tokens, N prompt tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flexasl.config import ASLConfig
 from flexasl.evaluation.costs import LayerCost, row_share
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 from flexasl.report import RowReport
-from flexasl.selector import budget_of, scores_to_select_on
+from flexasl.selectors.adaptive import scores_to_select_on, variance_ratio
+from flexasl.selectors.base import budget_of
 
 
 class Outcome(NamedTuple):
@@ -38,57 +39,54 @@ class Table:
     """
 
     def __init__(
-        self, recording: Recording, config: ASLConfig, costs: Sequence[LayerCost], voters: Sequence[int] | None = None
+        self, recording: Recording, config: ASLConfig, costs: Sequence[LayerCost], ranking_layers: Sequence[int] | None = None
     ) -> None:
-        """costs are those of all layers; voters are the layers whose ranks count, ascending (default: all)."""
+        """costs are those of all layers; ranking_layers are the layers whose ranks count, ascending (default: all)."""
         self.prompt = recording.prompt
-        self.voters = list(range(len(costs)) if voters is None else voters)
+        self.ranking_layers = list(range(len(costs)) if ranking_layers is None else ranking_layers)
         self._costs = costs
         self._window = config.window
         self._tokens = recording.scores.shape[1] + config.window
         self._budget = max(0, budget_of(config, self._tokens) - config.window)
-        self._scores = recording.scores[self.voters]
+        self._scores = recording.scores[self.ranking_layers]
         self._ranks = token_ranks(self._scores)
-        self._variances: dict[int, list[float]] = {}
+        self._variances: dict[int, Tensor] = {}
+        self._ratios: dict[tuple[int, int, str], list[float]] = {}
         self._selections: dict[tuple[int, str], list[Outcome]] = {}
 
     def outcome(self, rule: ASLConfig) -> Outcome:
         """What the rule, which is resolved, decides; as `LayerSelector` does."""
         assert rule.observe_layers and rule.min_layer is not None and rule.max_layer is not None
-        place = self._place(rule, self.voters.index(rule.min_layer), self.voters.index(rule.max_layer))
+        place = self._place(rule, self.ranking_layers.index(rule.min_layer), self.ranking_layers.index(rule.max_layer))
         if place is None:
             return Outcome(None, True, 1.0)
         return self._selected(rule.observe_layers, rule.select_on)[place]
 
     def fixed(self, layer: int) -> Outcome:
         """Selection at this layer, on its own scores."""
-        return self._selected(1, "last")[self.voters.index(layer)]
+        return self._selected(1, "last")[self.ranking_layers.index(layer)]
 
     def _place(self, rule: ASLConfig, first: int, last: int) -> int | None:
         never = last if rule.if_never == "select" else None
         if first == last:
             return never
         assert rule.observe_layers and rule.tau
-        variances = self._variance(rule.observe_layers)
-        reference = variances[first]
-        for place in range(first, last + 1):
-            if rule.variance_reference == "peak":
-                reference = max(reference, variances[place])
-            if (variances[place] / reference if reference > 0 else 0.0) < rule.tau:
-                return place
-        return never
+        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference)[: last - first + 1]
+        return next((first + place for place, ratio in enumerate(ratios) if ratio < rule.tau), never)
 
-    def _variance(self, observe: int) -> list[float]:
-        """By place among the voters; NaN where there are too few before it."""
+    def _ratio(self, observe: int, first: int, reference: str) -> list[float]:
+        """The variance ratio at each place among the ranking_layers from the first on."""
         if observe not in self._variances:
             ranks = _windows(self._ranks, observe)
             budget = torch.full((ranks.shape[1],), self._budget, dtype=torch.int64, device=ranks.device)
-            found = rank_variance(ranks, budget)[0].tolist()
-            self._variances[observe] = [float("nan")] * (observe - 1) + found
-        return self._variances[observe]
+            self._variances[observe] = rank_variance(ranks, budget)[0]
+        if (observe, first, reference) not in self._ratios:
+            variance = self._variances[observe][first - observe + 1 :]
+            self._ratios[observe, first, reference] = variance_ratio(variance, reference).tolist()
+        return self._ratios[observe, first, reference]
 
     def _selected(self, observe: int, select_on: str) -> list[Outcome]:
-        """By place among the voters, selection there on the scores of so many layers."""
+        """By place among the ranking_layers, selection there on the scores of so many layers."""
         observe = 1 if select_on == "last" else observe
         if (observe, select_on) not in self._selections:
             scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
@@ -96,7 +94,7 @@ class Table:
             budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
             keeps = select_tokens(ranks, budget, self._window)
             none = [Outcome(None, False, float("nan"))] * (observe - 1)
-            found = [self._judge(layer, keep) for layer, keep in zip(self.voters[observe - 1 :], keeps, strict=True)]
+            found = [self._judge(layer, keep) for layer, keep in zip(self.ranking_layers[observe - 1 :], keeps, strict=True)]
             self._selections[observe, select_on] = none + found
         return self._selections[observe, select_on]
 

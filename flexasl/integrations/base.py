@@ -1,4 +1,4 @@
-"""What the patches of all frameworks share: a forward pass as a `Call`, from layer to layer, and how it is undone.
+"""What the patches of all frameworks share: a forward pass as a `ForwardPass`, from layer to layer, and how it is undone.
 
 Shapes: B batch, M new tokens, C width of hidden states, T tokens of all prompts at the current layer.
 """
@@ -18,19 +18,23 @@ from torch.utils.hooks import RemovableHandle
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.calibrated import CalibratedFor
-from flexasl.call import Call, LayerStep
 from flexasl.checks import instance
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
+from flexasl.forward_pass import ForwardPass
 from flexasl.integrations.hooks import ForeignHooks
-from flexasl.packing import Packed
+from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.policies.contract import resolved
-from flexasl.prefill import Observer, Prefill, left_padded_lengths
+from flexasl.prefill import Observer, Prefill
 from flexasl.presets import ModelKind, fill
+from flexasl.prompt_pass import PromptPass
 from flexasl.quantizing import primitives
 from flexasl.report import Report
+from flexasl.rows import left_padded_lengths
+from flexasl.second_pass import RecordedLayers
+from flexasl.token_pass import TokenPass
 
 SLACK = 128
 """Cache entries that decode makes room for at a time, where it writes them in place."""
@@ -39,12 +43,12 @@ SLACK = 128
 class BasePatch:
     """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself.
 
-    An adapter's `_enter`, a hook before the decoder, makes the call of the pass with `begin` and hands it down by a
-    keyword that reaches attention, where `Call.step` attends.
+    An adapter's `_enter`, a hook before the decoder, makes the forward pass with `begin` and hands it down by a
+    keyword that reaches attention, where `ForwardPass.step` attends.
     """
 
-    CALL: str
-    """The keyword by which layers take the call."""
+    KEYWORD: str
+    """The keyword by which layers take the forward pass."""
     MASK: str
     """The argument that says where padding is."""
     ARGUMENTS: Sequence[str] = ()
@@ -60,19 +64,19 @@ class BasePatch:
         config: ASLConfig,
         policy: Policy,
         *,
-        voters: Sequence[int] | None = None,
+        ranking_layers: Sequence[int] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         kind: ModelKind | None = None,
         foreign_hooks: str = "refuse",
     ) -> None:
-        """voters and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none.
+        """ranking_layers and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none.
         foreign_hooks: see `flexasl.patch`."""
         self._model = model
         self.policy = policy
         self.preset: str | None = None
         """The name of the preset that filled in settings, None where none did."""
         self._kind = kind if policy.takes_presets else None
-        self.voters = voters
+        self.ranking_layers = ranking_layers
         """Layers whose ranks count, ascending; None for all."""
         self._layers = list(layers)
         self.config = config
@@ -103,7 +107,7 @@ class BasePatch:
         if given.calibrated_for is not None:
             self.refuse_calibrated(given.calibrated_for)
         filled, preset = (given, None) if self._kind is None else fill(given, self._kind)
-        made = resolved(self.policy, filled, len(self._layers), self.voters)
+        made = resolved(self.policy, filled, len(self._layers), self.ranking_layers)
         if made.kv_dtype is not None:
             primitives(made.kv_dtype)
         self._config, self.preset = made, preset
@@ -161,35 +165,36 @@ class BasePatch:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
 
     def past(self, caches: Sequence[LayerCache] | None, batch: int) -> int:
-        """Columns that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
+        """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
         if not caches:
             return 0
-        seen, columns = caches[0].seen, caches[0].columns
+        seen, held = caches[0].seen, caches[0].columns
         if caches[0].unfinished or any(cache.seen != seen for cache in caches):
             raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
-        if columns is not None and columns.shape[0] != batch:
+        if held is not None and held.shape[0] != batch:
             raise UnsupportedError(
-                f"the batch has {batch} rows where KV caches hold {columns.shape[0]}; give as many, or new caches"
+                f"the batch has {batch} rows where KV caches hold {held.shape[0]}; give as many, or new caches"
             )
         return seen
 
     def is_prompt(self, past: int, count: int) -> bool:
-        """Whether so many new tokens after so many columns are read as a prompt, which may be pruned."""
+        """Whether so many new tokens after so many positions are read as a prompt, which may be pruned."""
         return past == 0 or (count > 1 and self.config.later_turns == "prune")
 
     def begin(
         self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
-    ) -> Call:
-        """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, columns so far]
+    ) -> ForwardPass:
+        """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
         bool is False at padding, None where there is none."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
         past = caches[0].seen if caches else 0
-        columns = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
+        positions = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
         if not self.is_prompt(past, count):
+            assert caches is not None
             self._foreign.check_decode(self.compiled)
-            return Call(caches, None, columns, valid, compiled=self.compiled)
+            return TokenPass(caches, positions, valid, compiled=self.compiled)
         prefill = Prefill(
             self.policy,
             self.config,
@@ -197,68 +202,62 @@ class BasePatch:
             [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK),
             tokens=count,
             device=device,
-            voters=self.voters,
+            ranking_layers=self.ranking_layers,
             reduce=self.reduce,
             observer=self.observer,
         )
-        again = SecondPass(self._layers, self.CALL) if self.policy.second_pass else None
-        shown = self._foreign.check_prompt(prefill, self.compiled)
+        rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
+        unpacks = self._foreign.check_prompt(prefill, self.compiled)
         valid = valid if past > 0 else None
-        call = Call(caches, prefill, columns, valid, compiled=self.compiled, rerun=again, unpacks=shown)
+        made = PromptPass(caches, prefill, positions, valid, compiled=self.compiled, rerun=rerun, unpacks=unpacks)
         if torch.is_grad_enabled():
-            call.blank = 0.0  # until the weights after the last layer have been used
-        return call
+            made.blank = 0.0  # until the weights after the last layer have been used
+        return made
 
-    def end(self, call: Call) -> Report | None:
+    def end(self, forward_pass: ForwardPass) -> Report | None:
         """After the pass: the report, where it was a prompt."""
-        call.close()
-        if call.prefill is None:
-            return None
-        self.report = report = dataclasses.replace(call.report(self.policy), preset=self.preset)
+        report = forward_pass.close()
+        if report is not None:
+            self.report = report = dataclasses.replace(report, preset=self.preset)
         return report
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.end(kwargs[self.CALL])
+        self.end(kwargs[self.KEYWORD])
 
     def _run_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In the place of a layer's forward, which it runs on the tokens that are left, with a step of the call."""
+        """In the place of a layer's forward, which it runs on the tokens that are left, with a step of the pass."""
         if len(args) > 1:
             args, kwargs = args[:1], dict(zip(self.ARGUMENTS, args[1:], strict=False)) | kwargs
-        call = kwargs.get(self.CALL)
-        if not isinstance(call, Call) or not self._handles:
+        forward_pass = kwargs.get(self.KEYWORD)
+        if not isinstance(forward_pass, ForwardPass) or not self._handles:
             return forward(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if call.prefill is not None or self.compiled:
-            return self._run_packed(index, forward, call, hidden, kwargs)
-        step = call.enter(index, self.attention[index])
-        self._hand_down(call, step, kwargs)
+        if forward_pass.prefill is not None or self.compiled:
+            return self._run_packed(index, forward, forward_pass, hidden, kwargs)
+        hidden, step = forward_pass.before_layer(index, self.attention[index], hidden)
+        self._hand_down(forward_pass, step, kwargs)
         output = forward(hidden, **kwargs)
-        call.leave(index, step, hidden)
+        forward_pass.after_layer(index, step, hidden)
         return output
 
     def _run_packed(
-        self, index: int, forward: Callable[..., Any], call: Call, hidden: Any, kwargs: dict[str, Any]
+        self, index: int, forward: Callable[..., Any], forward_pass: ForwardPass, given: Any, kwargs: dict[str, Any]
     ) -> Any:
-        if isinstance(call.rerun, SecondPass):
-            call.rerun.inputs.append((hidden if index == 0 else None, dict(kwargs)))
-        given, hidden = hidden, self._whole(hidden)
-        if call.unpacked:
-            hidden = call.start(hidden)
-        step = call.enter(index, self.attention[index])
+        if isinstance(forward_pass.rerun, RecordedLayers):
+            forward_pass.rerun.record(index, given, kwargs)
+        hidden, step = forward_pass.before_layer(index, self.attention[index], self._whole(given))
+        table = forward_pass.table
         for name in self.TABLES:
             states = kwargs.get(name)
             if states is not None:
-                kwargs[name] = tuple(map(call.table, states)) if isinstance(states, tuple) else call.table(states)
-        self._hand_down(call, step, kwargs)
+                kwargs[name] = tuple(map(table, states)) if isinstance(states, tuple) else table(states)
+        self._hand_down(forward_pass, step, kwargs)
         output = self._run_groups(index, forward, step, self._spread(given, hidden), kwargs)
         made = output[0] if isinstance(output, tuple) else output
-        hidden = call.leave(index, step, self._whole(made))
-        if index == len(self._layers) - 1:
-            hidden = call.finish(hidden)
-        hidden = self._spread(made, hidden)
+        hidden = self._spread(made, forward_pass.after_layer(index, step, self._whole(made)))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _run_groups(
@@ -267,7 +266,8 @@ class BasePatch:
         """The layer's forward. On CPU it takes a batch of prompts some rows at a time: memory of 32 MiB or more goes
         back to the system when a tensor ends, and the next one pays for each page of it again."""
         plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
-        one_run = not plain or not isinstance(step.packed, Packed) or len(step.packed.groups()) == 1
+        rows = step.rows if plain else None
+        one_run = rows is None or rows.past is not None or len(rows.groups) == 1
         if one_run or any(weight.is_meta for weight in self._layers[index].parameters()):  # loaded for each run
             return forward(hidden, **kwargs)
         output: Any = None
@@ -281,9 +281,9 @@ class BasePatch:
         joined = step.in_groups(run)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
 
-    def _hand_down(self, call: Call, step: LayerStep, kwargs: dict[str, Any]) -> None:
+    def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
         """Puts the step where the layer's attention finds it."""
-        call.step = step
+        forward_pass.step = step
 
     def _whole(self, hidden: Any) -> Tensor:
         """Hidden states whole on this rank."""
@@ -297,24 +297,6 @@ class BasePatch:
 
 def _rows(table: Any, tokens: slice) -> Any:
     return tuple(_rows(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])
-
-
-class SecondPass:
-    """Runs layers again on what they were given in the first pass, under another call, which they take by the keyword
-    `name`."""
-
-    def __init__(self, layers: Sequence[Any], name: str) -> None:
-        self.layers = layers
-        self.name = name
-        self.inputs: list[tuple[Tensor | None, dict[str, Any]]] = []
-        """Of each layer so far: hidden states, of the first one only, and keywords."""
-
-    def __call__(self, call: Call, last: int) -> Tensor:
-        hidden: Any = self.inputs[0][0]
-        for layer, (_, kwargs) in zip(self.layers[: last + 1], self.inputs):
-            output = layer(hidden, **(kwargs | {self.name: call}))
-            hidden = output[0] if isinstance(output, tuple) else output
-        return hidden
 
 
 def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "patch it before") -> None:
@@ -331,14 +313,14 @@ def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "
         raise UnsupportedError(f"{kind} is compiled already (its compile() was called); {instead}")
 
 
-def padding(mask: Any, batch: int, columns: int, device: torch.device, name: str) -> Tensor | None:
-    """A mask [batch, columns], 0 at padding, as bool; None where there is no padding. name is the argument's."""
+def padding(mask: Any, batch: int, tokens: int, device: torch.device, name: str) -> Tensor | None:
+    """A mask [batch, tokens], 0 at padding, as bool; None where there is no padding. name is the argument's."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.shape != (batch, columns):
+    if not isinstance(mask, Tensor) or mask.shape != (batch, tokens):
         given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedError(
-            f"{name} is {given}; a patched model takes [batch, tokens so far], here {[batch, columns]}"
+            f"{name} is {given}; a patched model takes [batch, tokens so far], here {[batch, tokens]}"
         )
     valid = mask.to(device=device, dtype=torch.bool)
     return None if bool(valid.all()) else valid

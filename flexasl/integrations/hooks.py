@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from flexasl.errors import UnsupportedError
 from flexasl.prefill import Prefill
-from flexasl.selector import StepSelector
 
 KNOWN = ("accelerate", "flexasl", "peft", "torch", "torchao", "torchtitan", "torchtune", "transformers")
 """Packages whose hooks read neither rows nor positions: they move, gather, cast or make weights, or count calls."""
@@ -55,9 +54,7 @@ class ForeignHooks:
                     self._refuse(
                         module, hook, "layers read again the tokens that are kept", "give a prompt within the budget"
                     )
-                masks = (
-                    "" if isinstance(prefill.selector, StepSelector) else "give propagate='mask', which drops none, "
-                )
+                masks = "give propagate='mask', which drops none, " if prefill.selector.once else ""
                 why = f"layers after layer {last} may see fewer tokens than the prompt has"
                 self._refuse(module, hook, why, masks + "give a prompt within the budget")
             shown = True

@@ -1,5 +1,5 @@
 """Patches torchtitan's Llama 3 and Qwen 3 decoders: hooks on the decoder and its layers, and inner attention of ours.
-The call goes down in the place of torchtitan's attention masks. Brings a KV cache and `generate`, which torchtitan has
+The forward pass goes down in the place of torchtitan's attention masks. Brings a KV cache and `generate`, which torchtitan has
 not.
 
 Shapes: B batch, M new tokens, N columns of the sequence so far, T tokens of all prompts at the current layer, H query
@@ -31,7 +31,7 @@ from torchtitan.protocols.module import Module
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.call import Call
+from flexasl.forward_pass import ForwardPass
 from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
@@ -42,7 +42,7 @@ from flexasl.policies import Policy
 class Patch(BasePatch):
     """A patched torchtitan decoder."""
 
-    CALL = MASK = "attention_masks"
+    KEYWORD = MASK = "attention_masks"
     ARGUMENTS = ("attention_masks", "positions")
     TABLES = ("positions",)
 
@@ -77,18 +77,18 @@ class Patch(BasePatch):
         past = self.past(caches, batch)
         given = cache.validity(past + count) if isinstance(cache, KVCache) else cache
         valid = padding(given, batch, past + count, tokens.device, self.MASK)
-        call = self.begin(caches, valid, batch, count, tokens.device)
+        forward_pass = self.begin(caches, valid, batch, count, tokens.device)
         if positions is None:
-            positions = call.columns
+            positions = forward_pass.positions
             if valid is not None:
                 positions = (positions - (~valid).sum(1, keepdim=True)).clamp(min=0)
-        return (tokens,), {"positions": positions, "attention_masks": call}
+        return (tokens,), {"positions": positions, "attention_masks": forward_pass}
 
     def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         super()._leave(decoder, args, kwargs, output)
-        call: Call = kwargs[self.CALL]
-        if call.blank == 0:
-            call.blank_out(output.to_local() if isinstance(output, DTensor) else output)
+        forward_pass: ForwardPass = kwargs[self.KEYWORD]
+        if forward_pass.blank == 0:
+            forward_pass.blank_out(output.to_local() if isinstance(output, DTensor) else output)
 
     def _whole(self, hidden: Any) -> Tensor:
         made: Tensor = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
@@ -130,7 +130,7 @@ class KVCache:
 
 
 class PrunedAttention(Module):
-    """Inner attention: that of a patched model's call, and without a patch causal attention."""
+    """Inner attention: that of a patched model's forward pass, and without a patch causal attention."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -155,10 +155,10 @@ class PrunedAttention(Module):
             (states.to_local() if isinstance(states, DTensor) else states).transpose(1, 2)
             for states in (q_BLNH, k_BLNH, v_BLNH)
         )
-        if isinstance(attention_masks, Call):
+        if isinstance(attention_masks, ForwardPass):
             step = attention_masks.step
             assert step is not None
-            out = step.attend(query, *step.update(key, value))
+            out = step.attention(query, key, value)
         elif attention_masks is None:
             self.attention.scale = scale
             out = self.attention(query, key, value)

@@ -1,5 +1,5 @@
 """Patches torchtune's `TransformerDecoder`: hooks on it and its layers, the attention function of each layer, and KV
-caches whose layers have lengths of their own. The call goes down in the place of torchtune's mask.
+caches whose layers have lengths of their own. The forward pass goes down in the place of torchtune's mask.
 
 Shapes: B batch, M new tokens, N columns of the sequence so far, T tokens of all prompts at the current layer, H query
 heads, G KV heads, D head dim.
@@ -16,7 +16,7 @@ from torchtune.modules import KVCache, MultiHeadAttention, TransformerDecoder, T
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.call import Call
+from flexasl.forward_pass import ForwardPass
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
@@ -30,7 +30,7 @@ TILE = 256
 class Patch(BasePatch):
     """A patched torchtune decoder."""
 
-    CALL = MASK = "mask"
+    KEYWORD = MASK = "mask"
     TABLES = ("input_pos",)
 
     def __init__(
@@ -50,11 +50,11 @@ class Patch(BasePatch):
 
     def _leave(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         super()._leave(decoder, args, kwargs, output)
-        call: Call = kwargs[self.CALL]
-        if call.blank == 0:
+        forward_pass: ForwardPass = kwargs[self.KEYWORD]
+        if forward_pass.blank == 0:
             first = 0
             for logits in output if isinstance(output, list) else [output]:
-                call.blank_out(logits, slice(first, first + logits.shape[1]))
+                forward_pass.blank_out(logits, slice(first, first + logits.shape[1]))
                 first += logits.shape[1]
 
     def restore(self) -> None:
@@ -81,9 +81,9 @@ class Patch(BasePatch):
         batch, count = tokens.shape
         past = self.past(caches, batch)
         _refuse_call(decoder, kwargs, tokens, caches)
-        call = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
-        positions = call.columns if positions is None else positions.reshape(-1, count)
-        return (tokens,), {"mask": call, "input_pos": positions}
+        forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
+        positions = forward_pass.positions if positions is None else positions.reshape(-1, count)
+        return (tokens,), {"mask": forward_pass, "input_pos": positions}
 
 
 class PrunedKVCache(LayerCache, KVCache):
@@ -147,12 +147,12 @@ def _attend(
     attn: MultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
 ) -> Tensor:
     """In the place of torchtune's attention function: query, key, value [B, H, M, D] → [B, H, M, D]."""
-    if not isinstance(mask, Call) or mask.step is None:
+    if not isinstance(mask, ForwardPass) or mask.step is None:
         raise UnsupportedError(
             f"{type(attn).__name__} was called outside the patched model; call the model, or patch.remove() first"
         )
     repeats = attn.num_heads // attn.num_kv_heads
-    return mask.step.attend(query, *mask.step.update(key[:, ::repeats], value[:, ::repeats]))
+    return mask.step.attention(query, key[:, ::repeats], value[:, ::repeats])
 
 
 def _refuse_model(model: TransformerDecoder, kernel: str) -> None:

@@ -3,13 +3,13 @@
 
 from flexasl.ops.ranking import rank_variance, token_ranks
 from flexasl.ops.scoring import window_scores, window_scores_and_mass
-from flexasl.ops.selection import compact_kv, gather_tokens, kept_slots, select_tokens
+from flexasl.ops.selection import compact_kv, gather_tokens, kept_indices, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
 __all__ = [
     "compact_kv",
     "gather_tokens",
-    "kept_slots",
+    "kept_indices",
     "rank_variance",
     "select_tokens",
     "token_ranks",

@@ -135,7 +135,7 @@ def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Ten
     return next(kept), next(kept)
 
 
-def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """keep [N] bool → the places that stay, ascending, behind others up to `count`; and which of these stay."""
     kept = keep.nonzero()[:, 0]
     filler = (~keep).nonzero()[: count - len(kept), 0]

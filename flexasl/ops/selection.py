@@ -104,7 +104,7 @@ def _count(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, dtype=torch.int64, device=like.device)
 
 
-def kept_slots(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Slots that stay, ascending, at the right end of `count` columns.
 
     keep [..., N] bool with at most `count` True in any row → slots [..., count] int64 and valid [..., count] bool,

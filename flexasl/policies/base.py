@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from flexasl.checks import shown
 from flexasl.config import SETTINGS, ASLConfig
 from flexasl.errors import ConfigError
+from flexasl.retention import Retention, TopK, TopP
+from flexasl.rows_attention import Scored
+from flexasl.selectors import LayerSelector, Selector
+from flexasl.selectors.base import Prompts
 
 RULE = frozenset(
     ("tau", "min_layer", "max_layer", "observe_layers", "variance_reference", "select_on", "if_never"),
@@ -20,13 +26,15 @@ CACHE = frozenset(("kv_budget", "kv_top_p", "kv_dtype"))
 
 
 class Policy:
-    """Decides the rule by which a prompt is pruned, as settings of a stack of known depth."""
+    """A method of pruning: the settings it runs with, a selector of tokens, a retention of cache entries and, if it likes,
+    a score of its own."""
 
     name: ClassVar[str]
-    prunes_tokens: ClassVar[bool] = True
-    """Whether hidden states are dropped after some layer; where False only the cache shrinks, or nothing."""
     second_pass: ClassVar[bool] = False
     """Whether the layers up to the selection read the selected tokens again, alone, as if they were the prompt."""
+    score: Callable[[Scored], Tensor] | None = None
+    """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - W] float32. None: the
+    window's attention."""
     takes_presets: ClassVar[bool] = False
     """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may
     fill them in."""
@@ -36,21 +44,19 @@ class Policy:
     """What settings that do not count are under this policy, where that is not their default."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """By setting that does not count, what its error says of it: why, and what to give in its place."""
-    sinks: int | None = None
-    """Cache entries by position: the first so many and the last; None where they go by attention."""
 
-    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def rule(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         """The settings of this policy on `num_layers` layers, from what `counting` makes of a config; raises
         `ConfigError` where they cannot work. By default those of adaptive selection."""
-        return config.resolve(num_layers, voters)
+        return config.resolve(num_layers, ranking_layers)
 
-    def resolve(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        """The settings that this policy runs with on `num_layers` layers, of which voters can select (None: all).
+    def resolve(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
+        """The settings that this policy runs with on `num_layers` layers, of which ranking_layers can select (None: all).
 
         Raises `ConfigError` where they cannot work, and for a setting that is given and does not count, unless it says
         what is so anyway.
         """
-        found = self.rule(self.counting(config), num_layers, voters)
+        found = self.rule(self.counting(config), num_layers, ranking_layers)
         self.check(config, found)
         return found
 
@@ -76,11 +82,17 @@ class Policy:
             counting = ", ".join(name for name in SETTINGS if name in self.takes)
             raise ConfigError(f"{told} (of ASLConfig, it takes {counting})")
 
-    def cache_budget(self, config: ASLConfig, layer: int, num_layers: int, prompt_tokens: int) -> int | None:
-        """Cache entries per KV head that a layer keeps of a prompt, window included; None where there is no limit."""
-        return config.cache_budget(prompt_tokens)
+    def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
+        """What decides which tokens of these prompts go on, and after which layers; config is resolved. By default
+        adaptive selection."""
+        lengths, rows, tokens, _, ranking_layers, device = prompts
+        where: dict[str, Any] = {"tokens": tokens, "rows": rows, "ranking_layers": ranking_layers, "device": device}
+        return LayerSelector(config, lengths, **where)
 
-    def steps(self, config: ASLConfig, num_layers: int, prompt_tokens: int) -> dict[int, int] | None:
-        """Where tokens are dropped step by step: by layer, how many go on from there, window included. None where they
-        are selected once, at the layer that the settings name or find."""
-        return None
+    def retention(self, config: ASLConfig, num_layers: int) -> Retention:
+        """What decides which cache entries a layer keeps. By default `kv_budget` or `kv_top_p`."""
+        if config.kv_top_p is not None:
+            return TopP(config.kv_top_p, lambda layer, tokens: config.token_budget(tokens))
+        if config.kv_budget is not None:
+            return TopK(lambda layer, tokens: config.cache_budget(tokens))
+        return Retention()

@@ -8,15 +8,28 @@ from flexasl.checks import article, integer, shown
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
+from flexasl.retention import Retention
+from flexasl.selectors.base import Prompts, Selector
 
 MODES = ("propagate", "later_turns", "kv_dtype")
 """Settings that a policy can refuse, but not exchange for others."""
 
+FORMER = {
+    "steps": "return a ScheduledSelector from selector(config, prompts)",
+    "cache_budget": "return a TopK from retention(config, num_layers)",
+    "sinks": "return a FirstAndLast from retention(config, num_layers)",
+    "prunes_tokens": "return a Selector() from selector(config, prompts) where tokens are not dropped",
+}
+"""What policies said before in other ways."""
 
-def resolved(policy: Policy, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+
+def resolved(policy: Policy, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
     """What the policy makes of a config, which says all that runs need to know."""
     if not isinstance(getattr(policy, "name", None), str):
         raise ConfigError(f"policy={shown(policy)} has no name; give its class one, a text")
+    for name, instead in FORMER.items():
+        if hasattr(policy, name):
+            raise ConfigError(f"policy {policy.name!r} has {name}, which is not used any more; {instead}")
     if policy.second_pass:
         for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
             if getattr(config, name) != plain:
@@ -25,7 +38,7 @@ def resolved(policy: Policy, config: ASLConfig, num_layers: int, voters: Sequenc
                     f"{name}={getattr(config, name)!r} does not go with policy {policy.name!r}, which reads tokens "
                     f"twice; give {name}={plain!r}"
                 )
-    rule = policy.resolve(config, num_layers, voters)
+    rule = policy.resolve(config, num_layers, ranking_layers)
     if not isinstance(rule, ASLConfig):
         raise ConfigError(f"policy {policy.name!r} resolves settings to {article(rule)}; return an ASLConfig")
     refuse_open(rule, num_layers, f"policy {policy.name!r} resolves settings to")
@@ -36,57 +49,39 @@ def resolved(policy: Policy, config: ASLConfig, num_layers: int, voters: Sequenc
     return rule
 
 
-def steps_of(
-    policy: Policy,
-    config: ASLConfig,
-    num_layers: int,
-    prompts: dict[int, int],
-    voters: Sequence[int] | None = None,
-) -> dict[int, dict[int, int]] | None:
-    """Where each of these rows, whose tokens are given, drops tokens step by step, by layer; None where the rows are
-    selected once."""
-    returned = {row: policy.steps(config, num_layers, tokens) for row, tokens in prompts.items()}
-    if all(plan is None for plan in returned.values()):
-        return None
-    who, steps = f"policy {policy.name!r}: steps", {}
-    for mode in ("propagate='mask'", "later_turns='prune'"):
-        name, _, value = mode.partition("=")
-        if repr(getattr(config, name)) == value:
-            raise ConfigError(f"{mode} does not go with policy {policy.name!r}, which drops tokens step by step")
-    for row, plan in returned.items():
-        if not isinstance(plan, dict):
-            what = "None for some prompts and not for others" if plan is None else shown(plan)
-            raise ConfigError(f"{who} returned {what}; return how many tokens go on, by layer, as a dict")
-        steps[row] = {
-            integer(f"{who}: layer", layer, 0, num_layers - 1, error=ConfigError): integer(
-                f"{who}: tokens after layer {layer}, window={config.window} included",
-                count,
-                config.window,
-                error=ConfigError,
+def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector:
+    """The policy's selector of these prompts."""
+    made = policy.selector(config, prompts)
+    if not isinstance(made, Selector):
+        raise ConfigError(f"policy {policy.name!r} returned {article(made)} as its selector; return a Selector")
+    for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
+        if made.rows and not made.once and getattr(config, name) != plain:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does not go with policy {policy.name!r}, whose {type(made).__name__} "
+                f"selects several times; give {name}={plain!r}"
             )
-            for layer, count in plan.items()
-        }
-        for layer, count in steps[row].items():
-            if voters is not None and layer not in voters and count < prompts[row]:
-                raise ConfigError(
-                    f"{who} drops tokens after layer {layer}, which does not see the whole prompt; "
-                    f"layers that do are {', '.join(map(str, voters))}"
-                )
-    return steps
+    return made
 
 
-def budgets_of(policy: Policy, config: ASLConfig, num_layers: int, prompts: Sequence[int]) -> list[list[int | None]]:
-    """By layer and row, whose tokens are given, the cache entries per KV head that stay; None where all do."""
-    every = [
-        [policy.cache_budget(config, layer, num_layers, tokens) for tokens in prompts] for layer in range(num_layers)
-    ]
-    for layer, budgets in enumerate(every):
-        for budget in budgets:
-            if budget is None:
-                continue
-            name = f"policy {policy.name!r}: cache_budget of layer {layer}, window={config.window} included"
-            integer(name, budget, config.window, error=ConfigError)
-            if config.propagate == "mask" or config.kv_top_p is not None:
-                mode = "propagate='mask'" if config.propagate == "mask" else f"kv_top_p={config.kv_top_p}"
-                raise ConfigError(f"{mode} does not go with policy {policy.name!r}, which sets cache budgets")
-    return every
+def limits_of(
+    policy: Policy, config: ASLConfig, retention: Retention, num_layers: int, prompts: Sequence[int]
+) -> list[list[int | None]]:
+    """By layer and row, whose tokens are given, how many cache entries per KV head the policy's retention keeps; None
+    where it keeps all."""
+    if not isinstance(retention, Retention):
+        raise ConfigError(f"policy {policy.name!r} returned {article(retention)} as its retention; return a Retention")
+    limits = [[retention.limit(layer, tokens) for tokens in prompts] for layer in range(num_layers)]
+    given = {limit for of_layer in limits for limit in of_layer} - {None}
+    for layer, of_layer in enumerate(limits):
+        for limit in filter(lambda one: one is not None, of_layer):
+            name = f"policy {policy.name!r}: {type(retention).__name__}.limit of layer {layer}, window={config.window} included"
+            integer(name, limit, config.window, error=ConfigError)
+    asked = next((name for name in ("kv_budget", "kv_top_p") if getattr(config, name) is not None), None)
+    if given and config.propagate == "mask":
+        raise ConfigError(f"propagate='mask' does not go with policy {policy.name!r}, which drops cache entries")
+    if asked is not None and (not given or (asked == "kv_top_p") != (retention.goes_by == "attention")):
+        raise ConfigError(
+            f"{asked}={getattr(config, asked)} does not go with policy {policy.name!r}, whose {type(retention).__name__} "
+            "does not go by it"
+        )
+    return limits

@@ -37,15 +37,15 @@ class FixedLayer(Policy):
         if not 0 <= self.depth <= 1:
             raise ConfigError(f"depth={depth} is out of range; give a share of the layers, in [0, 1]")
 
-    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
-        voters = range(num_layers) if voters is None else voters
+    def rule(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
+        ranking_layers = range(num_layers) if ranking_layers is None else ranking_layers
         middle = max(0, math.ceil(self.depth * num_layers) - 1)
-        layer = min(voters, key=lambda one: abs(one - middle)) if self.layer is None else self.layer
+        layer = min(ranking_layers, key=lambda one: abs(one - middle)) if self.layer is None else self.layer
         if isinstance(layer, float) or not 0 <= layer < num_layers:
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
-        if layer not in voters:
+        if layer not in ranking_layers:
             raise ConfigError(
                 f"layer={layer} has a sliding window, so it cannot rank the whole prompt; "
-                f"give one of {', '.join(map(str, voters))}"
+                f"give one of {', '.join(map(str, ranking_layers))}"
             )
-        return config.pooled().replace(min_layer=layer, max_layer=layer).resolve(num_layers, voters)
+        return config.pooled().replace(min_layer=layer, max_layer=layer).resolve(num_layers, ranking_layers)

@@ -11,6 +11,8 @@ from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.asl_two_pass import once_a_prompt
 from flexasl.policies.base import CACHE, SCORES, Policy
+from flexasl.selectors import ScheduledSelector, Selector
+from flexasl.selectors.base import Prompts
 
 
 class PyramidInfer(Policy):
@@ -37,26 +39,29 @@ class PyramidInfer(Policy):
         self.first = None if first is None else integer("first", first, 0, error=ConfigError)
         self.last = None if last is None else integer("last", last, 0, error=ConfigError)
 
-    def rule(self, config: ASLConfig, num_layers: int, voters: Sequence[int] | None = None) -> ASLConfig:
+    def rule(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         first, last = self._ends(num_layers)
         if not 0 <= first <= last < num_layers:
             raise ConfigError(f"first={first} and last={last} are no layers in order; give 0 to {num_layers - 1}")
-        if voters is not None and len(voters) < num_layers:
+        if ranking_layers is not None and len(ranking_layers) < num_layers:
             raise ConfigError(
-                f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, voters))} see "
+                f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, ranking_layers))} see "
                 "the whole prompt; give another policy"
             )
         return config.pooled().replace(min_layer=first, max_layer=last).resolve(num_layers)
 
-    def steps(self, config: ASLConfig, num_layers: int, prompt_tokens: int) -> dict[int, int]:
-        first, last = self._ends(num_layers)
-        least = config.token_budget(prompt_tokens)
-        steps = {}
-        for layer in range(first, last + 1):
-            done = (layer - first + 1) / (last - first + 1)
-            share = (1 + math.cos(math.pi * done)) / 2
-            steps[layer] = least + round((prompt_tokens - least) * share)
-        return steps
+    def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
+        first, last = self._ends(prompts.num_layers)
+
+        def plan(prompt_tokens: int) -> dict[int, int]:
+            least, going = config.token_budget(prompt_tokens), {}
+            for layer in range(first, last + 1):
+                done = (layer - first + 1) / (last - first + 1)
+                share = (1 + math.cos(math.pi * done)) / 2
+                going[layer] = least + round((prompt_tokens - least) * share)
+            return going
+
+        return ScheduledSelector(plan, config, prompts)
 
     def _ends(self, num_layers: int) -> tuple[int, int]:
         first = min(1, num_layers - 1) if self.first is None else self.first

@@ -9,6 +9,7 @@ from flexasl.checks import real
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
+from flexasl.retention import Retention, TopK
 
 
 class PyramidKV(SnapKV):
@@ -31,10 +32,13 @@ class PyramidKV(SnapKV):
         if beta < 1:
             raise ConfigError(f"beta={beta} would give the last layer more than the mean; give at least 1")
 
-    def cache_budget(self, config: ASLConfig, layer: int, num_layers: int, prompt_tokens: int) -> int | None:
-        budget = config.cache_budget(prompt_tokens)
-        assert budget is not None
-        mean = budget - config.window
-        least = mean / self.beta
-        depth = layer / max(1, num_layers - 1)
-        return config.window + max(1, round(2 * mean - least - depth * 2 * (mean - least)))
+    def retention(self, config: ASLConfig, num_layers: int) -> Retention:
+        def limit(layer: int, prompt_tokens: int) -> int:
+            budget = config.cache_budget(prompt_tokens)
+            assert budget is not None
+            mean = budget - config.window
+            least = mean / self.beta
+            depth = layer / max(1, num_layers - 1)
+            return config.window + max(1, round(2 * mean - least - depth * 2 * (mean - least)))
+
+        return TopK(limit)

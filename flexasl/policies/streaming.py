@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from flexasl.checks import integer
+from flexasl.checks import integer, renamed
+from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
+from flexasl.retention import FirstAndLast, Retention
 
 
 class Streaming(SnapKV):
-    """Every layer reads the whole prompt, and its cache keeps the first `sinks` entries and the last ones, whatever was
-    attended to (StreamingLLM, arXiv 2309.17453, whose sinks are four).
+    """Every layer reads the whole prompt, and its cache keeps the first `keep_first` entries and the last ones, whatever was
+    attended to (StreamingLLM, arXiv 2309.17453, which keeps four).
 
     The budget is `kv_budget`; where it is not given, `select_tokens` entries per KV head. Entries keep their positions
     in the prompt, where the paper counts positions within the cache.
@@ -27,7 +29,14 @@ class Streaming(SnapKV):
         "pooling": f"would have no effect under policy {name!r}, which goes by position",
     }
 
-    def __init__(self, sinks: int = 4) -> None:
-        self.sinks = integer("sinks", sinks, error=ConfigError)
-        if sinks < 0:
-            raise ConfigError(f"sinks={sinks} is negative; give a number of entries")
+    def __init__(self, keep_first: int = 4, *, sinks: int | None = None) -> None:
+        """sinks: deprecated name of keep_first."""
+        if sinks is not None:
+            renamed("sinks", "keep_first")
+            keep_first = sinks
+        self.keep_first = integer("keep_first", keep_first, error=ConfigError)
+        if keep_first < 0:
+            raise ConfigError(f"keep_first={keep_first} is negative; give a number of entries")
+
+    def retention(self, config: ASLConfig, num_layers: int) -> Retention:
+        return FirstAndLast(self.keep_first, lambda layer, tokens: config.cache_budget(tokens))

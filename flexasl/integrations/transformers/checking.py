@@ -84,7 +84,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _set(patch: Any, rule: ASLConfig, propagate: Any) -> None:
     stack = patch._stack
-    patch.policy = FixedLayer(stack.voters[len(stack.voters) // 2])
+    patch.policy = FixedLayer(stack.ranking_layers[len(stack.ranking_layers) // 2])
     patch.config = rule.replace(propagate=propagate)
 
 

@@ -108,7 +108,7 @@ class Stack:
     """Why a model that reads more than text cannot be given more; None where it can, or reads text alone."""
 
     @property
-    def voters(self) -> list[int]:
+    def ranking_layers(self) -> list[int]:
         """Layers whose ranking counts: those that see the whole prompt, or all where none does."""
         seeing = [index for index, attention in enumerate(self.attention) if attention.sliding_window is None]
         return seeing or list(range(len(self.layers)))

@@ -1,4 +1,4 @@
-"""A patched model: hooks that hand each forward pass to a `Call`, and what they refuse."""
+"""A patched model: hooks that hand each forward pass to a `ForwardPass`, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from flexasl.attention import FlexASLAttention
 from flexasl.calibrated import CalibratedFor
-from flexasl.call import Call, LayerStep
+from flexasl.forward_pass import ForwardPass
+from flexasl.layer_step import LayerStep
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
@@ -28,14 +29,13 @@ from flexasl.integrations.transformers.media import refuse_media, refuse_merged,
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
-from flexasl.packing import Continued, Packed
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
 
-CALL = "flexasl_call"
-"""The keyword that goes down to attention: the `Call` first, and inside a layer its `LayerStep`."""
 PASS = "flexasl_pass"
-"""Keyword from model to decoder, which puts the `Call` there."""
+"""The keyword that goes down to attention: the `ForwardPass` first, and inside a layer its `LayerStep`."""
+OUTER = "flexasl_outer"
+"""Keyword from model to decoder, which puts the `ForwardPass` there."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -47,7 +47,7 @@ REFUSED = {
 class Patch(BasePatch):
     """A patched transformers model."""
 
-    CALL = CALL
+    KEYWORD = PASS
     MASK = "attention_mask"
     TABLES = ("position_embeddings", "position_ids")
 
@@ -60,7 +60,7 @@ class Patch(BasePatch):
         reduce = sum_over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
-        settings: dict[str, Any] = {"voters": stack.voters, "reduce": reduce, "kind": kind}
+        settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce, "kind": kind}
         settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
@@ -145,7 +145,7 @@ class Patch(BasePatch):
         return (), kwargs
 
     def _start(self, decoder: Any, kwargs: dict[str, Any]) -> None:
-        """Makes the call of a pass from the decoder's arguments, which take it down."""
+        """Makes the forward pass from the decoder's arguments, which take it down."""
         kind = decoder.config._attn_implementation
         if kind != NAME:
             raise UnsupportedError(
@@ -171,26 +171,26 @@ class Patch(BasePatch):
             refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[CALL] = call = self.begin(caches, valid, batch, count, tokens.device)
-        outer: _Pass | None = kwargs.pop(PASS, None)
+        kwargs[PASS] = forward_pass = self.begin(caches, valid, batch, count, tokens.device)
+        outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
-            outer.call = call
+            outer.forward_pass = forward_pass
         elif torch.is_grad_enabled():
-            call.blank = float("nan")  # the decoder alone: nobody would blank out its output
+            forward_pass.blank = float("nan")  # the decoder alone: nobody would blank out its output
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call: Call = kwargs[CALL]
-        report = self.end(call)
+        forward_pass: ForwardPass = kwargs[PASS]
+        report = self.end(forward_pass)
         cache = kwargs.get(self._cache_name)
-        if cache is not None and call.caches is not None:
-            ids, count = kwargs.get("input_ids"), call.columns.shape[1]
+        if cache is not None and forward_pass.caches is not None:
+            ids, count = kwargs.get("input_ids"), forward_pass.positions.shape[1]
             cache.record(self._model, ids, kwargs.get("attention_mask"), count, report)
 
-    def _hand_down(self, call: Call, step: LayerStep, kwargs: dict[str, Any]) -> None:
-        kwargs[CALL] = kwargs[self._stack.cache_argument] = step
+    def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
+        kwargs[PASS] = kwargs[self._stack.cache_argument] = step
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
-        """The call's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
+        """The pass's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
         given = [kwargs.pop(name) for name in CACHES[:2] if name in kwargs]
         cache = kwargs[self._cache_name] = next((one for one in given if one is not None), None)
         use_cache = kwargs.get("use_cache")
@@ -220,22 +220,22 @@ class Patch(BasePatch):
 class _Pass:
     """What the model learns from its decoder; no list, which other libraries' hooks would copy on the way down."""
 
-    call: Call | None = None
+    forward_pass: ForwardPass | None = None
 
 
 def _begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, kwargs | {PASS: _Pass()} if torch.is_grad_enabled() else kwargs
+    return args, kwargs | {OUTER: _Pass()} if torch.is_grad_enabled() else kwargs
 
 
 def _end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Writes NaN into the logits of dropped tokens where gradients are recorded: in hidden states, it would become the
     gradients of the model's last weights."""
-    call = None if PASS not in kwargs else kwargs[PASS].call
-    if call is None:
+    forward_pass = None if OUTER not in kwargs else kwargs[OUTER].forward_pass
+    if forward_pass is None:
         return
     logits = output[0] if isinstance(output, tuple) else output.logits
     wanted = kwargs.get("logits_to_keep", 0)
-    call.blank_out(logits, wanted if isinstance(wanted, Tensor) else slice(-logits.shape[1], None))
+    forward_pass.blank_out(logits, wanted if isinstance(wanted, Tensor) else slice(-logits.shape[1], None))
 
 
 def attention_forward(
@@ -251,12 +251,12 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, M, D], key and value [B, G, N, D] → [B, M, H, D]."""
-    step: LayerStep | None = kwargs.get(CALL)
+    step: LayerStep | None = kwargs.get(PASS)
     if step is None:
         raise UnsupportedError(
             f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
         )
-    mine: FlexASLAttention = step.attention
+    mine: FlexASLAttention = step.module
     if (mine.scale, mine.sliding_window, mine.softcap) != (scaling, sliding_window, softcap):
         raise UnsupportedError(
             f"{type(module).__name__} asks for scaling={scaling}, sliding_window={sliding_window}, softcap={softcap}, "
@@ -267,7 +267,7 @@ def attention_forward(
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """transformers' mask interface: every layer's mask is made from its own tokens, in `Call`."""
+    """transformers' mask interface: every layer's mask is made from its own tokens, in `ForwardPass`."""
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -285,9 +285,9 @@ def _set_attention(model: Any, implementation: str | dict[str, Any], *args: Any,
 def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's forward as the compiled region for such inputs, each of which is one graph. What is too rare to be
     worth one, a prompt of one token and several tokens over a cache, runs uncompiled."""
-    step: LayerStep = kwargs[CALL]
-    prompt, one = isinstance(step.packed, Packed), hidden.shape[1] == 1
-    if prompt == one or isinstance(step.packed, Continued):
+    step: LayerStep = kwargs[PASS]
+    prompt, one = step.rows is not None, hidden.shape[1] == 1
+    if prompt == one or (step.rows is not None and step.rows.past is not None):
         return run_layer(layer, (hidden, *args), kwargs)
     region = regions[prompt, hidden.shape[0] == 1, step.visible is None]
     return region(layer, (hidden, *args), kwargs)

@@ -1,0 +1,117 @@
+"""What one layer's attention does in a forward pass.
+
+Shapes: B batch, H query heads, G KV heads, M new tokens, N keys, T tokens of all prompts, K scored tokens, D head dim,
+C width of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexasl.attention import FlexASLAttention
+from flexasl.entries import owned
+from flexasl.masks import Visibility
+from flexasl.rows import Rows
+from flexasl.rows_attention import attend
+
+
+class LayerStep:
+    """What one layer's attention needs in this pass, and what it leaves behind: tensors only, so that a compiler can
+    take the layer as one graph."""
+
+    def __init__(
+        self,
+        module: FlexASLAttention,
+        *,
+        rows: Rows | None = None,
+        scored: int = 0,
+        visible: Visibility | None = None,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+        cut: bool = False,
+        reach: int | None = None,
+        room: bool = True,
+    ) -> None:
+        """scored: of how many last tokens of each prompt the queries are left behind. cut: reach and visible stand for
+        the sliding window."""
+        self.module = module
+        self._attends = module.unwindowed if cut else module
+        self.rows = rows
+        """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
+        self._window = scored
+        self._scored = rows.last(scored) if rows is not None and scored else None
+        self.visible = visible
+        self.keys = keys
+        """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
+        first one."""
+        self.values = values
+        self.reach = reach
+        """Where set, how many of the last keys a new token sees."""
+        self.room = room
+        """Whether there is room for new tokens; otherwise `update` makes larger tensors."""
+        self.query: Tensor | None = None
+        """A prompt's queries [1, H, K, D] of the scored tokens."""
+        self.key: Tensor | None = None
+        """A prompt's keys."""
+        self.sinks: Tensor | None = None
+        self.cached: tuple[Tensor, Tensor] | None = None
+        """What the cache is to remember of a prompt."""
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """The layer's attention: query [B, H, M, D] of its tokens over their key and value [B, G, M, D], rotary applied,
+        and over all that they may see besides → [B, H, M, D]. sinks [H]: logits of a key that is no token."""
+        return self.attend(query, *self.update(key, value), sinks)
+
+    def update(self, key: Tensor, value: Tensor, *ignored: object, **also: object) -> tuple[Tensor, Tensor]:
+        """The first half of `attention`, as transformers' caches have it: takes new keys and values [B, G, M, D]; returns
+        all that the queries may see [B, G, N, D]."""
+        if self.rows is not None:
+            key, value = self.cached = _alone(key), _alone(value)
+        if self.keys is None or self.values is None:
+            return key, value
+        if self.rows is not None:
+            return self.rows.join(self.keys, key), self.rows.join(self.values, value)
+        if not self.room:
+            self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+            return self.keys, self.values
+        count = key.shape[2]
+        self.keys[:, :, -count:] = key
+        self.values[:, :, -count:] = value
+        if self.reach is None:
+            return self.keys, self.values
+        first = self.keys.shape[2] - self.reach
+        return self.keys[:, :, first:], self.values[:, :, first:]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """The second half: query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
+        if self.rows is None:
+            out: Tensor = self._attends.forward(query, key, value, self.visible, sinks=sinks)
+            return out
+        self.key, self.sinks = _alone(key), sinks
+        self.query = None if self._scored is None else query.index_select(2, self._scored)
+        return attend(self.rows, self.module, query, self.key, value, sinks)
+
+    def in_groups(self, run: Callable[[slice], Tensor]) -> Tensor:
+        """A layer's output [1, T, C] for prompts, some rows at a time: run(tokens) gives it for these tokens."""
+        rows, scored, parts = self.rows, self._scored, []
+        assert rows is not None
+        for tokens, group in rows.groups:
+            self.rows, self._scored = group, None if scored is None else group.last(self._window)
+            parts.append((run(tokens), self.query, self.key, self.cached))
+        self.rows, self._scored = rows, scored
+        outputs, queries, keys, cached = zip(*parts)
+        self.query = None if scored is None else torch.cat(queries, 2)
+        self.key = torch.cat(keys, 2)
+        if self.cached is not None:
+            new, values = zip(*cached)
+            self.cached = self.key if new[0] is keys[0] else torch.cat(new, 2), torch.cat(values, 2)
+        return torch.cat(outputs, 1)
+
+
+def _alone(states: Tensor) -> Tensor:
+    """A prompt's keys or values, which stay while the rest of the layer runs, without the queries that some models
+    project into the same memory."""
+    return states if torch.compiler.is_compiling() else owned(states)

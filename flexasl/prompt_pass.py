@@ -1,0 +1,234 @@
+"""Prompts on their way through the layers: packed, scored, pruned, remembered.
+
+Shapes: B batch, G KV heads, M prompt tokens, T tokens of all prompts at the current layer, D head dim, C width of hidden
+states.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexasl.attention import FlexASLAttention
+from flexasl.cache import LayerCache
+from flexasl.compiling import bare
+from flexasl.errors import UnsupportedError
+from flexasl.forward_pass import ForwardPass, look_up, still_valid
+from flexasl.layer_step import LayerStep
+from flexasl.ops import compact_kv, gather_tokens
+from flexasl.prefill import Entries, Prefill
+from flexasl.report import Report, RowReport, SelectionReport
+from flexasl.rows import Past, Rows
+from flexasl.second_pass import Rerun, read_again, refuse_second_pass
+
+
+class PromptPass(ForwardPass):
+    """The pass over a batch of prompts, or over a later turn that is pruned like one. Layers see one row [1, T, C]."""
+
+    prefill: Prefill
+
+    def __init__(
+        self,
+        caches: Sequence[LayerCache] | None,
+        prefill: Prefill,
+        positions: Tensor,
+        valid: Tensor | None = None,
+        *,
+        compiled: bool = False,
+        rerun: Rerun | None = None,
+        unpacks: bool = False,
+    ) -> None:
+        """valid, of a later turn [B, positions so far] bool, is False at padding, None where there is none. rerun: what
+        policies with a second pass need. unpacks: as long as no token was dropped, layers give their outputs in the
+        prompt's own shape."""
+        super().__init__(caches, positions, compiled=compiled)
+        if prefill.rows.batch_rows is None:
+            refuse_second_pass(prefill, rerun)
+        if self._past == 0:
+            for cache in caches or ():
+                cache.begin(prefill.config.kv_dtype)
+        self.prefill = prefill
+        self._valid = valid
+        self._unpacks = unpacks
+        self._unpacked = True
+        self.rerun = rerun
+        self._windows: dict[int, int] = {}
+        self._started = _clock(positions.device)
+
+    def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
+        if self._unpacked:
+            hidden, self._unpacked = self._pack_all(hidden), False
+        scored = self.prefill.config.window if self.prefill.needs(layer) else 0
+        if self._past == 0:
+            return hidden, LayerStep(attention, rows=self.prefill.rows, scored=scored)
+        assert self.caches is not None
+        cache = self.caches[layer]
+        assert cache.columns is not None
+        past = Past(cache.columns, still_valid(self._valid, cache.columns, cache.valid), self._past)
+        rows = self.prefill.rows.after(past)
+        return hidden, LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
+
+    def table(self, states: Tensor) -> Tensor:
+        for known, made in self._tables:
+            if known is states:
+                return made
+        made = self._pack(states)
+        if self._compiled:
+            made = bare(made.contiguous())
+        self._tables.append((states, made))
+        return made
+
+    def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
+        """Remembers and scores the tokens, and may drop some."""
+        prefill, last = self.prefill, layer + 1 == self.prefill.num_layers
+        self._observe(layer, step)
+        fresh, before, tokens = prefill.fresh, prefill.rows, prefill.advance()
+        if self.caches is not None:
+            self.caches[0].unfinished = True
+            self._forget_old(self.caches[layer], layer, step.module.sliding_window)
+        if tokens is not None:
+            self._tables.clear()
+        if self._unpacks and before.contiguous and not last:
+            self._unpacked = True
+            return self._unpack(hidden, before)
+        if tokens is not None:
+            hidden = gather_tokens(hidden, tokens[None])
+            if self.rerun is not None:
+                hidden = read_again(self, layer, fresh, hidden, self.rerun)
+        return self._finish(hidden) if last else hidden
+
+    def again(self, caches: Sequence[LayerCache] | None, prefill: Prefill) -> PromptPass:
+        """A pass of some of the same tokens, alone."""
+        return PromptPass(caches, prefill, self.positions, compiled=self._compiled)
+
+    def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
+        gone = self.prefill.gone()
+        if gone is not None:
+            shape = (*states.shape[:2], *[1] * (states.dim() - 2))
+            states.masked_fill_(gone[:, positions].view(shape), float("nan"))
+
+    def close(self) -> Report:
+        """Drops what was masked out from the caches."""
+        super().close()
+        kept = self.prefill.close()
+        for layer, cache in enumerate(self.caches or ()):
+            if layer in kept and cache.columns is not None:
+                cache.retain(look_up(kept[layer], cache.columns))
+        return self._report(_clock(self.positions.device) - self._started)
+
+    def _observe(self, layer: int, step: LayerStep) -> None:
+        """Scores the tokens, and remembers their keys and values."""
+        assert step.key is not None
+        query, key, cached = step.query, step.key, step.cached
+        step.query = step.key = step.cached = None
+        groups = None if cached is None else cached[0].shape[1]
+        entries = self.prefill.observe(layer, query, key, step.module, step.sinks, groups=groups, rows=step.rows)
+        if self.caches is not None and cached is not None:
+            self._remember(self.caches[layer], *cached, entries)
+
+    def _remember(self, cache: LayerCache, keys: Tensor, values: Tensor, entries: Entries | None) -> None:
+        """A prompt's keys and values [1, G, T, D], all of them or those entries."""
+        rows = self.prefill.rows
+        if entries is not None:
+            keys, values = compact_kv(keys, values, entries.tokens)
+            positions = rows.positions[entries.tokens] + self._past
+            cache.append(keys, values, positions, entries.valid, self._tokens)
+            return
+        tokens, real = rows.as_batch()
+        if real is None:
+            keys, values = (rows.parts[0].of(states, 2) for states in (keys, values))
+        else:
+            keys, values = compact_kv(keys, values, tokens[:, None].expand(-1, keys.shape[1], -1))
+        positions = rows.positions[tokens] + self._past
+        cache.append(keys, values, positions, real, self._tokens, aligned=rows.contiguous)
+
+    def _forget_old(self, cache: LayerCache, layer: int, sliding_window: int | None) -> None:
+        """Drops the entries that no later token can see through the sliding window."""
+        if sliding_window is None or self._tokens == 1:
+            return
+        if not cache.record_past:
+            self._windows[layer] = sliding_window
+        cache.forget(sliding_window)
+
+    def _pack_all(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != self.positions.shape:
+            raise UnsupportedError(
+                f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on a "
+                "patched model must leave their number as it is"
+            )
+        return self._pack(hidden)
+
+    def _pack(self, states: Tensor) -> Tensor:
+        """A per-token tensor [B or 1, M, ...] of the prompts as [1, T, ...]."""
+        rows, batch = self.prefill.rows, self.positions.shape[0]
+        if states.shape[0] == 1 and batch > 1:
+            return gather_tokens(states, rows.positions[None])
+        states = states.reshape(1, -1, *states.shape[2:])
+        if rows.total == states.shape[1] and rows.batch_rows is None:
+            return states
+        return gather_tokens(states, rows.flat(self._tokens)[None])
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        if self.prefill.rows.batch_rows is not None:
+            return hidden
+        if self.prefill.dropped is not None:
+            hidden = hidden.masked_fill(self.prefill.dropped[:, None], self.blank)
+        return self._unpack(hidden, self.prefill.rows)
+
+    def _unpack(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """States [1, T, C] in the prompt's own shape [B, M, C]: 0 at padding, `blank` at others."""
+        batch = self.positions.shape[0]
+        places = batch * self._tokens
+        if rows.total == places:
+            return hidden.reshape(batch, self._tokens, -1)
+        full = hidden.new_full((places, hidden.shape[2]), self.blank)
+        for row, length in enumerate(self.prefill.lengths):
+            full[row * self._tokens : (row + 1) * self._tokens - length] = 0
+        full.index_copy_(0, rows.flat(self._tokens), hidden[0])
+        return full.view(batch, self._tokens, -1)
+
+    def _report(self, seconds: float) -> Report:
+        prefill, caches = self.prefill, self.caches or []
+        kept = [cache.columns.shape[-1] for cache in caches if cache.columns is not None]
+        whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
+        full = (
+            cache.nbytes_unquantized // max(1, has) * had for cache, has, had in zip(caches, kept, whole, strict=True)
+        )
+        return Report(
+            policy=prefill.policy.name,
+            config=prefill.config.to_dict(),
+            num_layers=prefill.num_layers,
+            rows=tuple(_row_report(prefill, row) for row in range(len(prefill.lengths))),
+            kv_tokens=tuple(kept),
+            kv_bytes=sum(cache.nbytes for cache in caches),
+            kv_bytes_full=sum(full),
+            prefill_seconds=seconds,
+        )
+
+
+def _row_report(prefill: Prefill, row: int) -> RowReport:
+    made, trace = prefill.selections.get(row, []), prefill.selector.traces.get(row)
+    tokens, kept = prefill.lengths[row], prefill.counts[row]
+    return RowReport(
+        prompt_tokens=tokens,
+        kept_tokens=kept,
+        selected_layer=made[-1].layer if made else None,
+        selections=tuple(SelectionReport(layer=one.layer, kept_tokens=one.count) for one in made),
+        reason=prefill.reason(row),
+        scored_layers=tuple(prefill.scored),
+        eval_layers=tuple(trace.eval_layers) if trace else (),
+        variance=tuple(trace.variance) if trace else (),
+        variance_ratio=tuple(trace.variance_ratio) if trace else (),
+        kept_positions=range(tokens) if kept == tokens else tuple(prefill.kept_positions(row).tolist()),  # type: ignore[arg-type]
+        layer_tokens=tuple(layer[row] for layer in prefill.ran),
+        reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
+    )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,232 @@
+"""Prompts of different lengths, one after another without padding (varlen): a row costs what its own tokens cost.
+
+Shapes: B rows, N positions of the padded batch, T tokens of all rows together, M tokens of a row, E cached entries of a
+row, G KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexasl.errors import UnsupportedError
+from flexasl.masks import Visibility
+
+GROUP = 2048
+"""Tokens that several rows may have together where a layer runs on some rows at a time; a longer row runs alone."""
+
+
+class EqualRows(NamedTuple):
+    """Neighbouring rows of one length, which can be seen as a batch."""
+
+    first: int
+    """Their first row."""
+    count: int
+    start: int
+    """Their first token."""
+    length: int
+
+    def of(self, states: Tensor, dim: int) -> Tensor:
+        """Their part of varlen states, whose dim 0 is 1, as a batch: [1, ..., T, ...] → [count, ..., M, ...]."""
+        own = states.narrow(dim, self.start, self.count * self.length)
+        return own.unflatten(dim, (self.count, self.length)).squeeze(0).movedim(dim - 1, 0)
+
+    def after(self, entries: int) -> EqualRows:
+        """The same rows in states where so many cached entries stand before each row."""
+        return self._replace(start=self.start + self.first * entries, length=self.length + entries)
+
+
+class Past(NamedTuple):
+    """What a layer's cache holds of the rows."""
+
+    positions: Tensor
+    """[B, E] or [B, G, E] int64."""
+    valid: Tensor | None
+    """Bool like positions, False at padding; None where there is none."""
+    seen: int
+    """Positions of the padded sequence before the rows' own."""
+
+
+class Rows:
+    """The tokens that there are at some layer: those of row 0, then those of row 1, and so on. What is derived of them
+    is made once."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        positions: Tensor,
+        *,
+        kept: Tensor | None = None,
+        contiguous: bool = True,
+        layout: Tensor | None = None,
+        batch_rows: Sequence[int] | None = None,
+        past: Past | None = None,
+    ) -> None:
+        """lengths: each row's tokens; positions [T] int64: their places in the padded batch, ascending in each row, whose
+        last token is at the end; kept [T] bool: False at tokens that are masked out, None where none is; contiguous:
+        whether no token is missing within a row; layout: the attribute, if there already; batch_rows: which rows of the
+        batch these are, if not all; past: what comes before them."""
+        self.lengths = list(lengths)
+        self.positions = positions
+        self.kept = kept
+        self.contiguous = contiguous
+        if layout is None:
+            layout = torch.tensor([int(contiguous), *self.lengths], dtype=torch.int64, device="cpu")
+        self.layout = layout
+        """[1 + B] int64 on the host: contiguous, then lengths; a graph that takes these as a tensor is good for all."""
+        self.batch_rows = batch_rows
+        self.past = past
+        self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
+        self.total = sum(self.lengths)
+        self.width = max(self.lengths)
+        self._visible: dict[int, Visibility] = {}
+        self._last: dict[int, Tensor] = {}
+
+    @classmethod
+    def left_padded(cls, lengths: Sequence[int], tokens: int, device: torch.device) -> Rows:
+        """All tokens of rows that were padded on the left to so many."""
+        at = torch.arange(tokens, dtype=torch.int64, device=device)
+        return cls(lengths, torch.cat([at[tokens - length :] for length in lengths]))
+
+    def masked(self, kept: Tensor) -> Rows:
+        """The same tokens, of which some are masked out."""
+        return Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
+
+    def after(self, past: Past) -> Rows:
+        """The same tokens after what a cache holds."""
+        return Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout, past=past)
+
+    def of(self, row: int) -> slice:
+        """Where the row's tokens are."""
+        return slice(self.starts[row], self.starts[row] + self.lengths[row])
+
+    @cached_property
+    def parts(self) -> list[EqualRows]:
+        """The rows, as few batches."""
+        parts: list[EqualRows] = []
+        for row, length in enumerate(self.lengths):
+            if parts and parts[-1].length == length:
+                parts[-1] = parts[-1]._replace(count=parts[-1].count + 1)
+            else:
+                parts.append(EqualRows(row, 1, self.starts[row], length))
+        return parts
+
+    @cached_property
+    def groups(self) -> list[tuple[slice, Rows]]:
+        """Neighbouring rows of at most `GROUP` tokens, or a longer row alone: where its tokens are, and those rows."""
+        firsts = [0]
+        for row, (start, length) in enumerate(zip(self.starts, self.lengths)):
+            if row > firsts[-1] and start + length - self.starts[firsts[-1]] > GROUP:
+                firsts.append(row)
+        return [self._group(*some) for some in zip(firsts, [*firsts[1:], len(self.lengths)])]
+
+    @cached_property
+    def lengths_on_device(self) -> Tensor:
+        """[B] int64."""
+        return self.layout[1:].to(self.positions.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] int32: where rows begin, and the end."""
+        return F.pad(self.lengths_on_device.cumsum(0), (1, 0)).int()
+
+    def flat(self, tokens: int) -> Tensor:
+        """Each token's place [T] int64 in a padded batch [B, tokens] whose rows are laid out one after another."""
+        device, chosen = self.positions.device, self.batch_rows or range(len(self.lengths))
+        rows = torch.tensor(chosen, dtype=torch.int64, device=device)
+        return rows.repeat_interleave(self.lengths_on_device, output_size=self.total) * tokens + self.positions
+
+    def as_batch(self) -> tuple[Tensor, Tensor | None]:
+        """Where the tokens are of the rows as a left-padded batch: tokens [B, width] int64, and which are real
+        [B, width] bool, None where all are."""
+        return self._batch
+
+    @cached_property
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        device = self.positions.device
+        stops = [start + length for start, length in zip(self.starts, self.lengths)]
+        ends = torch.tensor(stops, dtype=torch.int64, device=device)
+        at = torch.arange(-self.width, 0, dtype=torch.int64, device=device)
+        tokens = ends[:, None] + at
+        if min(self.lengths) == self.width:
+            return tokens, None
+        real = at >= -self.lengths_on_device[:, None]
+        return tokens.where(real, ends[:, None] - 1), real
+
+    def last(self, window: int) -> Tensor:
+        """Where the last `window` tokens of each row are, or all of a row that has fewer: [K] int64."""
+        made = self._last.get(window)
+        if made is None:
+            spans = [(start + max(0, n - window), start + n) for start, n in zip(self.starts, self.lengths)]
+            parts = [torch.arange(*span, dtype=torch.int64, device=self.positions.device) for span in spans]
+            made = self._last[window] = torch.cat(parts)
+        return made
+
+    def join(self, held: Tensor, new: Tensor) -> Tensor:
+        """Each row's cached entries [B, G, E, D], and its new ones [1, G, T, D] after them: [1, G, B E + T, D]."""
+        made = []
+        for part in self.parts:
+            joined = torch.cat([held[part.first : part.first + part.count], part.of(new, 2)], 2)
+            made.append(joined.transpose(0, 1).flatten(1, 2))
+        return torch.cat(made, 1)[None]
+
+    def visible(self, part: EqualRows) -> Visibility:
+        """Who sees whom in these rows."""
+        made = self._visible.get(part.first)
+        if made is None:
+            at, valid = self.view(part)
+            if self.past is None and self.contiguous:
+                at = at[:1]
+            own = at[..., self.entries :]
+            made = self._visible[part.first] = Visibility(own if own.dim() == 2 else own[:, 0], at, valid)
+        return made
+
+    @property
+    def entries(self) -> int:
+        """E."""
+        return 0 if self.past is None else self.past.positions.shape[-1]
+
+    def view(self, part: EqualRows) -> tuple[Tensor, Tensor | None]:
+        """Positions and validity of the past and of the rows' own tokens: [count, E + M] or [count, G, E + M]."""
+        new = part.of(self.positions[None], 1)
+        if self.past is None:
+            return new, None if self.kept is None else part.of(self.kept[None], 1)
+        some = slice(part.first, part.first + part.count)
+        held, new = self.past.positions[some], new + self.past.seen
+        valid = None if self.past.valid is None else self.past.valid[some]
+        if held.dim() == 3:
+            new = new[:, None].expand(-1, held.shape[1], -1)
+        if valid is not None:
+            valid = torch.cat([valid, valid.new_ones(new.shape)], -1)
+        return torch.cat([held, new], -1), valid
+
+    def _group(self, first: int, stop: int) -> tuple[slice, Rows]:
+        lengths = self.lengths[first:stop]
+        tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
+        kept = None if self.kept is None else self.kept[tokens].clone()
+        return tokens, Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
+
+    def has_mask(self, sliding_window: int | None, part: EqualRows) -> bool:
+        """Whether there is more to these rows' attention than causal order."""
+        if self.kept is not None or self.past is not None:
+            return True
+        return sliding_window is not None and (not self.contiguous or sliding_window < part.length)
+
+
+def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") -> list[int]:
+    """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this
+    name, unless padding is on the left."""
+    mask = attention_mask.bool()
+    tokens: list[int] = mask.sum(-1).flatten().tolist()
+    if 0 in tokens:
+        raise UnsupportedError(f"{name} has no token in row {tokens.index(0)}, only padding; give each row a token")
+    if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise UnsupportedError(
+            f"{name} has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
+        )
+    return tokens

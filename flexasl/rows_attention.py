@@ -1,0 +1,224 @@
+"""Attention and scores of varlen rows.
+
+Shapes: as in `flexasl.rows`; H query heads, G KV heads, D head dim, W window, N = E + M keys of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexasl.attention import FlexASLAttention, Scoring
+from flexasl.attention_gradients import attention_gradients
+from flexasl.rows import EqualRows, Rows
+
+
+class Scored(NamedTuple):
+    """What scores are made of: a layer's queries and keys, after rotary, of rows of one length."""
+
+    query: Tensor
+    """[B, H, W, D]: of the last W tokens."""
+    key: Tensor
+    """[B, G, N, D]: of all tokens, cached ones first."""
+    attention: FlexASLAttention
+    scoring: Scoring
+    valid: Tensor | None
+    """[B, N] or [B, G, N] bool, False at padding and at tokens that are masked out; None where there are none."""
+    positions: Tensor
+    """[B, N] or [B, G, N] int64."""
+    sinks: Tensor | None
+
+    def window_scores(self) -> Tensor:
+        """`flexasl.ops.window_scores`: [B, G, N - W] float32."""
+        made: Tensor = self._made(mass=False)
+        return made
+
+    def window_scores_and_mass(self) -> tuple[Tensor, Tensor]:
+        """`flexasl.ops.window_scores_and_mass`: [B, G, N - W] and [B, G, N] float32."""
+        made: tuple[Tensor, Tensor] = self._made(mass=True)
+        return made
+
+    def _made(self, mass: bool) -> Any:
+        marks = {"valid": self.valid, "positions": self.positions, "sinks": self.sinks}
+        return self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
+
+
+Measure = Callable[[Scored], tuple[Tensor, Tensor | None]]
+"""Scores [count, G, N - W] float32 and, or None, the attention that each key gets, [count, G, N] float32."""
+
+
+def attend(
+    rows: Rows, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention of each row to its past and itself: query [1, H, T, D], key, value [1, G, T, D], or [1, G, B E + T, D] as
+    `Rows.join` gives them → [1, H, T, D]."""
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _is_one_plain_row(rows, attention)):
+        settings = (attention.scale, attention.sliding_window, attention.softcap, attention.kernel)
+        return rows_attention(query, key, value, rows.layout, rows.positions, rows.kept, sinks, *settings)
+    if len(rows.lengths) == 1:
+        visible = None if _is_one_plain_row(rows, attention) else rows.visible(rows.parts[0])
+        out: Tensor = attention(query, key, value, visible, sinks=sinks)
+        return out
+    made = []
+    for part in rows.parts:
+        keys = part.after(rows.entries)
+        visible = rows.visible(part) if rows.has_mask(attention.sliding_window, part) else None
+        mixed = attention(part.of(query, 2), keys.of(key, 2), keys.of(value, 2), visible, sinks=sinks)
+        made.append(mixed.transpose(1, 2).flatten(0, 1))
+    return torch.cat(made)[None].transpose(1, 2)
+
+
+def scores(
+    rows: Rows,
+    measure: Measure,
+    attention: FlexASLAttention,
+    query: Tensor,
+    key: Tensor,
+    scoring: Scoring,
+    wanted: Sequence[int],
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `measure` gives of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in
+    `attend`: [rows, G, width - W] and, where it gives it, [rows, G, width], of the rows' own tokens, each row at the
+    right end, 0 where it has no such token."""
+    window, found = scoring.window, []
+    for part in rows.parts:
+        chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.count]
+        if not chosen:
+            continue
+        if part.length <= window:
+            found.append((query.new_zeros(len(chosen), key.shape[1], 0, dtype=torch.float32),) * 2)
+            continue
+        seen = _scored(rows, part, chosen, attention, query, key, scoring, sinks)
+        found.append(
+            tuple(made if made is None else made[..., rows.entries :] for made in measure(seen))  # type: ignore[arg-type]
+        )
+    made, masses = zip(*found)
+    mass = None if any(part is None for part in masses) else _right_aligned(masses, rows.width)
+    return _right_aligned(made, max(0, rows.width - window)), mass
+
+
+def _scored(
+    rows: Rows,
+    part: EqualRows,
+    chosen: list[int],
+    attention: FlexASLAttention,
+    query: Tensor,
+    key: Tensor,
+    scoring: Scoring,
+    sinks: Tensor | None,
+) -> Scored:
+    every = len(chosen) == part.count
+    some: Any = slice(None) if every else torch.tensor(chosen, dtype=torch.int64, device=query.device)
+    before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
+    queries = EqualRows(part.first, part.count, before, scoring.window).of(query, 2)[some]
+    keys, (at, valid) = part.after(rows.entries).of(key, 2)[some], rows.view(part)
+    at, valid = at[some], None if valid is None else valid[some]
+    if rows.past is not None and valid is not None:
+        keys, at, valid = _padding_first(keys, at, valid)
+    return Scored(queries, keys, attention, scoring, valid, at, sinks)
+
+
+def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:
+    return len(rows.lengths) == 1 and not rows.has_mask(attention.sliding_window, rows.parts[0])
+
+
+def _padding_first(keys: Tensor, at: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [B, G, N, D] with their positions and validity, [B, N] or [B, G, N], in an order that has no padding of an
+    earlier turn between real tokens, which scores pool over."""
+    order = valid.to(torch.uint8).argsort(dim=-1, stable=True)
+    by_head = order if order.dim() == 3 else order[:, None].expand(-1, keys.shape[1], -1)
+    return keys.take_along_dim(by_head[..., None], 2), at.gather(-1, order), valid.gather(-1, order)
+
+
+def _right_aligned(parts: Sequence[Tensor], width: int) -> Tensor:
+    """[..., N] of several rows each, one after another, 0 on the left of shorter ones: [sum of rows, ..., width]."""
+    wide = [F.pad(part, (width - part.shape[-1], 0)) for part in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide)
+
+
+def _rows(layout: Tensor, positions: Tensor, kept: Tensor | None) -> Rows:
+    contiguous, *lengths = layout.tolist()
+    return Rows(lengths, positions, kept=kept, contiguous=bool(contiguous), layout=layout)
+
+
+@torch.library.custom_op("flexasl::rows_attention", mutates_args=())
+def rows_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    positions: Tensor,
+    kept: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    kernel: str,
+) -> Tensor:
+    """`attend` of rows without a past as one node of a graph, for any number of rows of any lengths, which `Rows.layout`
+    tells."""
+    attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
+    out = attend(_rows(layout, positions, kept), attention, query, key, value, sinks)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@rows_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
+
+
+@torch.library.custom_op("flexasl::rows_attention_backward", mutates_args=())
+def rows_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    positions: Tensor,
+    kept: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty where there are none) by that of `rows_attention`'s output."""
+    rows = _rows(layout, positions, kept)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    found = []
+    for part in rows.parts:
+        own, wanted, keys, values = (part.of(tensor, 2) for tensor in (query, grad, key, value))
+        found.append(
+            attention_gradients(wanted, own, keys, values, rows.visible(part), scale, sliding_window, softcap, sinks)
+        )
+    *parts, of_sinks = zip(*found)
+    joined = [torch.cat([made.transpose(1, 2).flatten(0, 1) for made in of_parts]) for of_parts in parts]
+    queries, keys, values = (states[None].transpose(1, 2).contiguous() for states in joined)
+    for_sinks = query.new_empty(0) if sinks is None else torch.stack(of_sinks).sum(0).to(sinks.dtype)
+    return queries, keys, values, for_sinks
+
+
+@rows_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = query.new_empty(0) if settings[3] is None else torch.empty_like(settings[3])
+    wanted, keys, values = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return wanted, keys, values, sinks
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, layout, positions, kept, sinks, *settings, _ = inputs
+    ctx.save_for_backward(query, key, value, layout, positions, kept, sinks)
+    ctx.settings = settings
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sinks = ctx.saved_tensors[-1]
+    *states, of_sinks = rows_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *states, None, None, None, None if sinks is None else of_sinks, *[None] * 4
+
+
+rows_attention.register_autograd(_attention_backward, setup_context=_remember)

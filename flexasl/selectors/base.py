@@ -1,0 +1,134 @@
+"""What a selector is, and what it gives.
+
+Shapes: R rows that a selector decides, P scored tokens, N tokens of the longest row (P + window), K selected tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexasl.checks import renamed
+from flexasl.config import ASLConfig
+from flexasl.masks import Visibility
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of one row that go on to the layers after `layer`."""
+
+    row: int
+    layer: int
+    keep: Tensor
+    """[N] bool over the tokens that the row has at this layer, which are at the right end; the window is True."""
+    count: int
+    """How many go on."""
+
+    @property
+    def indices(self) -> Tensor:
+        """[K] int64, ascending: what to gather, for a run in which the other tokens are dropped."""
+        return self.keep.nonzero()[:, 0]
+
+    @property
+    def slots(self) -> Tensor:
+        """Deprecated name of `indices`."""
+        renamed("Selection.slots", "Selection.indices")
+        return self.indices
+
+    def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
+        """[1, 1, N, N] for `flex_attention`, for a run in which all tokens stay and the others are masked out. A token
+        that is not selected sees itself only."""
+        at = torch.arange(self.keep.shape[0], dtype=torch.int64, device=self.keep.device)[None]
+        return Visibility(at, at, self.keep[None]).block_mask(sliding_window, heads)
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts that is padded on the left."""
+
+    lengths: Sequence[int]
+    """Real tokens of each row."""
+    rows: Sequence[int]
+    """Those that have more tokens than the budget, ascending: the ones to select from."""
+    tokens: int
+    """Tokens of a row with its padding."""
+    num_layers: int
+    ranking_layers: Sequence[int] | None
+    """Layers that see the whole prompt, ascending; None for all."""
+    device: torch.device
+
+
+@dataclass
+class Trace:
+    """The rank variance of one row, layer by layer."""
+
+    eval_layers: list[int] = field(default_factory=list)
+    variance: list[float] = field(default_factory=list)
+    variance_ratio: list[float] = field(default_factory=list)
+    union_size: list[int] = field(default_factory=list)
+
+    def cut(self, layer: int) -> None:
+        """Forgets what came after this layer."""
+        count = sum(seen <= layer for seen in self.eval_layers)
+        for values in (self.eval_layers, self.variance, self.variance_ratio, self.union_size):
+            del values[count:]
+
+
+class Selector:
+    """Decides which tokens of a batch of prompts go on to deeper layers; this one lets all go on.
+
+    A prefill asks at every layer whether it `needs` the scores; where it does, the scores go to `observe`, and `select`
+    gives the selections. A row may be selected from several times, each time from the tokens that it has left.
+    """
+
+    def __init__(self, why: str = "nothing is pruned") -> None:
+        """why: the reason for every row."""
+        self._why = why
+
+    rows: Sequence[int] = ()
+    """Rows that may still lose tokens, ascending."""
+    first_layer: int | None = None
+    """The earliest layer after which a row may lose tokens; None: none will."""
+    once: bool = False
+    """Whether a row is selected from once at most, and `mask` is there: `propagate="mask"` and `later_turns="prune"`
+    need both."""
+
+    @property
+    def traces(self) -> Mapping[int, Trace]:
+        """By row, what a rule of rank variance has seen; empty where there is no such rule."""
+        return {}
+
+    def needs(self, layer: int) -> bool:
+        """Whether `observe` wants the scores of this layer."""
+        return False
+
+    def observe(self, layer: int, scores: Tensor) -> None:
+        """Takes scores [R, P] float32 of the rows in `rows`: of the tokens that each has left, without the window, at
+        the right end."""
+
+    def select(self, layer: int) -> list[Selection]:
+        """What is selected after this layer, by the scores that were observed at it."""
+        return []
+
+    def mask(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """`select` without a look at the numbers: which rows in `rows` select [R] bool, and what they would keep [R, N]
+        bool; None where it is too early."""
+        raise NotImplementedError
+
+    def reason(self, row: int, selection: Selection | None) -> str:
+        """Why the row was pruned where it was, by its last selection, or was not pruned: one sentence."""
+        return self._why
+
+
+def budget_of(config: ASLConfig, prompt_tokens: int) -> int:
+    """Tokens that go on from a prompt that is selected from."""
+    return min(config.token_budget(prompt_tokens), prompt_tokens)
+
+
+def within_budget(config: ASLConfig, prompt_tokens: int) -> str:
+    """The reason of a row that is too short to lose a token."""
+    return f"the prompt's {prompt_tokens} tokens are within the budget of {config.token_budget(prompt_tokens)}"
