@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from flexasl.selector import settle
 from setting import table
 from timing import DEVICE, bandwidth, timed
 from torch.nn import functional as F
 
 from flexasl import ops
-from flexasl.selector import settle
 
 TITLE = "Ops of the decision"
 HEADS, GROUPS, DIM, WINDOW, LAYERS, BUDGET, WIDTH = 32, 8, 128, 32, 8, 2048, 4096

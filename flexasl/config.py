@@ -213,7 +213,9 @@ class ASLConfig:
     def _resolve_among(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
         bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
         if self.min_layer is not None:
-            bounds["min_layer"] = max(sum(layer < self.min_layer for layer in ranking_layers), (self.observe_layers or 1) - 1)
+            bounds["min_layer"] = max(
+                sum(layer < self.min_layer for layer in ranking_layers), (self.observe_layers or 1) - 1
+            )
         if self.max_layer is not None:
             bounds["max_layer"] = sum(layer <= self.max_layer for layer in ranking_layers) - 1
         least = 0

@@ -281,8 +281,8 @@ class Prefill:
         limits = []
         for row, (count, most) in enumerate(zip(self.counts, self._most[layer], strict=True)):
             # What is read again after the selection is stored then.
-            whole = most is None or (self.policy.second_pass and row in self.selector.rows)
-            limits.append(count if whole else min(most, count))  # type: ignore[type-var]
+            later = self.policy.second_pass and row in self.selector.rows
+            limits.append(count if most is None or later else min(most, count))
         return limits
 
     def _entries(self, layer: int, seen: Tensor | None, groups: int) -> Entries:

@@ -104,7 +104,9 @@ def replay(
 
 
 @torch.no_grad()
-def replay_scores(scores: Tensor, config: ASLConfig | None = None, *, ranking_layers: Sequence[int] | None = None) -> Replay:
+def replay_scores(
+    scores: Tensor, config: ASLConfig | None = None, *, ranking_layers: Sequence[int] | None = None
+) -> Replay:
     """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads.
 
     ranking_layers are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;

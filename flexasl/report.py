@@ -246,7 +246,9 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
         raise Unfit(f"{where} has not a variance and a variance_ratio for each of its eval_layers")
     kept = [row.prompt_tokens, *(selection.kept_tokens for selection in row.selections), row.kept_tokens]
     if (selected[-1] if selected else None) != row.selected_layer or any(one >= two for one, two in pairwise(selected)):
-        raise Unfit(f"{where} selects at layer {row.selected_layer}, which is not the last of its selections {selected}")
+        raise Unfit(
+            f"{where} selects at layer {row.selected_layer}, which is not the last of its selections {selected}"
+        )
     if any(one < two for one, two in pairwise(kept[:-1])) or (selected and kept[-2] != kept[-1]):
         raise Unfit(f"{where} keeps {row.kept_tokens} tokens, which its selections do not end with: {kept[1:-1]}")
     if row.kept_tokens > row.prompt_tokens:

@@ -45,7 +45,7 @@ class TopK(Retention):
     goes_by = "scores"
 
     def __init__(self, limit: Limit) -> None:
-        self.limit = limit  # type: ignore[method-assign]
+        self.limit = limit  # type: ignore[method-assign, assignment]
 
     def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
         assert seen is not None
@@ -61,7 +61,7 @@ class TopP(Retention):
 
     def __init__(self, top_p: float, limit: Limit) -> None:
         self.top_p = top_p
-        self.limit = limit  # type: ignore[method-assign]
+        self.limit = limit  # type: ignore[method-assign, assignment]
 
     def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
         assert seen is not None
@@ -73,7 +73,7 @@ class FirstAndLast(Retention):
 
     def __init__(self, keep_first: int, limit: Limit) -> None:
         self.keep_first = keep_first
-        self.limit = limit  # type: ignore[method-assign]
+        self.limit = limit  # type: ignore[method-assign, assignment]
 
     def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
         lengths = rows.lengths_on_device[:, None]

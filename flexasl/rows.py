@@ -26,15 +26,15 @@ class EqualRows(NamedTuple):
 
     first: int
     """Their first row."""
-    count: int
+    number: int
     start: int
     """Their first token."""
     length: int
 
     def of(self, states: Tensor, dim: int) -> Tensor:
-        """Their part of varlen states, whose dim 0 is 1, as a batch: [1, ..., T, ...] → [count, ..., M, ...]."""
-        own = states.narrow(dim, self.start, self.count * self.length)
-        return own.unflatten(dim, (self.count, self.length)).squeeze(0).movedim(dim - 1, 0)
+        """Their part of varlen states, whose dim 0 is 1, as a batch: [1, ..., T, ...] → [number, ..., M, ...]."""
+        own = states.narrow(dim, self.start, self.number * self.length)
+        return own.unflatten(dim, (self.number, self.length)).squeeze(0).movedim(dim - 1, 0)
 
     def after(self, entries: int) -> EqualRows:
         """The same rows in states where so many cached entries stand before each row."""
@@ -111,7 +111,7 @@ class Rows:
         parts: list[EqualRows] = []
         for row, length in enumerate(self.lengths):
             if parts and parts[-1].length == length:
-                parts[-1] = parts[-1]._replace(count=parts[-1].count + 1)
+                parts[-1] = parts[-1]._replace(number=parts[-1].number + 1)
             else:
                 parts.append(EqualRows(row, 1, self.starts[row], length))
         return parts
@@ -171,7 +171,7 @@ class Rows:
         """Each row's cached entries [B, G, E, D], and its new ones [1, G, T, D] after them: [1, G, B E + T, D]."""
         made = []
         for part in self.parts:
-            joined = torch.cat([held[part.first : part.first + part.count], part.of(new, 2)], 2)
+            joined = torch.cat([held[part.first : part.first + part.number], part.of(new, 2)], 2)
             made.append(joined.transpose(0, 1).flatten(1, 2))
         return torch.cat(made, 1)[None]
 
@@ -192,11 +192,11 @@ class Rows:
         return 0 if self.past is None else self.past.positions.shape[-1]
 
     def view(self, part: EqualRows) -> tuple[Tensor, Tensor | None]:
-        """Positions and validity of the past and of the rows' own tokens: [count, E + M] or [count, G, E + M]."""
+        """Positions and validity of the past and of the rows' own tokens: [number, E + M] or [number, G, E + M]."""
         new = part.of(self.positions[None], 1)
         if self.past is None:
             return new, None if self.kept is None else part.of(self.kept[None], 1)
-        some = slice(part.first, part.first + part.count)
+        some = slice(part.first, part.first + part.number)
         held, new = self.past.positions[some], new + self.past.seen
         valid = None if self.past.valid is None else self.past.valid[some]
         if held.dim() == 3:

@@ -48,7 +48,7 @@ class Scored(NamedTuple):
 
 
 Measure = Callable[[Scored], tuple[Tensor, Tensor | None]]
-"""Scores [count, G, N - W] float32 and, or None, the attention that each key gets, [count, G, N] float32."""
+"""Scores [number, G, N - W] float32 and, or None, the attention that each key gets, [number, G, N] float32."""
 
 
 def attend(
@@ -87,7 +87,7 @@ def scores(
     right end, 0 where it has no such token."""
     window, found = scoring.window, []
     for part in rows.parts:
-        chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.count]
+        chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
         if not chosen:
             continue
         if part.length <= window:
@@ -112,10 +112,10 @@ def _scored(
     scoring: Scoring,
     sinks: Tensor | None,
 ) -> Scored:
-    every = len(chosen) == part.count
+    every = len(chosen) == part.number
     some: Any = slice(None) if every else torch.tensor(chosen, dtype=torch.int64, device=query.device)
     before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
-    queries = EqualRows(part.first, part.count, before, scoring.window).of(query, 2)[some]
+    queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
     keys, (at, valid) = part.after(rows.entries).of(key, 2)[some], rows.view(part)
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from flexasl.selector import LayerSelector
 from models import SMALL, tiny
 from tiny_chat import tiny_tokenizer
 
@@ -13,7 +14,6 @@ from flexasl import ASLConfig, evaluation, run
 from flexasl.attention import Scoring
 from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
-from flexasl.selector import LayerSelector
 
 QUERY, KEY = torch.randn(6, 2, 4, 80, 8), torch.randn(6, 2, 2, 80, 8)
 MASK = torch.ones(2, 80)
@@ -64,7 +64,10 @@ def lone(name, **given):
             lambda: LayerSelector(ASLConfig(), [9]),
             "config has tau=None; give those of policy.resolve(config, num_layers)",
         ),
-        (lambda: LayerSelector(SMALL.resolve(6), [9], ranking_layers=[0, 2]), "min_layer=1 does not see the whole prompt"),
+        (
+            lambda: LayerSelector(SMALL.resolve(6), [9], ranking_layers=[0, 2]),
+            "min_layer=1 does not see the whole prompt",
+        ),
         (lambda: LayerSelector(SMALL.resolve(6), [9.5]), "lengths=9.5 is not a whole number"),
         (lambda: LayerSelector(SMALL.resolve(6), [9], tokens=8), "tokens=8 is too small; give at least 9"),
         (lambda: LayerSelector({}, [9]), "config={} is a dict; give an ASLConfig"),

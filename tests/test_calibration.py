@@ -149,9 +149,14 @@ def test_the_table_is_what_the_rule_decides(ranking_layers: list[int] | None) ->
             assert 0 < outcome.cost < 1 or outcome == (len(costs) - 1, outcome.kept, 1.0)
             tried += 1
         for layer in table.ranking_layers:
-            rule = flexasl.policies.FixedLayer(layer).resolve(CONFIG.replace(select_tokens=60), len(costs), ranking_layers)
+            rule = flexasl.policies.FixedLayer(layer).resolve(
+                CONFIG.replace(select_tokens=60), len(costs), ranking_layers
+            )
             assert table.fixed(layer) == table.outcome(rule)
-            assert table.fixed(layer).layer == replay_scores(recording.scores, rule, ranking_layers=ranking_layers).selected_layer
+            assert (
+                table.fixed(layer).layer
+                == replay_scores(recording.scores, rule, ranking_layers=ranking_layers).selected_layer
+            )
     assert tried > 100 and None in layers_seen and len(layers_seen) > 4
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from flexasl.call import LayerStep
 from models import SMALL, decoder_layers, left_padded, prompts, tiny
 
 import flexasl
-from flexasl.call import LayerStep
 from flexasl.ops import scoring
 
 BENCH = Path(__file__).parents[1] / "bench" / "memory.py"

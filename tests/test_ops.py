@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from flexasl.selector import settle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from flexasl import ASLConfig, FlexASLAttention, ops
 from flexasl.ops import reference
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
-from flexasl.selector import settle
 
 SEEDS = st.integers(0, 2**32 - 1)
 

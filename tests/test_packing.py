@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+from flexasl.packing import Continued, Packed, packed_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexasl import FlexASLAttention, Scoring, Visibility
-from flexasl.packing import Continued, Packed, packed_attention
 
 HEADS, GROUPS, DIM = 4, 2, 8
 SCORING = Scoring(window=3, kernel_size=3)

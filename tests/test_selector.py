@@ -7,12 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from flexasl.selector import LayerSelector
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexasl import ASLConfig, ops
 from flexasl.config import SELECT_ON
-from flexasl.selector import LayerSelector
 
 LAYERS = 7
 

@@ -8,14 +8,14 @@ import weakref
 
 import pytest
 import torch
+from flexasl.call import LayerStep
+from flexasl.packing import Packed
 from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, left_padded, prompts, recompute, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
 import flexasl
 from flexasl import ASLConfig, UnsupportedError, quantizing
-from flexasl.call import LayerStep
-from flexasl.packing import Packed
 
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {

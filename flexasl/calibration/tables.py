@@ -39,7 +39,11 @@ class Table:
     """
 
     def __init__(
-        self, recording: Recording, config: ASLConfig, costs: Sequence[LayerCost], ranking_layers: Sequence[int] | None = None
+        self,
+        recording: Recording,
+        config: ASLConfig,
+        costs: Sequence[LayerCost],
+        ranking_layers: Sequence[int] | None = None,
     ) -> None:
         """costs are those of all layers; ranking_layers are the layers whose ranks count, ascending (default: all)."""
         self.prompt = recording.prompt
@@ -94,7 +98,9 @@ class Table:
             budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
             keeps = select_tokens(ranks, budget, self._window)
             none = [Outcome(None, False, float("nan"))] * (observe - 1)
-            found = [self._judge(layer, keep) for layer, keep in zip(self.ranking_layers[observe - 1 :], keeps, strict=True)]
+            found = [
+                self._judge(layer, keep) for layer, keep in zip(self.ranking_layers[observe - 1 :], keeps, strict=True)
+            ]
             self._selections[observe, select_on] = none + found
         return self._selections[observe, select_on]
 

@@ -31,10 +31,10 @@ from torchtitan.protocols.module import Module
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.forward_pass import ForwardPass
 from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.forward_pass import ForwardPass
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state, restart
 from flexasl.policies import Policy
 

@@ -16,9 +16,9 @@ from torchtune.modules import KVCache, MultiHeadAttention, TransformerDecoder, T
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.forward_pass import ForwardPass
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
+from flexasl.forward_pass import ForwardPass
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
 from flexasl.masks import Visibility
 from flexasl.policies import Policy

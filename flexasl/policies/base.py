@@ -30,6 +30,8 @@ class Policy:
     a score of its own."""
 
     name: ClassVar[str]
+    prunes_tokens: ClassVar[bool] = True
+    """Whether tokens are dropped on the way; where False only the cache shrinks, or nothing."""
     second_pass: ClassVar[bool] = False
     """Whether the layers up to the selection read the selected tokens again, alone, as if they were the prompt."""
     score: Callable[[Scored], Tensor] | None = None
@@ -84,7 +86,9 @@ class Policy:
 
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
         """What decides which tokens of these prompts go on, and after which layers; config is resolved. By default
-        adaptive selection."""
+        adaptive selection, or none where `prunes_tokens` is False."""
+        if not self.prunes_tokens:
+            return Selector(f"policy {self.name!r} lets every token through every layer")
         lengths, rows, tokens, _, ranking_layers, device = prompts
         where: dict[str, Any] = {"tokens": tokens, "rows": rows, "ranking_layers": ranking_layers, "device": device}
         return LayerSelector(config, lengths, **where)

@@ -18,12 +18,13 @@ FORMER = {
     "steps": "return a ScheduledSelector from selector(config, prompts)",
     "cache_budget": "return a TopK from retention(config, num_layers)",
     "sinks": "return a FirstAndLast from retention(config, num_layers)",
-    "prunes_tokens": "return a Selector() from selector(config, prompts) where tokens are not dropped",
 }
 """What policies said before in other ways."""
 
 
-def resolved(policy: Policy, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
+def resolved(
+    policy: Policy, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None
+) -> ASLConfig:
     """What the policy makes of a config, which says all that runs need to know."""
     if not isinstance(getattr(policy, "name", None), str):
         raise ConfigError(f"policy={shown(policy)} has no name; give its class one, a text")

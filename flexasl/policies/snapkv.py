@@ -7,8 +7,6 @@ from typing import ClassVar
 
 from flexasl.config import ASLConfig
 from flexasl.policies.base import CACHE, SCORES, Policy
-from flexasl.selectors import Selector
-from flexasl.selectors.base import Prompts
 
 
 class SnapKV(Policy):
@@ -18,6 +16,7 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
+    prunes_tokens = False
     takes = CACHE | SCORES | {"select_tokens", "later_turns"}
     refusals: ClassVar[Mapping[str, str]] = {
         "propagate": f"would have no effect under policy {name!r}, which lets every token through every layer"
@@ -27,6 +26,3 @@ class SnapKV(Policy):
         if not config.compresses_cache:
             config = config.replace(kv_budget=config.select_tokens)
         return config.pooled().resolve(num_layers, ranking_layers)
-
-    def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
-        return Selector(f"policy {self.name!r} lets every token through every layer")

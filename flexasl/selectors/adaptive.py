@@ -175,8 +175,7 @@ class LayerSelector(Selector):
         self.rows = [self.rows[place] for place in left]
         index = torch.tensor(left, dtype=torch.int64, device=self._budget.device)
         self._ranks, self._scores, self._variances = (
-            [states[index] for states in held] if left else []
-            for held in (self._ranks, self._scores, self._variances)
+            [states[index] for states in held] if left else [] for held in (self._ranks, self._scores, self._variances)
         )
         self._budget, self._settled = self._budget[index], None
         self._valid = None if self._valid is None else self._valid[index]

@@ -13,11 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from flexasl.attention import FlexASLAttention
 from flexasl.calibrated import CalibratedFor
-from flexasl.forward_pass import ForwardPass
-from flexasl.layer_step import LayerStep
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
+from flexasl.forward_pass import ForwardPass
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
@@ -29,6 +28,7 @@ from flexasl.integrations.transformers.media import refuse_media, refuse_merged,
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
+from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
 
