@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import flexasl
 from flexasl import embedded
 from flexasl.policies import POLICIES
-from flexasl.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
 SHOWN = [name for name in POLICIES if name not in ("full", "fastkv")]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from flexasl.selector import settle
 from setting import table
 from timing import DEVICE, bandwidth, timed
 from torch.nn import functional as F
 
 from flexasl import ops
+from flexasl.selectors.adaptive import variance_ratio
 
 TITLE = "Ops of the decision"
 HEADS, GROUPS, DIM, WINDOW, LAYERS, BUDGET, WIDTH = 32, 8, 128, 32, 8, 2048, 4096
@@ -180,8 +180,9 @@ def test_decision(benchmark: Any, which: str, tokens: int, speed: float) -> None
 
     def ours() -> torch.Tensor:
         seen = [*ranks[:-1], ops.token_ranks(scores[-1])]
-        settle(torch.stack(seen), budget, reference, True)
-        return ops.kept_slots(ops.select_tokens(seen[-1], budget, WINDOW), count + WINDOW)[0]
+        variance = ops.rank_variance(torch.stack(seen), budget)[0]
+        variance_ratio(torch.stack([reference, variance]), "peak")
+        return ops.kept_indices(ops.select_tokens(seen[-1], budget, WINDOW), count + WINDOW)[0]
 
     def published() -> torch.Tensor:
         seen = [*ranks[:-1], published_ranks(scores[-1])]

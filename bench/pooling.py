@@ -13,11 +13,11 @@ from setting import arguments, setting, table, write
 
 import flexasl
 from flexasl import embedded
-from flexasl.calibration.recording import locate, record
-from flexasl.calibration.tables import Table
-from flexasl.evaluation.costs import decoder_layers, layer_costs
-from flexasl.evaluation.memo import Memo, costly_modules
-from flexasl.evaluation.tasks import build
+from flexasl.tools.calibration.recording import locate, record
+from flexasl.tools.calibration.tables import Table
+from flexasl.tools.evaluation.costs import decoder_layers, layer_costs
+from flexasl.tools.evaluation.memo import Memo, costly_modules
+from flexasl.tools.evaluation.tasks import build
 
 TASKS = ["needle", "passkey", "number_string", "niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery"]
 POOLINGS = [("avgpool", 7), ("avgpool", 15), ("avgpool", 31), ("maxpool", 15), ("maxpool", 25), ("maxpool", 31)]

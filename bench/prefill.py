@@ -18,7 +18,7 @@ from setting import arguments, setting, table, write
 import flexasl
 from flexasl import embedded
 from flexasl.prefill import Prefill
-from flexasl.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from torchao import quantization
 import flexasl
 from flexasl import embedded
 from flexasl.quantizing import quantize
-from flexasl.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
 ANSWER_TOKENS = 12
 KINDS = (None, "int8", "fp8")

@@ -13,10 +13,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from flexasl.evaluation import plots
-from flexasl.evaluation.runner import ANSWERS, answer_key
-from flexasl.evaluation.storage import read_all
-from flexasl.evaluation.tables import Results, score_tables
+from flexasl.tools.evaluation import plots
+from flexasl.tools.evaluation.runner import ANSWERS, answer_key
+from flexasl.tools.evaluation.storage import read_all
+from flexasl.tools.evaluation.tables import Results, score_tables
 
 PICTURES = {
     "pareto.png": plots.pareto,

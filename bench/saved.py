@@ -17,7 +17,7 @@ from rich.progress import track
 from setting import arguments, setting, table, write
 
 from flexasl import ASLConfig, embedded, run
-from flexasl.text import INTRODUCTION, Fact, magic_number, prompt_ids, prose
+from flexasl.tools.text import INTRODUCTION, Fact, magic_number, prompt_ids, prose
 
 ANSWER_TOKENS = 12
 ABOUT = "I will ask for special magic numbers that the text states."

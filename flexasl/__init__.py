@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from flexasl import policies
     from flexasl.attention import FlexASLAttention, Scoring
     from flexasl.cache import LayerCache
-    from flexasl.calibration import Calibration, calibrate
     from flexasl.config import ASLConfig
     from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
     from flexasl.forward_pass import ForwardPass
@@ -18,6 +17,12 @@ if TYPE_CHECKING:
     from flexasl.report import Report
     from flexasl.retention import Retention
     from flexasl.selectors import LayerSelector, Selection, Selector
+    from flexasl.tools import embedded as embedded
+    from flexasl.tools import loading as loading
+    from flexasl.tools import run as run
+    from flexasl.tools import text as text
+    from flexasl.tools import weights as weights
+    from flexasl.tools.calibration import Calibration, calibrate
 
 __version__ = "0.1.0"
 
@@ -48,7 +53,7 @@ __all__ = [
 
 _HOMES = {
     "ASLConfig": "config",
-    "Calibration": "calibration",
+    "Calibration": "tools.calibration",
     "ConfigError": "errors",
     "FlexASLAttention": "attention",
     "FlexASLError": "errors",
@@ -64,17 +69,20 @@ _HOMES = {
     "Selector": "selectors",
     "UnsupportedError": "errors",
     "Visibility": "masks",
-    "calibrate": "calibration",
+    "calibrate": "tools.calibration",
     "load_cache": "patching",
     "patch": "patching",
     "replay": "replaying",
 }
+_TOOLS = ("calibration", "cli", "embedded", "evaluation", "loading", "run", "text", "weights")
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that the command line answers before torch has been imported."""
     if name in _HOMES:
         return getattr(import_module(f"flexasl.{_HOMES[name]}"), name)
+    if name in _TOOLS:
+        return import_module(f"flexasl.tools.{name}")
     if name in __all__:
         return import_module(f"flexasl.{name}")
     raise AttributeError(f"module 'flexasl' has no attribute {name!r}")

@@ -1,3 +1,3 @@
-from flexasl.cli import main
+from flexasl.tools.cli import main
 
 main()

@@ -7,7 +7,7 @@ M those of the longest row, W window, P = M - W scored tokens, K kept entries, D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from flexasl.ops import kept_indices
 from flexasl.policies.base import Policy
 from flexasl.policies.contract import limits_of, selector_of
 from flexasl.rows import Rows
-from flexasl.rows_attention import Scored, scores
+from flexasl.rows_attention import scores
 from flexasl.selectors.base import Prompts, Selection, Selector, budget_of
 
 Observer = Callable[[int, Tensor], None]
@@ -104,7 +104,7 @@ class Prefill:
     def needs(self, layer: int) -> bool:
         """Whether `observe` needs the queries of each row's window at this layer."""
         by_scores = self.retention.goes_by != "nothing" and self._over_limit(layer)
-        return self.rows.width > self.config.window and bool(self.selector.needs(layer) or by_scores or self._observer)
+        return self.rows.width > self.config.window and bool(self._decides(layer) or by_scores or self._observer)
 
     @torch.no_grad()
     def observe(
@@ -131,11 +131,13 @@ class Prefill:
             undecided, by = self.selector.rows, self.retention.goes_by if compresses else "nothing"
             wanted = undecided if by == "nothing" and self._observer is None else range(len(self.lengths))
             own = self.rows if rows is None else rows
-            made, mass = scores(own, self._measure(by), attention, query, key, self._scoring(), wanted, sinks)
+            how: dict[str, Any] = {"score": self.policy.score} if self.policy.score is not None else {}
+            how["mass"] = by == "attention"
+            made, mass = scores(own, attention, query, key, self._scoring(), wanted, sinks, **how)
             self.scored.append(layer)
             if self._observer is not None:
                 self._observer(layer, made)
-            if self.selector.needs(layer):
+            if self._decides(layer):
                 totals = (made if len(wanted) == len(undecided) else made[list(undecided)]).sum(1)
                 self.selector.observe(layer, totals if self._reduce is None else self._reduce(totals))
                 self._select(layer)
@@ -230,19 +232,12 @@ class Prefill:
         """Why the row was pruned where it was, or was not pruned: one sentence."""
         return self.selector.reason(row, self.selections.get(row, [None])[-1])
 
+    def _decides(self, layer: int) -> bool:
+        return bool(self.selector.rows) and self.selector.needs(layer)
+
     def _scoring(self) -> Scoring:
         assert self.config.kernel_size is not None and self.config.pooling is not None
         return Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
-
-    def _measure(self, goes_by: str) -> Callable[[Scored], tuple[Tensor, Tensor | None]]:
-        own, mass = self.policy.score, goes_by == "attention"
-
-        def measure(seen: Scored) -> tuple[Tensor, Tensor | None]:
-            if own is None:
-                return seen.window_scores_and_mass() if mass else (seen.window_scores(), None)
-            return own(seen), seen.window_scores_and_mass()[1] if mass else None
-
-        return measure
 
     def _select(self, layer: int) -> None:
         if self._masks:

@@ -47,10 +47,6 @@ class Scored(NamedTuple):
         return self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
 
 
-Measure = Callable[[Scored], tuple[Tensor, Tensor | None]]
-"""Scores [number, G, N - W] float32 and, or None, the attention that each key gets, [number, G, N] float32."""
-
-
 def attend(
     rows: Rows, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
 ) -> Tensor:
@@ -74,32 +70,36 @@ def attend(
 
 def scores(
     rows: Rows,
-    measure: Measure,
     attention: FlexASLAttention,
     query: Tensor,
     key: Tensor,
     scoring: Scoring,
     wanted: Sequence[int],
     sinks: Tensor | None = None,
+    *,
+    score: Callable[[Scored], Tensor] = Scored.window_scores,
+    mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `measure` gives of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in
-    `attend`: [rows, G, width - W] and, where it gives it, [rows, G, width], of the rows' own tokens, each row at the
-    right end, 0 where it has no such token."""
+    """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in `attend`:
+    [rows, G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token. score
+    gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets,
+    [rows, G, width]."""
     window, found = scoring.window, []
     for part in rows.parts:
         chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
         if not chosen:
             continue
         if part.length <= window:
-            found.append((query.new_zeros(len(chosen), key.shape[1], 0, dtype=torch.float32),) * 2)
+            found.append([query.new_zeros(len(chosen), key.shape[1], 0, dtype=torch.float32)] * (1 + mass))
             continue
         seen = _scored(rows, part, chosen, attention, query, key, scoring, sinks)
-        found.append(
-            tuple(made if made is None else made[..., rows.entries :] for made in measure(seen))  # type: ignore[arg-type]
-        )
-    made, masses = zip(*found)
-    mass = None if any(part is None for part in masses) else _right_aligned(masses, rows.width)
-    return _right_aligned(made, max(0, rows.width - window)), mass
+        made = list(seen.window_scores_and_mass()) if mass else []
+        if score is not Scored.window_scores or not mass:
+            made[:1] = [score(seen)]
+        found.append([states[..., rows.entries :] for states in made])
+    widths = max(0, rows.width - window), rows.width
+    joined = [_right_aligned(parts, width) for parts, width in zip(zip(*found), widths)]
+    return joined[0], joined[1] if mass else None
 
 
 def _scored(

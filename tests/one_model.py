@@ -9,7 +9,7 @@ import torch
 
 import flexasl
 from flexasl import embedded
-from flexasl.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
 NEW_TOKENS, PAD = 12, 0
 SETTINGS = flexasl.ASLConfig(select_tokens=160)

@@ -5,12 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from flexasl.selector import LayerSelector
 from models import SMALL, tiny
 from tiny_chat import tiny_tokenizer
 
 import flexasl
-from flexasl import ASLConfig, evaluation, run
+from flexasl import ASLConfig, LayerSelector, evaluation, run
 from flexasl.attention import Scoring
 from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
@@ -177,7 +176,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )
     assert config == ASLConfig(select_tokens=40, window=8, kv_budget=0.5, tau=0.3, min_layer=2)
     assert [type(config.to_dict()[name]) for name in ("select_tokens", "kv_budget", "tau")] == [int, float, float]
-    assert flexasl.policies.FixedLayer(np.int64(2)).layer == 2 and flexasl.policies.Streaming(np.int64(2)).sinks == 2
+    assert (
+        flexasl.policies.FixedLayer(np.int64(2)).layer == 2 and flexasl.policies.Streaming(np.int64(2)).keep_first == 2
+    )
     assert evaluation.plan(budgets=[np.int64(64)], lengths=np.array([300])).settings[1].config.select_tokens == 64
 
 

@@ -15,16 +15,16 @@ from tiny_chat import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import flexasl
-from flexasl.calibration import calibrating
-from flexasl.calibration.choosing import SETTINGS, Judged, candidates, choose, default_of, paper_of, settings_of
-from flexasl.calibration.evidence import files_of
-from flexasl.calibration.recording import Prompt, Recording, locate, record
-from flexasl.calibration.tables import Outcome, Table, holds_answers
 from flexasl.config import SELECT_ON
-from flexasl.evaluation import build
-from flexasl.evaluation.costs import layer_costs, prefill_share
-from flexasl.evaluation.samples import Sample, encode
 from flexasl.replaying import replay_scores
+from flexasl.tools.calibration import calibrating
+from flexasl.tools.calibration.choosing import SETTINGS, Judged, candidates, choose, default_of, paper_of, settings_of
+from flexasl.tools.calibration.evidence import files_of
+from flexasl.tools.calibration.recording import Prompt, Recording, locate, record
+from flexasl.tools.calibration.tables import Outcome, Table, holds_answers
+from flexasl.tools.evaluation import build
+from flexasl.tools.evaluation.costs import layer_costs, prefill_share
+from flexasl.tools.evaluation.samples import Sample, encode
 
 CONFIG = flexasl.ASLConfig(select_tokens=100, window=8, kernel_size=3, pooling="avgpool")
 FEW = {"tasks": ("needle", "number_string"), "unseen": "niah_single_2", "samples": 3, "length": 300}

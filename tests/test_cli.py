@@ -16,7 +16,7 @@ from tiny_chat import save_tiny_model, tiny_tokenizer
 import flexasl
 from flexasl import cli, run
 from flexasl.report import Report
-from flexasl.text import prose
+from flexasl.tools.text import prose
 
 SELECT = 100
 KV_BYTES_PER_TOKEN = 6 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head dim, float32
@@ -272,7 +272,7 @@ def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
 def test_calibrate_refuses(
     flexasl_main, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    monkeypatch.setattr("flexasl.calibration.calibrating.record", None)
+    monkeypatch.setattr("flexasl.tools.calibration.calibrating.record", None)
     given = ["--out", str(tmp_path / "own.json"), "--model", model, *CALIBRATE, *arguments]
     assert words in refused(flexasl_main("calibrate", *given))
     assert not list(tmp_path.iterdir())

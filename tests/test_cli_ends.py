@@ -16,7 +16,7 @@ from tiny_chat import tiny_tokenizer
 
 from flexasl import cli, run
 from flexasl.report import Report
-from flexasl.text import prose
+from flexasl.tools.text import prose
 
 FLEXASL = (sys.executable, "-m", "flexasl")
 PIPE = subprocess.PIPE
@@ -138,7 +138,7 @@ def test_an_interrupt_while_the_process_tidies_up() -> None:
         "import atexit, os, signal, sys, time\n"
         "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)))\n"
         "sys.argv = ['flexasl', '--version']\n"
-        "from flexasl.cli import main\n"
+        "from flexasl.tools.cli import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=_heed_interrupts)
@@ -220,7 +220,7 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["typer", "rich", "transformers"])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(ask: list[str], package: str) -> None:
-    code = f"import sys; sys.modules[{package!r}] = None; from flexasl.cli import main; main(sys.argv[1:])"
+    code = f"import sys; sys.modules[{package!r}] = None; from flexasl.tools.cli import main; main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, *ask], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"the package {package} is missing; install it with: pip install 'flexasl[cli]'" in one_line(done.stderr)

@@ -7,12 +7,12 @@ import pytest
 from tiny_chat import save_tiny_model, tiny_tokenizer
 
 from flexasl import cli, run
-from flexasl.cli import demo
-from flexasl.cli.options import chosen
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.policies import POLICIES, choose
-from flexasl.text import prose
+from flexasl.tools.cli import demo
+from flexasl.tools.cli.options import chosen
+from flexasl.tools.text import prose
 
 COMMANDS = {
     "ask": ["--file", "document.txt", "--question", "Why?"],

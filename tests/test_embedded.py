@@ -192,7 +192,7 @@ def test_real_weights_with_one_flipped_byte_are_found(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 def test_a_gguf_file_loads_as_the_model_that_is_made_of_it() -> None:
     from flexasl import run
-    from flexasl.evaluation.runner import model_name
+    from flexasl.tools.evaluation.runner import model_name
 
     source = embedded._find_source()
     assert source is not None

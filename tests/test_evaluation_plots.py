@@ -8,8 +8,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.collections import PathCollection
 
-from flexasl.evaluation import plots
-from flexasl.evaluation.tables import Results
+from flexasl.tools.evaluation import plots
+from flexasl.tools.evaluation.tables import Results
 
 
 def _record(policy: str, budget: float | None, index: int, score: float, cost: float, timed: bool) -> dict:

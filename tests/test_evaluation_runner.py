@@ -17,13 +17,13 @@ from tiny_chat import tiny_tokenizer
 import flexasl
 from flexasl import cli, run
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import Sources, build, evaluate, plan, report, runner
-from flexasl.evaluation.costs import layer_costs, prefill_share
-from flexasl.evaluation.plans import parse_lengths, parse_policies
-from flexasl.evaluation.samples import encode
-from flexasl.evaluation.storage import read_all
-from flexasl.evaluation.tables import Results, score_tables
 from flexasl.report import Report, RowReport
+from flexasl.tools.evaluation import Sources, build, evaluate, plan, report, runner
+from flexasl.tools.evaluation.costs import layer_costs, prefill_share
+from flexasl.tools.evaluation.plans import parse_lengths, parse_policies
+from flexasl.tools.evaluation.samples import encode
+from flexasl.tools.evaluation.storage import read_all
+from flexasl.tools.evaluation.tables import Results, score_tables
 
 TABLES = ("scores.md", "times.md", "results.jsonl")
 TIMES = ("first_token_seconds", "total_seconds")
@@ -406,7 +406,7 @@ def test_stored_prompt_is_what_is_answered(loaded, tmp_path: Path, monkeypatch: 
 
 
 def test_import_is_light() -> None:
-    code = "import flexasl, sys; print('flexasl.evaluation' in sys.modules); import flexasl.evaluation; "
+    code = "import flexasl, sys; print('flexasl.tools' in sys.modules); import flexasl.evaluation; "
     code += "print([name for name in ('transformers', 'matplotlib') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["False", "[]"]

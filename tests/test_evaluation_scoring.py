@@ -2,8 +2,8 @@
 
 import pytest
 
-from flexasl.evaluation import scoring
-from flexasl.evaluation.tables import Estimate, Results, bootstrap, score_tables
+from flexasl.tools.evaluation import scoring
+from flexasl.tools.evaluation.tables import Estimate, Results, bootstrap, score_tables
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tiny_chat import tiny_tokenizer
 
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import Sample, Sources, build, tasks
-from flexasl.evaluation.haystack import Haystack, hide
-from flexasl.evaluation.samples import Draft, Recipe, encode, fill, render
-from flexasl.text import prompt_ids
+from flexasl.tools.evaluation import Sample, Sources, build, tasks
+from flexasl.tools.evaluation.haystack import Haystack, hide
+from flexasl.tools.evaluation.samples import Draft, Recipe, encode, fill, render
+from flexasl.tools.text import prompt_ids
 
 RULER = (
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),

@@ -13,11 +13,11 @@ import flexasl
 from flexasl import cli, run
 from flexasl.cache import LayerCache
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import evaluate, plan, report
-from flexasl.evaluation.costs import decoder_layers, layer_costs, prefill_share
-from flexasl.evaluation.memo import Memo, costly_modules
-from flexasl.evaluation.plans import Setting
-from flexasl.evaluation.together import answer_together
+from flexasl.tools.evaluation import evaluate, plan, report
+from flexasl.tools.evaluation.costs import decoder_layers, layer_costs, prefill_share
+from flexasl.tools.evaluation.memo import Memo, costly_modules
+from flexasl.tools.evaluation.plans import Setting
+from flexasl.tools.evaluation.together import answer_together
 
 TIMES = ("first_token_seconds", "total_seconds")
 PLAN: dict[str, Any] = {
@@ -231,8 +231,8 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_embedded_model_says_the_same() -> None:
-    from flexasl.evaluation import build
-    from flexasl.evaluation.samples import encode
+    from flexasl.tools.evaluation import build
+    from flexasl.tools.evaluation.samples import encode
 
     model, tokenizer = run.load_model(None)
     sample = build("needle", tokenizer, 1024)

@@ -19,12 +19,12 @@ from tiny_chat import tiny_tokenizer
 import flexasl
 from flexasl import calibration, cli, embedded, run, weights
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import evaluate, plan
-from flexasl.evaluation.records import ANSWERS, PROMPTS
-from flexasl.evaluation.runner import answer_key, prompt_key
-from flexasl.evaluation.samples import Draft, Recipe, fill
-from flexasl.evaluation.storage import Journal, check_folder, read_all
-from flexasl.text import prose, read_text
+from flexasl.tools.evaluation import evaluate, plan
+from flexasl.tools.evaluation.records import ANSWERS, PROMPTS
+from flexasl.tools.evaluation.runner import answer_key, prompt_key
+from flexasl.tools.evaluation.samples import Draft, Recipe, fill
+from flexasl.tools.evaluation.storage import Journal, check_folder, read_all
+from flexasl.tools.text import prose, read_text
 
 FEW: dict[str, Any] = {"tasks": ["passkey"], "lengths": [200], "samples": 1, "policies": ["full"]}
 
@@ -213,7 +213,7 @@ def test_texts_without_an_end() -> None:
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(FlexASLError, match="/dev/zero has more than 5,000 bytes"),
     ):
-        patch.setattr("flexasl.text.MOST_BYTES", 5000)
+        patch.setattr("flexasl.tools.text.MOST_BYTES", 5000)
         read_text("/dev/zero")
 
 
@@ -268,7 +268,7 @@ def test_a_stored_prompt_that_grew_is_not_run(loaded, tmp_path: Path, monkeypatc
 
 def test_a_report_without_the_full_caches_answers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from flexasl.evaluation import report
+    from flexasl.tools.evaluation import report
 
     (tmp_path / "run.json").write_text(json.dumps(RUN))
     records = [answer(index, "asl@64") for index in range(2)]

@@ -268,7 +268,7 @@ def test_beams_and_steering():
 
 
 def test_foreign_hooks_packed(monkeypatch):
-    monkeypatch.setattr("flexasl.packing.GROUP", 80)
+    monkeypatch.setattr("flexasl.rows.GROUP", 80)
     model, seen, inside = tiny(), [], []
     layer, deeper = model.model.layers[1], model.model.layers[5]
     handles = [

@@ -22,14 +22,14 @@ from test_saving import described, opened, sealed
 import flexasl
 from flexasl import embedded, saving, weights
 from flexasl.errors import FlexASLError
-from flexasl.evaluation import Sources, plots
-from flexasl.evaluation.infinitebench import from_file
-from flexasl.evaluation.records import ANSWERS, PROMPTS, Answered
-from flexasl.evaluation.runner import answer_key, prompt_key
-from flexasl.evaluation.samples import Sample
-from flexasl.evaluation.storage import Journal, read_all, read_keys, read_run
-from flexasl.evaluation.tables import Results, score_tables, time_tables
-from flexasl.text import read_text
+from flexasl.tools.evaluation import Sources, plots
+from flexasl.tools.evaluation.infinitebench import from_file
+from flexasl.tools.evaluation.records import ANSWERS, PROMPTS, Answered
+from flexasl.tools.evaluation.runner import answer_key, prompt_key
+from flexasl.tools.evaluation.samples import Sample
+from flexasl.tools.evaluation.storage import Journal, read_all, read_keys, read_run
+from flexasl.tools.evaluation.tables import Results, score_tables, time_tables
+from flexasl.tools.text import read_text
 
 FACTOR = int(os.environ.get("FLEXASL_FUZZ", "1"))
 """How many times more files to try: `make fuzz` sets it."""

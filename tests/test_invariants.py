@@ -244,7 +244,7 @@ def test_a_row_is_alone(model, batch, config, policy, group, count, process):
     more = torch.stack(prompts(*[count] * len(rows), seed=7))
     width = padding + max(map(len, rows))
     with patched(model, config, policy, process) as (pruning, patch), pytest.MonkeyPatch.context() as context:
-        context.setattr("flexasl.packing.GROUP", group)
+        context.setattr("flexasl.rows.GROUP", group)
         logits, cache, _ = decode(pruning, rows, padding, more)
         together = patch.report.rows
         for index, ids in enumerate(rows):
@@ -469,23 +469,23 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
         for row, count in enumerate(counts)
     ]
     for layer in range(layers):
-        packed = prefill.packed
+        rows = prefill.rows
         states = [
-            torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, packed.flat(width)][None]
+            torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, rows.flat(width)][None]
             for recorded in (query, key)
         ]
-        entries = prefill.observe(layer, states[0][:, :, packed.last(rule.window)], states[1], attention)
+        entries = prefill.observe(layer, states[0][:, :, rows.last(rule.window)], states[1], attention)
         for row, (decision, kept) in enumerate(want):
             below = decision.layer is not None and layer > decision.layer
             present = decision.kept if below else list(range(counts[row]))
             for group, head in enumerate(kept[layer]):
                 if entries is None:
-                    mine = torch.arange(packed.lengths[row]) + packed.starts[row]
-                    mine = mine if packed.stays is None else mine[packed.stays[mine]]
+                    mine = torch.arange(rows.lengths[row]) + rows.starts[row]
+                    mine = mine if rows.kept is None else mine[rows.kept[mine]]
                 else:
                     mine = entries.tokens[row, group]
                     mine = mine if entries.valid is None else mine[entries.valid[row, group]]
-                assert (packed.columns[mine] - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
+                assert (rows.positions[mine] - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
         prefill.advance()
 
 

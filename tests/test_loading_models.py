@@ -181,7 +181,7 @@ def test_devices_that_compute_nothing(name: str) -> None:
     ],
 )
 def test_templates_that_cannot_be_used(template: str, words: str) -> None:
-    from flexasl.evaluation.tasks import build
+    from flexasl.tools.evaluation.tasks import build
 
     tokenizer = copy.copy(tiny_tokenizer())
     tokenizer.chat_template = template

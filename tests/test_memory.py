@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from flexasl.call import LayerStep
 from models import SMALL, decoder_layers, left_padded, prompts, tiny
 
 import flexasl
+from flexasl.layer_step import LayerStep
 from flexasl.ops import scoring
 
 BENCH = Path(__file__).parents[1] / "bench" / "memory.py"
@@ -37,7 +37,7 @@ def test_the_rest_of_a_layer_holds_keys_values_and_the_queries_that_are_scored(f
     held, layer = [], decoder_layers(model)[0]
 
     def look(*ignored):
-        (query, key, _), cached = steps[-1].scored, steps[-1].cached
+        query, key, cached = steps[-1].query, steps[-1].key, steps[-1].cached
         parts = {part.data_ptr(): part for part in (query, key, *cached)}.values()
         held.append((query.shape[2], [part.untyped_storage().nbytes() - part.nbytes for part in parts]))
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from flexasl.selector import settle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from flexasl import ASLConfig, FlexASLAttention, ops
 from flexasl.ops import reference
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
+from flexasl.selectors.adaptive import variance_ratio
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -240,13 +240,13 @@ def test_select_tokens_takes_ranks_within_the_budget_and_the_window(seed, rows, 
 
 
 @given(seed=SEEDS, shape=st.sampled_from([(1,), (3,), (2, 3)]), tokens=st.integers(1, 20), extra=st.integers(0, 3))
-def test_kept_slots_are_ascending_and_right_aligned(seed, shape, tokens, extra):
+def test_kept_indices_are_ascending_and_right_aligned(seed, shape, tokens, extra):
     keep = arrays(seed).random((*shape, tokens)) < 0.5
     count = min(tokens, int(keep.sum(-1).max()) + extra)
-    slots, valid = ops.kept_slots(tensor(keep), count)
+    slots, valid = ops.kept_indices(tensor(keep), count)
     assert slots.shape == valid.shape == (*shape, count)
     for row in np.ndindex(*shape):
-        places, stays = reference.kept_slots(tensor(keep[row]), count)
+        places, stays = reference.kept_indices(tensor(keep[row]), count)
         assert torch.equal(slots[row][stays], places[stays]) and torch.equal(valid[row], stays)
         assert len(set(slots[row].tolist())) == count
 
@@ -444,7 +444,7 @@ def test_scoring_holds_no_more_than_it_says():
 
 
 def decision(graphs):
-    """The whole decision of a layer: scores, ranks, variance, what has settled, and the slots that would stay."""
+    """The whole decision of a layer: scores, ranks, variance, what has settled, and the tokens that would be kept."""
 
     def counting(graph, example_inputs):
         graphs.append(graph)
@@ -454,10 +454,11 @@ def decision(graphs):
     def decide(query, key, held, reference, budget, best):
         scores = ops.window_scores(query, key, 5, "avgpool").sum(1)
         ranks = torch.stack([*held, ops.token_ranks(scores)])
-        seen = settle(ranks, budget, reference, True)
+        variance, union = ops.rank_variance(ranks, budget)
+        ratio = variance_ratio(torch.stack([reference, variance]), "peak")[-1]
         chosen = ops.token_ranks(torch.maximum(best, scores))
         keep = ops.select_tokens(chosen, budget, query.shape[2])
-        return seen.ratio < 0.4, seen, ops.kept_slots(keep, 8)[0]
+        return ratio < 0.4, (variance, union), ops.kept_indices(keep, 8)[0]
 
     return decide
 
@@ -472,7 +473,7 @@ def test_the_decision_is_one_graph_for_many_lengths():
         settled, seen, slots = decide(query, key, held, reference, budget, best)
         scores = ops.window_scores(query, key, 5, "avgpool").sum(1)
         variance, union = ops.rank_variance(torch.stack([*held, ops.token_ranks(scores)]), budget)
-        assert torch.equal(seen.variance, variance) and torch.equal(seen.union, union)
+        assert torch.equal(seen[0], variance) and torch.equal(seen[1], union)
         assert torch.equal(settled, variance / torch.maximum(reference, variance) < 0.4)
         top = torch.maximum(best, scores).topk(4).indices.sort().values
         assert torch.equal(slots, torch.cat([top, torch.arange(tokens - 4, tokens).expand(2, -1)], 1))
@@ -496,7 +497,7 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
     moved.clear()
     for layer in range(8):
-        query, key = torch.randn(1, 4, rule.window, 8), torch.randn(1, 2, prefill.packed.width, 8)
+        query, key = torch.randn(1, 4, rule.window, 8), torch.randn(1, 2, prefill.rows.width, 8)
         prefill.observe(layer, query, key, FlexASLAttention())
         prefill.advance()
     evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case

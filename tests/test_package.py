@@ -1,6 +1,7 @@
 """What importing the package does, and does not; what its help says; what goes into its distributions."""
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -15,6 +16,7 @@ import pytest
 import flexasl
 
 ROOT = Path(__file__).parents[1]
+EVALUATION = ["Plan", "Sample", "Setting", "Sources", "Task", "build", "evaluate", "plan", "report", "tasks"]
 
 
 def imported(code):
@@ -32,7 +34,7 @@ def test_import_brings_nothing_heavier_than_torch():
 
 def test_the_command_line_answers_before_torch_is_imported():
     assert not {"torch", "typer"} & set(imported("import flexasl.cli"))
-    assert "torch" not in imported("import flexasl.cli.app")
+    assert "torch" not in imported("import flexasl.tools.cli.app")
 
 
 def test_no_fast_path_imports_the_reference():
@@ -53,6 +55,32 @@ def test_every_public_name_is_there():
     assert not hasattr(flexasl, "no_such_name")
 
 
+def test_modules_of_tools_keep_their_public_names():
+    def tool(name):
+        return importlib.import_module(f"flexasl.tools.{name}")
+
+    for name in ("embedded", "loading", "run", "text", "weights"):
+        scope = {}
+        exec(f"from flexasl import {name}", scope)
+        assert scope[name] is tool(name) is getattr(flexasl, name)
+    for name, public in (("cli", ["main"]), ("calibration", ["Calibration", "calibrate"]), ("evaluation", EVALUATION)):
+        for module in (getattr(flexasl, name), importlib.import_module(f"flexasl.{name}"), getattr(flexasl, name)):
+            assert all(getattr(module, x) is getattr(tool(name), x) for x in public)
+    assert flexasl.evaluation.__all__ == tool("evaluation").__all__ == EVALUATION
+    assert flexasl.calibration.__all__ == tool("calibration").__all__
+    assert (flexasl.calibrate, flexasl.Calibration) == (tool("calibration").calibrate, tool("calibration").Calibration)
+
+
+def test_what_prunes_imports_no_tool():
+    package = ROOT / "flexasl"
+    public = {package / name for name in ("__init__.py", "__main__.py", "calibration.py", "cli.py", "evaluation.py")}
+    engine = {file for file in package.rglob("*.py") if not file.is_relative_to(package / "tools")} - public
+    assert not [file for file in engine if re.search(r"flexasl\.tools|from flexasl import.*tools", file.read_text())]
+    code = "import sys, flexasl; flexasl.patch, flexasl.replay, flexasl.policies; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "flexasl.patching" in done.stdout.split() and "flexasl.tools" not in done.stdout
+
+
 def test_help_tells_of_every_setting():
     for field in dataclasses.fields(flexasl.ASLConfig):
         assert re.search(rf"^{field.name}: [A-Z]", inspect.getdoc(flexasl.ASLConfig), re.MULTILINE), field.name
@@ -70,13 +98,13 @@ def test_versions_and_help_by_every_door():
 
 @pytest.fixture(scope="module")
 def commands():
-    from flexasl.cli.app import command
+    from flexasl.tools.cli.app import command
 
     return command.commands
 
 
 def test_help_shows_defaults(commands, monkeypatch, capsys):
-    from flexasl.cli.app import run
+    from flexasl.tools.cli.app import run
 
     monkeypatch.setenv("COLUMNS", "200")
     for name, command in commands.items():

@@ -35,7 +35,7 @@ def positions(layer, prompt):
 @pytest.mark.parametrize("policy", policies.POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_alone_under_every_policy(family, policy, kv_budget, monkeypatch):
-    monkeypatch.setattr("flexasl.packing.GROUP", 100)
+    monkeypatch.setattr("flexasl.rows.GROUP", 100)
     model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, seed=1)
     config = counting(policy, SMALL.replace(kv_budget=kv_budget))
     if family == "gemma2" and policy == "pyramid_infer":
@@ -130,16 +130,17 @@ def test_pyramid_kv_falls_along_a_line_and_sums_to_snapkv(budget, beta):
         assert [positions(layer, 90) for layer in layers] == [positions(layer, 90) for layer in snap]
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_streaming_keeps_the_first_and_the_last(sinks):
+@pytest.mark.parametrize("first", [0, 4, 15])
+def test_streaming_keeps_the_first_and_the_last(first):
     model, rows = tiny("llama", torch.float64), prompts(90, 61)
-    with flexasl.patch(model, counting("streaming", SMALL.replace(kv_budget=20)), policies.Streaming(sinks)) as patch:
+    with flexasl.patch(model, counting("streaming", SMALL.replace(kv_budget=20)), policies.Streaming(first)) as patch:
         layers = model(**left_padded(rows), use_cache=True).past_key_values.layers
     assert [row.kept_tokens for row in patch.report.rows] == [90, 61]
     assert patch.report.rows[0].scored_layers == ()
     for layer in layers:
         for index, length in enumerate((90, 61)):
-            want = [*range(sinks), *range(length - 20 + sinks, length)]
+            first = min(first, 20 - SMALL.window)  # the window stays in any case
+            want = [*range(first), *range(length - 20 + first, length)]
             assert (layer.columns[index] - (90 - length)).tolist() == [want] * 2
 
 
@@ -209,7 +210,7 @@ def seen(model, ids, policy, config):
 def test_every_setting_counts_or_is_refused(policy):
     model, (ids,) = tiny(), prompts(160, seed=2)
     kind = policies.POLICIES[policy]
-    chosen = kind(sinks=12) if policy == "streaming" else kind()  # with few, only a tight budget feels the window
+    chosen = kind(keep_first=12) if policy == "streaming" else kind()  # with few, only a tight budget feels the window
     assert {*GIVEN, "kv_dtype"} == set(SETTINGS) and "kv_dtype" in kind.takes, "which tests/test_quantizing.py tries"
     for name, given in GIVEN.items():
         company = {other: value for other, value in given.items() if other != name and other in kind.takes}
@@ -259,10 +260,10 @@ def _of(kind, **settings):
         (_of(policies.PyramidKV, beta=0.5), "beta=0.5 would give the last layer more than the mean"),
         (_of(policies.PyramidKV, beta=float("nan")), "beta=nan is out of range; give a number of at least 1"),
         (_of(policies.PyramidKV, beta="abc"), "beta='abc' is out of range"),
-        (_of(policies.Streaming, sinks=-1), "sinks=-1 is negative"),
-        (_of(policies.Streaming, sinks=2.5), "sinks=2.5 is not a whole number; give an int"),
-        (_of(policies.Streaming, sinks=float("nan")), "sinks=nan is not a whole number"),
-        (_of(policies.Streaming, sinks=True), "sinks=True is not a whole number"),
+        (_of(policies.Streaming, keep_first=-1), "keep_first=-1 is negative"),
+        (_of(policies.Streaming, keep_first=2.5), "keep_first=2.5 is not a whole number; give an int"),
+        (_of(policies.Streaming, keep_first=float("nan")), "keep_first=nan is not a whole number"),
+        (_of(policies.Streaming, keep_first=True), "keep_first=True is not a whole number"),
         (_of(policies.FixedLayer, depth=99), r"depth=99 is out of range; give a share of the layers, in \[0, 1\]"),
         (_of(policies.FixedLayer, depth=-1), "depth=-1 is out of range"),
         (_of(policies.FixedLayer, depth="abc"), "depth='abc' is out of range"),
@@ -282,42 +283,48 @@ class Own(policies.Policy):
 
     name = "own"
 
-    def __init__(self, steps=None, budget=None, rule=None, **attributes):
-        self.returned, self.budget, self.made = steps, budget, rule
+    def __init__(self, plan=None, budget=None, rule=None, **attributes):
+        self.plan, self.budget, self.made = plan, budget, rule
         vars(self).update(attributes)
 
     def rule(self, config, num_layers, ranking_layers=None):
         return super().rule(config, num_layers, ranking_layers) if self.made is None else self.made(config, num_layers)
 
-    def steps(self, config, num_layers, prompt_tokens):
-        return self.returned(prompt_tokens) if callable(self.returned) else self.returned
+    def selector(self, config, prompts):
+        if self.plan is None:
+            return super().selector(config, prompts)
+        return policies.ScheduledSelector(
+            self.plan if callable(self.plan) else lambda tokens: self.plan, config, prompts
+        )
 
-    def cache_budget(self, config, layer, num_layers, prompt_tokens):
-        return self.budget
+    def retention(self, config, num_layers):
+        if self.budget is None:
+            return super().retention(config, num_layers)
+        return policies.TopK(lambda layer, tokens: self.budget)
 
 
 @pytest.mark.parametrize(
     ("policy", "given", "message"),
     [
-        (Own({1: 4}), {}, "'own': steps: tokens after layer 1, window=8 included=4 is too small"),
+        (Own({1: 4}), {}, "policy 'own': plan: tokens after layer 1, window=8 included=4 is too small"),
         (Own({1: 0}), {}, "=0 is too small"),
         (Own({1: -5}), {}, "=-5 is too small"),
         (Own({1: 2.5}), {}, "=2.5 is not a whole number"),
-        (Own({6: 20}), {}, "'own': steps: layer=6 is too large; give from 0 to 5"),
-        (Own({"1": 20}), {}, "steps: layer='1' is not a whole number"),
-        (Own([1]), {}, r"'own': steps returned \[1\]; return how many tokens go on, by layer, as a dict"),
-        (Own(lambda tokens: {1: 20} if tokens > 70 else None), {}, "returned None for some prompts and not for others"),
+        (Own({6: 20}), {}, "'own': plan: layer=6 is too large; give from 0 to 5"),
+        (Own({"1": 20}), {}, "plan: layer='1' is not a whole number"),
+        (Own([1]), {}, r"'own': plan returned \[1\]; return how many tokens go on, by layer, as a dict"),
+        (Own(lambda tokens: {1: 20} if tokens > 70 else None), {}, "'own': plan returned None; return how many tokens"),
         (
             Own({1: 20}),
             {"propagate": "mask"},
-            "propagate='mask' does not go with policy 'own', which drops tokens step",
+            "propagate='mask' does not go with policy 'own', whose ScheduledSelector selects several times",
         ),
         (Own({1: 20}), {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own'"),
-        (Own(budget=0), {}, "'own': cache_budget of layer 0, window=8 included=0 is too small"),
+        (Own(budget=0), {}, "'own': TopK.limit of layer 0, window=8 included=0 is too small"),
         (Own(budget=7), {}, "=7 is too small"),
         (Own(budget=9.5), {}, "=9.5 is not a whole number"),
-        (Own(budget=9), {"propagate": "mask"}, "propagate='mask' does not go with policy 'own', which sets cache"),
-        (Own(budget=9), {"kv_top_p": 0.5}, "kv_top_p=0.5 does not go with policy 'own', which sets cache budgets"),
+        (Own(budget=9), {"propagate": "mask"}, "propagate='mask' does not go with policy 'own', which drops cache"),
+        (Own(budget=9), {"kv_top_p": 0.5}, "kv_top_p=0.5 does not go with policy 'own', whose TopK does not go by it"),
         (Own(rule=lambda config, layers: None), {}, "policy 'own' resolves settings to None; return an ASLConfig"),
         (Own(rule=lambda config, layers: config), {"tau": None}, "policy 'own' resolves settings to tau=None"),
         (
@@ -365,7 +372,7 @@ def test_steps_of_ones_own_are_for_layers_that_see_the_whole_prompt():
         ("fixed_layer:layer=2", (policies.FixedLayer(2), {})),
         ("fastkv:depth=0.9", (policies.FixedLayer(depth=0.9), {})),
         ("asl:tau=0.3, min_layer=2", ("asl", {"tau": 0.3, "min_layer": 2})),
-        ("streaming:sinks=2,kv_budget=33", (policies.Streaming(2), {"kv_budget": 33})),
+        ("streaming:keep_first=2,kv_budget=33", (policies.Streaming(2), {"kv_budget": 33})),
         ("snapkv:select_tokens=0.5k,pooling=maxpool", ("snapkv", {"select_tokens": 512, "pooling": "maxpool"})),
         ("paper", ("asl", ASLConfig.paper().to_dict())),
         ("paper:tau=0.5,select_on=max", ("asl", ASLConfig.paper(tau=0.5, select_on="max").to_dict())),
@@ -404,25 +411,62 @@ def test_words_and_settings_go_together_or_are_refused():
         policies.find_policy("asl:tau=0.3")
 
 
-def test_a_policy_of_ones_own():
-    """As docs/policies.md shows it."""
+def documented(heading):
+    """What the code under a heading of docs/policies.md defines."""
+    page = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
+    code = page.partition(f"### {heading}")[2].partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if not line.startswith("flexasl.patch(")), names)
+    return names
 
-    class Halves(policies.Policy):
-        """Drops half of the tokens that are left at every fourth layer."""
 
-        name = "halves"
-        takes = policies.CACHE | policies.SCORES | {"select_tokens"}
-        fixes = {"select_on": "last", "observe_layers": 1, "if_never": "select"}  # noqa: RUF012
+def test_a_score_of_ones_own():
+    policy = documented("Another score")["KeyNorm"]()
+    model, rows = tiny("llama", torch.float64), prompts(90, 61)
+    config = SMALL.replace(kv_budget=20, kernel_size=None, pooling=None, min_layer=1, max_layer=1, observe_layers=1)
+    keys = []
+    handle = decoder_layers(model)[1].self_attn.k_proj.register_forward_hook(lambda *call: keys.append(call[2]))
+    with flexasl.patch(
+        model, config.replace(min_layer=1, max_layer=1, observe_layers=1), policy, foreign_hooks="packed"
+    ):
+        cache = model(**left_padded(rows), use_cache=True).past_key_values
+    handle.remove()
+    report = model_report(model, config, policy, rows)
+    norms = torch.cat(keys, 1)[0].unflatten(-1, (2, -1)).norm(dim=-1)  # which rotary positions leave as they are
+    for row, (start, length) in enumerate(((0, 90), (90, 61))):
+        best = 1 / norms[start : start + length - SMALL.window]
+        chosen = best.sum(-1).topk(report.rows[row].kept_tokens - SMALL.window).indices.sort().values
+        assert report.rows[row].kept_positions[: len(chosen)] == tuple(chosen.tolist())
+        for head in range(2):
+            held = best[:, head].topk(20 - SMALL.window).indices.sort().values + 90 - length
+            assert torch.equal(cache.layers[1].columns[row, head][: len(held)], held)
 
-        def rule(self, config, num_layers, ranking_layers=None):
-            return config.replace(min_layer=1, max_layer=num_layers - 1).resolve(num_layers)
 
-        def steps(self, config, num_layers, prompt_tokens):
-            return {
-                layer: max(prompt_tokens >> (1 + layer // 2), config.window + 1) for layer in range(1, num_layers, 2)
-            }
+def model_report(model, config, policy, rows):
+    with flexasl.patch(model, config, policy) as patch:
+        model(**left_padded(rows), use_cache=True)
+    return patch.report
 
-    with flexasl.patch(tiny(), counting(Halves()), Halves()) as patch:
-        tiny()(prompts(90)[0][None])
-    row = patch.report.rows[0]
-    assert row.layer_tokens == (90, 90, 45, 45, 22, 22) and row.kept_tokens == 11
+
+def test_a_selector_of_ones_own_that_selects_twice():
+    policy, model, rows = documented("Another selector")["TwoCuts"](), tiny("llama", torch.float64), prompts(90, 20, 61)
+    config = counting(policy)
+    report = model_report(model, config, policy, rows)
+    for row, length in zip(report.rows, (90, 20, 61), strict=True):
+        alone = model_report(model, config, policy, prompts(90, 20, 61)[[90, 20, 61].index(length)][None].unbind())
+        assert (alone.rows[0].selections, alone.rows[0].kept_positions) == (row.selections, row.kept_positions)
+        if length == 20:
+            assert row.selections == () and row.selected_layer is None
+            continue
+        first, second = row.selections
+        assert (first.layer, second.layer, row.selected_layer) == (1, 3, 3)
+        assert length > first.kept_tokens > second.kept_tokens == row.kept_tokens == 24
+        assert row.layer_tokens == (length, length, *[first.kept_tokens] * 2, 24, 24)
+        assert row.reason == "the tokens with 95 % of the scores, then the budget"
+    assert flexasl.Report.from_dict(report.to_dict()) == report
+    with pytest.raises(ConfigError, match="propagate='mask' does not go with policy 'two_cuts', whose MassThenBudget"):
+        flexasl.policies.contract.selector_of(policy, config.replace(propagate="mask"), a_prompt(90))
+
+
+def a_prompt(tokens):
+    return policies.Prompts([tokens], [0], tokens, 6, None, torch.device("cpu"))

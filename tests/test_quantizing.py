@@ -19,7 +19,7 @@ import flexasl
 from flexasl import FlexASLError, UnsupportedError, embedded, run
 from flexasl.cache import LayerCache
 from flexasl.quantizing import LARGEST, NUMBERS, dequantize, quantize
-from flexasl.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
 pytest.importorskip("torchao")
 
@@ -436,7 +436,7 @@ def test_the_import_is_quiet():
 
 @kinds
 def test_the_command_line(kind, tmp_path, monkeypatch, capsys):
-    from flexasl.cli import main
+    from flexasl.tools.cli import main
 
     folder = save_tiny_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text("word " * 200)

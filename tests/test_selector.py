@@ -7,11 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from flexasl.selector import LayerSelector
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flexasl import ASLConfig, ops
+from flexasl import ASLConfig, LayerSelector, ops
 from flexasl.config import SELECT_ON
 
 LAYERS = 7
@@ -88,6 +87,11 @@ def wanted_layers(config):
     return list(range(config.min_layer - back, config.max_layer + 1))
 
 
+def select(selector, layer, scores):
+    selector.observe(layer, scores)
+    return selector.select(layer)
+
+
 def run(config, scores, tokens, rows=None, trim=lambda layer: False):
     """Feeds a selector as a prefill does: scores[row][layer] at the right end of `tokens` columns, junk in padding."""
     lengths = [len(row[0]) + config.window for row in scores]
@@ -103,7 +107,7 @@ def run(config, scores, tokens, rows=None, trim=lambda layer: False):
         if trim(layer):
             fed = fed[:, prefix - max(len(scores[row][0]) for row in selector.rows) :]
         before = list(selector.rows)
-        selections = selector.select(layer, selector.observe(layer, fed))
+        selections = select(selector, layer, fed)
         assert selector.rows == [row for row in before if row not in {made_.row for made_ in selections}]
         for selection in selections:
             assert selection.row not in made and selection.layer == layer
@@ -121,7 +125,7 @@ def check_row(config, selector, made, row, scores, tokens):
         return
     assert made[row].layer == want.layer
     assert bool(trace.variance_ratio and trace.variance_ratio[-1] < config.tau) == want.settled
-    assert torch.equal(made[row].slots, made[row].keep.nonzero().flatten())
+    assert torch.equal(made[row].indices, made[row].keep.nonzero().flatten())
     start = tokens - len(scores[row][0]) - config.window
     assert (made[row].keep.nonzero().flatten() - start).tolist() == want.kept
     assert len(made[row].keep) == tokens
@@ -278,7 +282,7 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
         seen["ranks"].append(weakref.ref(ranks))
         return ranks
 
-    monkeypatch.setattr("flexasl.selector.token_ranks", token_ranks)
+    monkeypatch.setattr("flexasl.selectors.adaptive.token_ranks", token_ranks)
     prefix, rows, observe = 61, 3, 3
     config = ASLConfig(
         select_tokens=20, window=2, min_layer=2, max_layer=9, observe_layers=observe, tau=1e-9, select_on=select_on
@@ -286,12 +290,12 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
     selector = LayerSelector(config, [prefix + 2] * rows)
     most = {"ranks": observe, "scores": 1 if select_on == "last" else observe}
     for layer in range(9):
-        assert selector.select(layer, selector.observe(layer, torch.rand(rows, prefix))) == []
+        assert select(selector, layer, torch.rand(rows, prefix)) == []
         for name, held in (("ranks", selector._ranks), ("scores", selector._scores)):
             assert sum(ref() is not None for ref in seen[name]) == len(held) == min(layer + 1, most[name])
             assert all(tensor.untyped_storage().nbytes() == rows * prefix * 4 for tensor in held)
     del held
-    assert len(selector.select(9, selector.observe(9, torch.rand(rows, prefix)))) == rows
+    assert len(select(selector, 9, torch.rand(rows, prefix))) == rows
     assert not any(ref() is not None for refs in seen.values() for ref in refs)
 
 
@@ -304,7 +308,7 @@ def test_a_decided_row_leaves_nothing_behind():
     selector = LayerSelector(config, [5, 5])
     for layer in range(4):
         scores = torch.tensor([settles[layer], [UP, DOWN][layer % 2]])
-        selector.select(layer, selector.observe(layer, scores))
+        select(selector, layer, scores)
     assert selector.rows == [1]
     assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._ranks)
     assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._scores)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_chat import tiny_tokenizer
 
-from flexasl.text import Fact, TextError, magic_number, needle_prompt, prompt_ids, prose, read_text
+from flexasl.tools.text import Fact, TextError, magic_number, needle_prompt, prompt_ids, prose, read_text
 
 NEEDLE = "The special magic number for the red fox is 48213."
 QUESTION = "What is the special magic number for the red fox mentioned in the text?"

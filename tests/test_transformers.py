@@ -8,14 +8,13 @@ import weakref
 
 import pytest
 import torch
-from flexasl.call import LayerStep
-from flexasl.packing import Packed
 from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, left_padded, prompts, recompute, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
 import flexasl
-from flexasl import ASLConfig, UnsupportedError, quantizing
+from flexasl import ASLConfig, UnsupportedError, quantizing, rows_attention
+from flexasl.layer_step import LayerStep
 
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {
@@ -271,7 +270,7 @@ def test_layers_take_rows_in_groups(family, monkeypatch):
     with flexasl.patch(model, config) as patch:
         want = model(**left_padded(rows), use_cache=True)
         report = patch.report
-        monkeypatch.setattr("flexasl.packing.GROUP", 80)
+        monkeypatch.setattr("flexasl.rows.GROUP", 80)
         sizes = attended(monkeypatch)
         got = model(**left_padded(rows), use_cache=True)
         assert sizes[:3] == [[90], [61, 9], [33, 8]]
@@ -285,13 +284,13 @@ def test_layers_take_rows_in_groups(family, monkeypatch):
 
 def attended(monkeypatch):
     """Rows' lengths of each attention from now on."""
-    sizes, attend = [], Packed.attend
+    sizes, attend = [], rows_attention.attend
 
-    def seen(packed, *args):
-        sizes.append(packed.lengths)
-        return attend(packed, *args)
+    def seen(rows, *args):
+        sizes.append(rows.lengths)
+        return attend(rows, *args)
 
-    monkeypatch.setattr(Packed, "attend", seen)
+    monkeypatch.setattr("flexasl.layer_step.attend", seen)
     return sizes
 
 

@@ -5,7 +5,7 @@ import torch
 
 import flexasl
 from flexasl import embedded
-from flexasl.text import magic_number, needle_prompt
+from flexasl.tools.text import magic_number, needle_prompt
 
 
 @pytest.mark.slow

@@ -13,6 +13,10 @@ from flexasl.policies.pyramid_kv import PyramidKV
 from flexasl.policies.snapkv import SnapKV
 from flexasl.policies.streaming import Streaming
 from flexasl.policies.table import POLICIES
+from flexasl.retention import FirstAndLast, Retention, TopK, TopP
+from flexasl.rows_attention import Scored
+from flexasl.selectors import LayerSelector, ScheduledSelector, Selection, Selector
+from flexasl.selectors.base import Prompts
 
 __all__ = [
     "ASL",
@@ -21,14 +25,24 @@ __all__ = [
     "RULE",
     "SCORES",
     "ASLTwoPass",
+    "FirstAndLast",
     "FixedLayer",
     "Full",
     "GemFilter",
+    "LayerSelector",
     "Policy",
+    "Prompts",
     "PyramidInfer",
     "PyramidKV",
+    "Retention",
+    "ScheduledSelector",
+    "Scored",
+    "Selection",
+    "Selector",
     "SnapKV",
     "Streaming",
+    "TopK",
+    "TopP",
     "choose",
     "find_policy",
 ]

@@ -52,7 +52,10 @@ def resolved(
 
 def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector:
     """The policy's selector of these prompts."""
-    made = policy.selector(config, prompts)
+    try:
+        made = policy.selector(config, prompts)
+    except ConfigError as error:
+        raise ConfigError(f"policy {policy.name!r}: {error}") from error
     if not isinstance(made, Selector):
         raise ConfigError(f"policy {policy.name!r} returned {article(made)} as its selector; return a Selector")
     for name, plain in (("propagate", "gather"), ("later_turns", "keep")):

@@ -125,7 +125,7 @@ def test_pruned_decode_equals_recompute(name, pruning):
 @pytest.mark.parametrize("group", [80, 2048])
 @pytest.mark.parametrize("pruning", PRUNING)
 def test_a_row_is_alone(pruning, group, monkeypatch):
-    monkeypatch.setattr("flexasl.packing.GROUP", group)
+    monkeypatch.setattr("flexasl.rows.GROUP", group)
     model, rows = tiny("llama3"), prompts(90, 61, 9, 33, seed=1)
     with flexasl.patch(model, PRUNING[pruning]) as patch:
         out, logits, _ = greedy(model, left_padded(rows), 6)

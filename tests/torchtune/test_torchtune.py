@@ -155,7 +155,7 @@ def _with_mask(own, query, key, value, **ignored):
 @pytest.mark.parametrize("group", [80, 2048])
 @pytest.mark.parametrize("pruning", PRUNING)
 def test_a_row_is_alone(pruning, group, monkeypatch):
-    monkeypatch.setattr("flexasl.packing.GROUP", group)
+    monkeypatch.setattr("flexasl.rows.GROUP", group)
     model, rows = tiny(), prompts(90, 61, 9, 33, seed=1)
     with flexasl.patch(model, PRUNING[pruning]) as patch:
         out, logits, _ = greedy(model, left_padded(rows), 6)

@@ -1,3 +1,0 @@
-from flexasl.cli import main
-
-main()

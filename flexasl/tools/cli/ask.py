@@ -1,0 +1,151 @@
+"""`flexasl ask`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexasl.errors import FlexASLError
+from flexasl.tools.cli.answering import answered, load, print_comparison
+from flexasl.tools.cli.options import (
+    MOST_TOKENS,
+    AsJson,
+    ConfigFile,
+    Device,
+    DtypeName,
+    KVBudget,
+    KVDtypeName,
+    Model,
+    PolicyName,
+    SelectTokens,
+    Tau,
+    TextFile,
+    chosen,
+    path_option,
+    text_of,
+    words,
+)
+from flexasl.tools.cli.terminal import progress_bar, streamed
+from flexasl.tools.extras import need
+from flexasl.writing import check_file, replaced
+
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy", "compare")
+"""Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
+
+
+def ask(
+    context: typer.Context,
+    question: Annotated[
+        str, typer.Option("--question", "-q", parser=words, metavar="TEXT", help="What to ask about the text.")
+    ],
+    file: TextFile = None,
+    cache: Annotated[Path | None, path_option("Text read before, by flexasl prefill with this model.")] = None,
+    model: Model = None,
+    select_tokens: SelectTokens = None,
+    kv_budget: KVBudget = None,
+    kv_dtype: KVDtypeName = None,
+    tau: Tau = None,
+    config: ConfigFile = None,
+    policy: PolicyName = "asl",
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 128,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, path_option("Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
+) -> None:
+    """Answer a question about a text. Streams the answer, then prints what was pruned."""
+    if cache is not None:
+        _refuse_beside(context, "cache", OF_A_PROMPT)
+    amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
+    rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
+    _check_plot(plot, (file, cache, config, model))
+    if not question.strip():
+        raise FlexASLError("--question is empty; give a question")
+    if cache is not None:
+        _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, as_json=as_json)
+        return
+    text = text_of(file)
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl.tools import run
+
+    ids = run.question_ids(tokenizer, text, question)
+    run.check_fits(loaded, len(ids), max_new_tokens)
+    if compare:
+        with progress_bar("warming up"):
+            run.warm_up(loaded, tokenizer, ids, config=settings, policy=rule)
+    pruned = answered(
+        loaded, tokenizer, ids, max_new_tokens, rule, settings, quiet=as_json, title=policy if compare else ""
+    )
+    plain = None
+    try:
+        if compare:
+            plain = answered(loaded, tokenizer, ids, max_new_tokens, quiet=as_json, title="unpruned")
+    finally:  # an interrupt, or an error, of the second run does not take the first one's results away
+        if as_json:
+            print(json.dumps(pruned.to_dict() | ({"unpruned": plain.to_dict()} if plain else {})))
+        else:
+            print(pruned.report)
+        if plain is not None and not as_json:
+            print_comparison(pruned, plain, policy)
+    _draw(pruned, plot)
+
+
+def _ask_saved(
+    path: Path,
+    question: str,
+    model: str | None,
+    dtype: str | None,
+    device: str,
+    max_new_tokens: int,
+    *,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """`ask` about a text that was read before."""
+    with progress_bar(f"checking {path}"):
+        from flexasl.saving import read
+
+        read(path)
+    loaded, tokenizer = load(model, dtype, device)
+    from flexasl.tools import run
+
+    with streamed("reading the question", loaded, quiet=as_json) as (show, advance):
+        said = run.answer_saved(
+            loaded, tokenizer, path, question, max_new_tokens=max_new_tokens, on_text=show, on_layer=advance
+        )
+    if as_json:
+        print(json.dumps(said.to_dict()))
+    elif said.report is not None:
+        print(f"{path}, read before:\n{said.report}")
+    _draw(said, plot)
+
+
+def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """Says so where options were given that another one leaves without effect."""
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise FlexASLError(
+                f"--{name.replace('_', '-')} has no effect with --{option}, whose text has been read; leave it out, or "
+                "give it to flexasl prefill"
+            )
+
+
+def _check_plot(path: Path | None, inputs: tuple[str | Path | None, ...]) -> None:
+    """Find out before the model runs whether the picture can be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise FlexASLError(f"--plot {path} has no known format; give a name that ends in {', '.join(PLOT_FORMATS)}")
+    check_file("--plot", path, inputs=inputs)
+    need("--plot", "plot", "matplotlib")
+
+
+def _draw(said: Any, path: Path | None) -> None:
+    """The picture, last of all: what was said is printed by then."""
+    if path is not None and said.report is not None:
+        with replaced(path) as new:
+            said.report.plot(new)

@@ -1,0 +1,94 @@
+"""`flexasl calibrate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.tools.cli.answering import load
+from flexasl.tools.cli.options import (
+    AMOUNT,
+    MOST_SAMPLES,
+    Device,
+    DtypeName,
+    Haystack,
+    Model,
+    Seed,
+    amount_of,
+    check_lengths,
+    path_option,
+)
+from flexasl.tools.cli.terminal import counted_progress
+from flexasl.tools.extras import need
+
+
+def calibrate(
+    out: Annotated[Path, path_option("File of settings to write, such as config.json; evidence goes beside it.")],
+    select_tokens: Annotated[str, typer.Option(help=f"The budget to calibrate for: {AMOUNT}.")] = "256",
+    length: Annotated[str, typer.Option(help="Tokens of each prompt: 1536 or 4k.")] = "1536",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks to choose on.", show_default="needle,passkey,number_string,niah_multikey_1"),
+    ] = None,
+    unseen: Annotated[str, typer.Option(help="A task to check on alone, or none.")] = "niah_single_2",
+    samples: Annotated[
+        int, typer.Option(max=MOST_SAMPLES, help="Prompts per task; the choice is made on every other one.")
+    ] = 6,
+    seed: Seed = 0,
+    haystack: Haystack = None,
+    model: Model = None,
+    dtype: DtypeName = None,
+    device: Device = "cpu",
+) -> None:
+    """Find the settings that suit a model: which layers, which threshold. Minutes, and no training."""
+    need("flexasl calibrate", "eval", "matplotlib", "numpy", "rouge_score", "wonderwords")
+    from flexasl.tools import calibration
+    from flexasl.tools.calibration import calibrating, evidence
+    from flexasl.tools.evaluation import Sources, plans
+
+    evidence.check_files("--out", out, (haystack, model))
+    config = ASLConfig(select_tokens=amount_of("select_tokens", select_tokens))
+    lengths = check_lengths("--length", plans.parse_lengths(length))
+    if len(lengths) > 1:
+        raise FlexASLError(f"--length {length} is several lengths; give one")
+    named = calibrating.TASKS if tasks is None else tuple(plans.parse_names("tasks", tasks))
+    last = None if unseen.lower() == "none" else unseen
+    calibrating.check_tasks(named, last, samples)
+    _check_made_here((*named, *([last] if last else [])))
+    if config.token_budget(lengths[0]) >= lengths[0]:
+        raise FlexASLError(
+            f"select_tokens={config.select_tokens} is not smaller than a prompt of --length {length}; give a smaller "
+            "--select-tokens or a greater --length"
+        )
+    sources = Sources(haystack=haystack)
+    loaded, tokenizer = load(model, dtype, device)
+    with counted_progress(hidden=False) as advance:
+        made = calibration.calibrate(
+            loaded,
+            tokenizer,
+            config,
+            tasks=named,
+            unseen=last,
+            samples=samples,
+            length=lengths[0],
+            seed=seed,
+            sources=sources,
+            on_progress=advance,
+        )
+    print(made)
+    paths = made.save(out)
+    print(f"\nSettings: {paths[0]}\nEvidence: {', '.join(map(str, paths[1:]))}")
+
+
+def _check_made_here(tasks: tuple[str, ...]) -> None:
+    """Files of questions are for `flexasl eval` alone."""
+    from flexasl.tools.evaluation.tasks import TASKS
+
+    for name in tasks:
+        if TASKS[name].needs is not None:
+            known = ", ".join(task.name for task in TASKS.values() if task.needs is None)
+            raise FlexASLError(
+                f"task={name!r} needs a file, which flexasl calibrate does not take; give some of {known}"
+            )

@@ -1,0 +1,129 @@
+"""Prompts of a given length: a task drafts a message of any number of units, and the longest that fits becomes the
+sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+from flexasl.errors import FlexASLError
+from flexasl.stored import AtLeast, Count, Range, Share, fit
+from flexasl.tools.text import through_template
+
+MOST_CHARACTERS = 1000
+"""That a token can stand for; a tokenizer that needs fewer tokens than that leaves text out."""
+
+
+MOST_PROMPTS = 1_000_000
+"""Of one evaluation or calibration."""
+
+
+class Draft(NamedTuple):
+    """A prompt of some number of units, before it is counted in tokens."""
+
+    message: str
+    answer_prefix: str
+    """Start of the answer, put after the generation prompt."""
+    references: tuple[str, ...]
+    """What a right answer contains; how it is compared is the task's score."""
+    depth: float | None = None
+    """Where in the document the one needle lies (0 start, 1 end); None where there is not exactly one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One sample of a task, still of any length. Everything random is settled: the same count gives the same draft."""
+
+    draft: Callable[[int], Draft]
+    """The prompt with so many units (sentences, words, pairs, documents, characters)."""
+    least: int = 0
+    """Fewest units that still make the task."""
+    most: int | None = None
+    """Most units there are; None where they never run out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt with its references."""
+
+    task: str
+    length: Count
+    """Tokens that the prompt was to have."""
+    index: Count
+    """Which sample of its task and length, from 0."""
+    prompt: str
+    """The prompt as the model reads it: chat template, message and start of the answer."""
+    prompt_tokens: Count
+    """Tokens that it has: at most `length`."""
+    references: Annotated[tuple[str, ...], AtLeast(1)]
+    max_new_tokens: Annotated[int, Range(1)]
+    depth: Share | None = field(default=None)
+    """Place of the one needle, 0 start to 1 end; None where there is not exactly one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sample in JSON's own types."""
+        return dataclasses.asdict(self) | {"references": list(self.references)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """The inverse of `to_dict`; raises FlexASLError for anything else."""
+        sample: Sample = fit(cls, data)
+        return sample
+
+
+def render(tokenizer: Any, message: str, answer_prefix: str) -> str:
+    """The text of a prompt: the message through the chat template, if there is one, then the start of the answer."""
+    if tokenizer.chat_template is None:
+        return f"{message}\n{answer_prefix}" if answer_prefix else message
+    return through_template(tokenizer, message) + answer_prefix
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt. A chat template writes its own special tokens; without one the tokenizer does."""
+    plain = tokenizer.chat_template is None
+    return list(tokenizer(prompt, add_special_tokens=plain, verbose=False)["input_ids"])
+
+
+def check_samples(samples: int, each: int) -> None:
+    """Raise FlexASLError for so many samples of so many tasks and lengths that their list alone would not end."""
+    if samples * each > MOST_PROMPTS:
+        raise FlexASLError(
+            f"samples={samples} makes {samples * each:,} prompts in all; give at most {MOST_PROMPTS // each:,}"
+        )
+
+
+def fill(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Draft, str, int]:
+    """The longest draft whose prompt has at most `tokens` tokens, that prompt, and its tokens.
+
+    Raises FlexASLError, which says how many are needed, where not even the shortest fits.
+    """
+
+    def prompt(units: int) -> tuple[Draft, str, int]:
+        draft = recipe.draft(units)
+        text = render(tokenizer, draft.message, draft.answer_prefix)
+        return draft, text, len(encode(tokenizer, text))
+
+    best = prompt(recipe.least)
+    if best[2] > tokens:
+        raise FlexASLError(f"length={tokens} is too short; give at least {best[2]} tokens")
+    low, over, over_tokens, tries = recipe.least, None, 0, 0
+    while low != recipe.most and (over is None or over - low > 1):
+        if over is None:  # double until it no longer fits
+            units = low + 2**tries if recipe.most is None else min(low + 2**tries, recipe.most)
+        else:  # tokens grow nearly evenly with units: the estimate is as good as right, and halving keeps it honest
+            share = (tokens - best[2]) / (over_tokens - best[2]) if tries % 2 else 0.5
+            units = min(max(low + int(share * (over - low)), low + 1), over - 1)
+        tries += 1
+        found = prompt(units)
+        if recipe.most is None and found[2] <= tokens and len(found[1]) > MOST_CHARACTERS * max(tokens, 1):
+            raise FlexASLError(
+                f"the tokenizer makes {found[2]} tokens of {len(found[1]):,} characters, so it leaves text out, and no "
+                f"prompt has length={tokens}"
+            )
+        if found[2] <= tokens:
+            low, best = units, found
+        else:
+            over, over_tokens = units, found[2]
+    return best

@@ -1,0 +1,185 @@
+"""Varlen rows against the same rows one by one."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexasl import FlexASLAttention, Scoring, Visibility
+from flexasl.rows import Past, Rows
+from flexasl.rows_attention import attend, rows_attention, scores
+
+HEADS, GROUPS, DIM = 4, 2, 8
+SCORING = Scoring(window=3, kernel_size=3)
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=5) | st.just([7, 7, 7]) | st.just([5, 5, 2, 2, 2])
+attentions = st.builds(
+    FlexASLAttention,
+    scale=st.sampled_from([None, 0.3]),
+    sliding_window=st.sampled_from([None, 4]),
+    softcap=st.sampled_from([None, 3.0]),
+)
+
+
+def states(total, seed=0, entries=None):
+    generator = torch.Generator().manual_seed(seed)
+    heads = (HEADS, GROUPS, GROUPS) if entries is None else (GROUPS, GROUPS)
+    return [torch.randn(1, count, total, DIM, generator=generator, dtype=torch.float64) for count in heads]
+
+
+def some_columns(lengths, tokens, seed):
+    """Ascending columns of each row, of which the last is the prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(tokens - 1, generator=generator)[: length - 1].sort().values for length in lengths]
+    return torch.cat([torch.cat([row, torch.tensor([tokens - 1])]) for row in rows])
+
+
+@settings(max_examples=60)
+@given(lengths=lengths, attention=attentions, gaps=st.booleans(), masked=st.booleans(), sinks=st.booleans())
+def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, masked, sinks):
+    packed = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    if gaps:
+        packed = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
+    if masked:
+        packed = packed.masked(torch.arange(packed.total) % 3 != 1)
+    query, key, value = states(packed.total)
+    extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
+    out = attend(packed, attention, query, key, value, extra)
+    last = query[:, :, packed.last(3)]
+    made, none = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra)
+    assert none is None and made.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
+    same, mass = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra, mass=True)
+    assert torch.equal(same, made) and mass.shape == (len(lengths), GROUPS, max(lengths))
+    for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
+        own = slice(start, start + length)
+        at = packed.positions[None, own]
+        stays = None if packed.kept is None else packed.kept[None, own]
+        parts = [tensor[:, :, own] for tensor in (query, key, value)]
+        want = attention(*parts, Visibility(at, at, stays), sinks=extra)
+        torch.testing.assert_close(out[:, :, own], want)
+        if length > 3:
+            marks = {"valid": stays, "positions": at, "sinks": extra}
+            want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **marks, mass=True)
+            torch.testing.assert_close(made[row, :, made.shape[2] - length + 3 :], want[0])
+            torch.testing.assert_close(mass[row, :, mass.shape[2] - length :], whole[0])
+        assert not made[row, :, : made.shape[2] - max(0, length - 3)].any()
+
+
+@settings(max_examples=60)
+@given(lengths=lengths, most=st.integers(1, 40), masked=st.booleans())
+def test_groups_are_whole_rows_in_order_and_no_larger_than_they_must_be(lengths, most, masked):
+    packed = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    if masked:
+        packed = packed.masked(torch.arange(packed.total) % 3 != 1)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("flexasl.rows.GROUP", most)
+        groups = packed.groups
+    assert [length for _, group in groups for length in group.lengths] == lengths
+    at = torch.arange(packed.total)
+    assert torch.equal(torch.cat([at[tokens] for tokens, _ in groups]), at)
+    for tokens, group in groups:
+        assert group.total <= most or len(group.lengths) == 1
+        assert torch.equal(group.positions, packed.positions[tokens])
+        assert torch.equal(group.kept, packed.kept[tokens]) if masked else group.kept is None
+    assert all(one.total + other.lengths[0] > most for (_, one), (_, other) in itertools.pairwise(groups))
+
+
+@settings(max_examples=40)
+@given(
+    lengths=lengths,
+    attention=attentions,
+    entries=st.integers(1, 9),
+    by_head=st.booleans(),
+    padded=st.booleans(),
+    sinks=st.booleans(),
+)
+def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entries, by_head, padded, sinks):
+    batch, past = len(lengths), 12
+    packed = Rows.left_padded(lengths, max(lengths), torch.device("cpu"))
+    query, key, value = states(packed.total)
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch, GROUPS, entries) if by_head else (batch, entries)
+    columns = torch.rand(*shape[:-1], past, generator=generator).argsort(-1)[..., :entries].sort(-1).values
+    valid = torch.rand(shape, generator=generator) < 0.7 if padded else None
+    held = [torch.randn(batch, GROUPS, entries, DIM, generator=generator, dtype=torch.float64) for _ in range(2)]
+    extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
+    turn = packed.after(Past(columns, valid, past))
+    joined = [turn.join(kept, new) for kept, new in zip(held, (key, value), strict=True)]
+    out = attend(turn, attention, query, *joined, extra)
+    last = query[:, :, packed.last(3)]
+    made, mass = scores(turn, attention, last, joined[0], SCORING, range(batch), extra, mass=True)
+    assert torch.equal(scores(turn, attention, last, joined[0], SCORING, range(batch), extra)[0], made)
+    for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
+        own = slice(start, start + length)
+        new = packed.positions[None, own] + past
+        keys, values = (
+            torch.cat([kept[row : row + 1], part[:, :, own]], 2) for kept, part in zip(held, (key, value), strict=True)
+        )
+        for group in range(GROUPS):
+            heads, place = slice(2 * group, 2 * group + 2), (row, group) if by_head else (row,)
+            at = torch.cat([columns[place][None], new], 1)
+            seen = None
+            if padded:
+                seen = torch.cat([valid[place][None], torch.ones_like(new, dtype=torch.bool)], 1)
+            mine = None if extra is None else extra[heads]
+            parts = query[:, heads, own], keys[:, group : group + 1], values[:, group : group + 1]
+            want = attention(*parts, Visibility(new, at, seen), sinks=mine)
+            torch.testing.assert_close(out[:, heads, own], want)
+            if length > 3:
+                real = slice(None) if seen is None else seen[0]  # padding is nobody's neighbour
+                settings = {"positions": at[:, real], "sinks": mine}
+                want, whole = attention.scores(
+                    parts[0][:, :, -3:], parts[1][:, :, real], SCORING, **settings, mass=True
+                )
+                torch.testing.assert_close(made[row, group, made.shape[2] - length + 3 :], want[0, 0, 3 - length :])
+                torch.testing.assert_close(mass[row, group, mass.shape[2] - length :], whole[0, 0, -length:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_node_of_a_graph_is_a_sound_op(masked):
+    packed = Rows.left_padded([6, 4, 4], 6, torch.device("cpu"))
+    stays = torch.arange(14) % 3 != 1 if masked else None
+    query, key, value = (tensor.float() for tensor in states(14))
+    arguments = (query, key, value, packed.layout, packed.positions, stays, None, None, 3, None, "auto")
+    torch.library.opcheck(rows_attention, arguments)
+    query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
+    torch.library.opcheck(rows_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), *arguments[7:]))
+    want = attend(packed.masked(stays), FlexASLAttention(sliding_window=3), query, key, value)
+    torch.testing.assert_close(rows_attention(*arguments), want)
+
+
+@pytest.mark.parametrize("softcap, sunk", [(None, False), (None, True), (1.5, True)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, masked, few, monkeypatch):
+    monkeypatch.setattr("flexasl.attention_gradients.PAIRS", 1 if few else 2**22)
+    lengths = [6, 4, 4]
+    packed = Rows(lengths, some_columns(lengths, 12, 1), contiguous=False)
+    if masked:
+        packed = packed.masked(torch.arange(14) % 3 != 1)
+    inputs = [tensor.requires_grad_() for tensor in states(14)]
+    inputs += [torch.randn(HEADS, dtype=torch.float64, requires_grad=True)] if sunk else [None]
+    *qkv, sinks = inputs
+    attention = FlexASLAttention(sliding_window=5, softcap=softcap, kernel="eager")
+    rows = (packed.layout, packed.positions, packed.kept, sinks)
+    out = rows_attention(*qkv, *rows, None, 5, softcap, "eager")
+    want, way = attend(packed, attention, *qkv, sinks), torch.randn(1, HEADS, 14, DIM, dtype=torch.float64)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    for mine, its in zip(torch.autograd.grad(out, wanted, way), torch.autograd.grad(want, wanted, way), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
+
+
+def test_last_tokens_of_each_row():
+    packed = Rows.left_padded([4, 2, 3], 6, torch.device("cpu"))
+    assert packed.last(3).tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and packed.last(3) is packed.last(3)
+    assert packed.last(1).tolist() == [3, 5, 8]
+
+
+def test_rows_as_a_padded_batch_and_back():
+    packed = Rows.left_padded([3, 5, 1], 6, torch.device("cpu"))
+    tokens, real = packed.as_batch()
+    assert tokens[real].tolist() == list(range(9)) and real.sum(1).tolist() == [3, 5, 1]
+    assert packed.flat(6).tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 17]
+    assert packed.cu_seqlens.tolist() == [0, 3, 8, 9] and packed.cu_seqlens.dtype == torch.int32
+    assert Rows.left_padded([4, 4], 4, torch.device("cpu")).as_batch()[1] is None
