@@ -13,9 +13,10 @@ from setting import arguments, setting, table, write
 
 import flexasl
 from flexasl import embedded
+from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.tools.calibration.recording import locate, record
 from flexasl.tools.calibration.tables import Table
-from flexasl.tools.evaluation.costs import decoder_layers, layer_costs
+from flexasl.tools.evaluation.costs import layer_costs
 from flexasl.tools.evaluation.memo import Memo, costly_modules
 from flexasl.tools.evaluation.tasks import build
 

@@ -98,7 +98,7 @@ class LayerStep:
         """A layer's output [1, T, C] for prompts, some rows at a time: run(tokens) gives it for these tokens."""
         rows, scored, parts = self.rows, self._scored, []
         assert rows is not None
-        for tokens, group in rows.groups:
+        for tokens, group in rows.groups():
             self.rows, self._scored = group, None if scored is None else group.last(self._window)
             parts.append((run(tokens), self.query, self.key, self.cached))
         self.rows, self._scored = rows, scored

@@ -7,7 +7,6 @@ row, G KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -86,6 +85,12 @@ class Rows:
         self.width = max(self.lengths)
         self._visible: dict[int, Visibility] = {}
         self._last: dict[int, Tensor] = {}
+        self._groups: list[tuple[slice, Rows]] = []
+        self._batch: tuple[Tensor, Tensor | None] | None = None
+        self._lengths: Tensor | None = None
+        self._cu_seqlens: Tensor | None = None
+        self.parts = _equal(self.lengths, self.starts)
+        """The rows, as few batches."""
 
     @classmethod
     def left_padded(cls, lengths: Sequence[int], tokens: int, device: torch.device) -> Rows:
@@ -105,35 +110,30 @@ class Rows:
         """Where the row's tokens are."""
         return slice(self.starts[row], self.starts[row] + self.lengths[row])
 
-    @cached_property
-    def parts(self) -> list[EqualRows]:
-        """The rows, as few batches."""
-        parts: list[EqualRows] = []
-        for row, length in enumerate(self.lengths):
-            if parts and parts[-1].length == length:
-                parts[-1] = parts[-1]._replace(number=parts[-1].number + 1)
-            else:
-                parts.append(EqualRows(row, 1, self.starts[row], length))
-        return parts
-
-    @cached_property
     def groups(self) -> list[tuple[slice, Rows]]:
         """Neighbouring rows of at most `GROUP` tokens, or a longer row alone: where its tokens are, and those rows."""
+        if self._groups:
+            return self._groups
         firsts = [0]
         for row, (start, length) in enumerate(zip(self.starts, self.lengths)):
             if row > firsts[-1] and start + length - self.starts[firsts[-1]] > GROUP:
                 firsts.append(row)
-        return [self._group(*some) for some in zip(firsts, [*firsts[1:], len(self.lengths)])]
+        self._groups = [self._group(*some) for some in zip(firsts, [*firsts[1:], len(self.lengths)])]
+        return self._groups
 
-    @cached_property
+    @property
     def lengths_on_device(self) -> Tensor:
         """[B] int64."""
-        return self.layout[1:].to(self.positions.device)
+        if self._lengths is None:
+            self._lengths = self.layout[1:].to(self.positions.device)
+        return self._lengths
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32: where rows begin, and the end."""
-        return F.pad(self.lengths_on_device.cumsum(0), (1, 0)).int()
+        if self._cu_seqlens is None:
+            self._cu_seqlens = F.pad(self.lengths_on_device.cumsum(0), (1, 0)).int()
+        return self._cu_seqlens
 
     def flat(self, tokens: int) -> Tensor:
         """Each token's place [T] int64 in a padded batch [B, tokens] whose rows are laid out one after another."""
@@ -144,10 +144,11 @@ class Rows:
     def as_batch(self) -> tuple[Tensor, Tensor | None]:
         """Where the tokens are of the rows as a left-padded batch: tokens [B, width] int64, and which are real
         [B, width] bool, None where all are."""
+        if self._batch is None:
+            self._batch = self._as_batch()
         return self._batch
 
-    @cached_property
-    def _batch(self) -> tuple[Tensor, Tensor | None]:
+    def _as_batch(self) -> tuple[Tensor, Tensor | None]:
         device = self.positions.device
         stops = [start + length for start, length in zip(self.starts, self.lengths)]
         ends = torch.tensor(stops, dtype=torch.int64, device=device)
@@ -216,6 +217,16 @@ class Rows:
         if self.kept is not None or self.past is not None:
             return True
         return sliding_window is not None and (not self.contiguous or sliding_window < part.length)
+
+
+def _equal(lengths: list[int], starts: list[int]) -> list[EqualRows]:
+    parts: list[EqualRows] = []
+    for row, length in enumerate(lengths):
+        if parts and parts[-1].length == length:
+            parts[-1] = parts[-1]._replace(number=parts[-1].number + 1)
+        else:
+            parts.append(EqualRows(row, 1, starts[row], length))
+    return parts
 
 
 def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") -> list[int]:

@@ -24,7 +24,8 @@ from flexasl.tools.calibration.recording import Prompt, Recording, locate, recor
 from flexasl.tools.calibration.tables import Outcome, Table, holds_answers
 from flexasl.tools.evaluation import build
 from flexasl.tools.evaluation.costs import layer_costs, prefill_share
-from flexasl.tools.evaluation.samples import Sample, encode
+from flexasl.tools.evaluation.samples import Sample
+from flexasl.tools.text import encode
 
 CONFIG = flexasl.ASLConfig(select_tokens=100, window=8, kernel_size=3, pooling="avgpool")
 FEW = {"tasks": ("needle", "number_string"), "unseen": "niah_single_2", "samples": 3, "length": 300}

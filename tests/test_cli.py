@@ -266,6 +266,7 @@ def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
         (["--unseen", "qa_1"], "task='qa_1' needs a file, which flexasl calibrate does not take"),
         (["--model", "./no/such/model"], "is neither a folder nor a GGUF file"),
         (["--samples", "1"], "samples=1 is too few"),
+        (["--samples", "500001"], "samples=500001 makes 1,000,002 prompts in all; give at most 500,000"),
         (["--select-tokens", "400"], "select_tokens=400 is not smaller than a prompt"),
     ],
 )

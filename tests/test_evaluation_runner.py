@@ -17,13 +17,14 @@ from tiny_chat import tiny_tokenizer
 import flexasl
 from flexasl import cli, run
 from flexasl.errors import FlexASLError
+from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.report import Report, RowReport
 from flexasl.tools.evaluation import Sources, build, evaluate, plan, report, runner
 from flexasl.tools.evaluation.costs import layer_costs, prefill_share
 from flexasl.tools.evaluation.plans import parse_lengths, parse_policies
-from flexasl.tools.evaluation.samples import encode
 from flexasl.tools.evaluation.storage import read_all
 from flexasl.tools.evaluation.tables import Results, score_tables
+from flexasl.tools.text import encode
 
 TABLES = ("scores.md", "times.md", "results.jsonl")
 TIMES = ("first_token_seconds", "total_seconds")
@@ -291,6 +292,8 @@ def test_what_does_not_fit_the_model_never_runs(
         (["--budget", "many"], "budget=many is no amount"),
         (["--budget", "16"], "select_tokens=16 does not exceed window=32"),
         (["--samples", "0"], "samples=0 is too few"),
+        (["--samples", "1000001"], "samples=1000001 is too large; give at most 1000000"),
+        (["--samples", "300000"], "samples=300000 makes 1,200,000 prompts in all; give at most 250,000"),
         (["--depths", "deep"], "depths='deep' are no shares of the document"),
         (["--haystack", "none.txt"], "none.txt does not exist"),
         (["--qa-file", "none.json"], "none.json does not exist"),
@@ -389,6 +392,18 @@ def test_counted_cost_is_that_of_the_products(family: str) -> None:
     stepwise = prefill_share(costs, report_of(200, (200, 200, 100, 100, *pruned[-2:]), kept))
     half = count(tuple(range(0, 200, 2)))
     assert stepwise == pytest.approx((2 * full + 2 * half + 2 * few) / (6 * full))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
+def test_layers_are_found_whatever_their_list_is_called(family: str) -> None:
+    from transformers import MptConfig, MptForCausalLM
+
+    config = MptConfig(d_model=64, n_layers=6, n_heads=4, vocab_size=64)
+    model = MptForCausalLM(config).eval() if family == "mpt" else tiny(family)
+    assert len(decoder_layers(model)) == len(layer_costs(model)) == 6
+    called: list[None] = []
+    run.answer(model, tiny_tokenizer(), [1, 2, 3], max_new_tokens=1, on_layer=lambda: called.append(None))
+    assert len(called) == 6
 
 
 def test_stored_prompt_is_what_is_answered(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

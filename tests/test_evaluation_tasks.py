@@ -15,8 +15,8 @@ from tiny_chat import tiny_tokenizer
 from flexasl.errors import FlexASLError
 from flexasl.tools.evaluation import Sample, Sources, build, tasks
 from flexasl.tools.evaluation.haystack import Haystack, hide
-from flexasl.tools.evaluation.samples import Draft, Recipe, encode, fill, render
-from flexasl.tools.text import prompt_ids
+from flexasl.tools.evaluation.samples import Draft, Recipe, fill
+from flexasl.tools.text import encode, prompt_ids, render
 
 RULER = (
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),

@@ -13,8 +13,9 @@ import flexasl
 from flexasl import cli, run
 from flexasl.cache import LayerCache
 from flexasl.errors import FlexASLError
+from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.tools.evaluation import evaluate, plan, report
-from flexasl.tools.evaluation.costs import decoder_layers, layer_costs, prefill_share
+from flexasl.tools.evaluation.costs import layer_costs, prefill_share
 from flexasl.tools.evaluation.memo import Memo, costly_modules
 from flexasl.tools.evaluation.plans import Setting
 from flexasl.tools.evaluation.together import answer_together
@@ -232,7 +233,7 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_embedded_model_says_the_same() -> None:
     from flexasl.tools.evaluation import build
-    from flexasl.tools.evaluation.samples import encode
+    from flexasl.tools.text import encode
 
     model, tokenizer = run.load_model(None)
     sample = build("needle", tokenizer, 1024)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_invariants import rules
 from torch.nn import functional as F
 
+import flexasl
 from flexasl import ASLConfig
 
 PATH = Path(__file__).parents[1] / "examples" / "plain_decoder.py"
@@ -23,6 +24,18 @@ CLOSE = {"rtol": 0, "atol": 1e-9}
 def decoder(layers=6, heads=4, groups=2, seed=0):
     torch.manual_seed(seed)
     return plain.Decoder(layers=layers, heads=heads, groups=groups).double().eval().requires_grad_(False)
+
+
+def read(model, prompt, config):
+    """Logits, report and caches of prompts."""
+    caches = [flexasl.LayerCache() for _ in model.blocks]
+    return *plain.read(model, prompt, caches, torch.ones_like(prompt), config), caches
+
+
+def after(model, tokens, caches):
+    """Logits of tokens after what the caches hold."""
+    seen = torch.ones(len(tokens), caches[0].seen + tokens.shape[1], dtype=torch.int64)
+    return plain.read(model, tokens, caches, seen, ASLConfig())[0]
 
 
 def without_flexasl(model, tokens):
@@ -46,10 +59,10 @@ def without_flexasl(model, tokens):
 
 def test_with_everything_kept_it_is_the_plain_decoder():
     model, tokens = decoder(), torch.randint(257, (2, 50))
-    logits, call = plain.read_prompt(model, tokens[:, :-3], ASLConfig(select_tokens=1.0))
+    logits, _, caches = read(model, tokens[:, :-3], ASLConfig(select_tokens=1.0))
     torch.testing.assert_close(logits, without_flexasl(model, tokens[:, :-3]), **CLOSE)
     for index in (47, 48, 49):
-        logits = plain.read_token(model, tokens[:, index : index + 1], call.caches)
+        logits = after(model, tokens[:, index : index + 1], caches)
     torch.testing.assert_close(logits, without_flexasl(model, tokens)[:, -1:], **CLOSE)
 
 
@@ -65,16 +78,15 @@ def test_with_everything_kept_it_is_the_plain_decoder():
 def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, tokens, seed):
     model, config = decoder(layers, *shape, seed), config.replace(kv_budget=None, kv_top_p=None)
     prompt = torch.randint(257, (rows, tokens))
-    dropped, call = plain.read_prompt(model, prompt, config)
-    masked, other = plain.read_prompt(model, prompt, config.replace(propagate="mask"))
-    mine, theirs = call.report(plain.ASL()), other.report(plain.ASL())
+    dropped, mine, caches = read(model, prompt, config)
+    masked, theirs, others = read(model, prompt, config.replace(propagate="mask"))
     assert mine.kv_tokens == theirs.kv_tokens
     for row, its in zip(mine.rows, theirs.rows, strict=True):
         assert (row.selected_layer, row.kept_positions) == (its.selected_layer, its.kept_positions)
         assert (row.variance, row.variance_ratio) == (its.variance, its.variance_ratio)
         assert row.reason == its.reason
     torch.testing.assert_close(dropped, masked, equal_nan=True, **CLOSE)
-    for held, kept in zip(call.caches, other.caches, strict=True):
+    for held, kept in zip(caches, others, strict=True):
         for row in range(rows):
             one, two = (
                 part.columns[row].expand(shape[1], -1)
@@ -85,9 +97,7 @@ def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, to
             assert torch.equal(one, two)
             torch.testing.assert_close(*(part.keys[row][:, -one.shape[1] :] for part in (held, kept)), **CLOSE)
     more = torch.randint(257, (rows, 1))
-    torch.testing.assert_close(
-        plain.read_token(model, more, call.caches), plain.read_token(model, more, other.caches), **CLOSE
-    )
+    torch.testing.assert_close(after(model, more, caches), after(model, more, others), **CLOSE)
 
 
 def test_a_masked_prefill_is_one_graph_for_many_lengths():
@@ -107,15 +117,13 @@ def test_a_masked_prefill_is_one_graph_for_many_lengths():
     layers = set()
     for tokens in (60, 75, 90, 110):
         prompt = torch.randint(257, (2, tokens))
-        want, first = plain.read_prompt(model, prompt, config)
+        want, first, _ = read(model, prompt, config)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plain.Decoder, "forward", lambda *arguments: compiled(*arguments))
-            logits, call = plain.read_prompt(model, prompt, config)
+            logits, report, _ = read(model, prompt, config)
         torch.testing.assert_close(logits, want, equal_nan=True, **CLOSE)
-        assert [row.kept_positions for row in call.report(plain.ASL()).rows] == [
-            row.kept_positions for row in first.report(plain.ASL()).rows
-        ]
-        layers |= {row.selected_layer for row in call.report(plain.ASL()).rows}
+        assert [row.kept_positions for row in report.rows] == [row.kept_positions for row in first.rows]
+        layers |= {row.selected_layer for row in report.rows}
     assert len(layers) > 1
     assert len(graphs) == 1
 

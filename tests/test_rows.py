@@ -74,7 +74,7 @@ def test_groups_are_whole_rows_in_order_and_no_larger_than_they_must_be(lengths,
         packed = packed.masked(torch.arange(packed.total) % 3 != 1)
     with pytest.MonkeyPatch.context() as context:
         context.setattr("flexasl.rows.GROUP", most)
-        groups = packed.groups
+        groups = packed.groups()
     assert [length for _, group in groups for length in group.lengths] == lengths
     at = torch.arange(packed.total)
     assert torch.equal(torch.cat([at[tokens] for tokens, _ in groups]), at)

@@ -267,7 +267,7 @@ class BasePatch:
         back to the system when a tensor ends, and the next one pays for each page of it again."""
         plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
         rows = step.rows if plain else None
-        one_run = rows is None or rows.past is not None or len(rows.groups) == 1
+        one_run = rows is None or rows.past is not None or len(rows.groups()) == 1
         if one_run or any(weight.is_meta for weight in self._layers[index].parameters()):  # loaded for each run
             return forward(hidden, **kwargs)
         output: Any = None

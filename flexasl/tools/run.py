@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import flexasl
 from flexasl.errors import FlexASLError
 from flexasl.integrations.transformers.fingerprint import fingerprint
+from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.report import Report
 from flexasl.tools.loading import GREEDY
 from flexasl.tools.loading import load_model as load_model
-from flexasl.tools.text import prompt_ids, through_template
+from flexasl.tools.text import bare_ids, encode, prompt_ids, render
 
 WARM_UP_TOKENS = 768
 BEFORE, AFTER = "before question", "after question"
@@ -54,9 +55,7 @@ class Answer:
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
     """Token ids of a text and a question about it, through the chat template if there is one."""
-    if tokenizer.chat_template is None:
-        return prompt_ids(tokenizer, f"{text}\n\nQuestion: {question}\nAnswer:")
-    return prompt_ids(tokenizer, f"{text}\n\n{question}")
+    return prompt_ids(tokenizer, _asking(tokenizer, text, question))
 
 
 def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], dict[str, str]]:
@@ -69,26 +68,22 @@ def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], 
     while mark in text + about:
         mark = f"[{mark}]"
     body = f"{text}\n\n{about}" if about else text
-    if tokenizer.chat_template is None:
-        whole = f"{body}\n\nQuestion: {mark}\nAnswer:"
-    else:
-        whole = through_template(tokenizer, f"{body}\n\n{mark}")
+    whole = render(tokenizer, _asking(tokenizer, body, mark))
     start, _, after = whole.partition(mark)
     if whole.count(mark) != 1:
         raise FlexASLError("the chat template changes the user's message, so that a question cannot be put in later")
-    special = tokenizer.chat_template is None
     # Most tokenizers take spaces and line ends with the word after them, some with the mark before them.
     bare = start.rstrip()
     for head, between in ((bare, start[len(bare) :]), (start, "")):
-        ids, notes = _ids(tokenizer, head, special), {BEFORE: between, AFTER: after}
-        if all(ids + closing_ids(tokenizer, notes, x) == _ids(tokenizer, start + x + after, special) for x in PROBES):
+        ids, notes = encode(tokenizer, head), {BEFORE: between, AFTER: after}
+        if all(ids + closing_ids(tokenizer, notes, x) == encode(tokenizer, start + x + after) for x in PROBES):
             break
     return ids, notes
 
 
 def closing_ids(tokenizer: Any, notes: Mapping[str, str], question: str, answer_prefix: str = "") -> list[int]:
     """Token ids of the question, all that comes after it and the start of the answer, to go behind `opening_ids`."""
-    return _ids(tokenizer, notes[BEFORE] + question + notes[AFTER] + answer_prefix, special=False)
+    return bare_ids(tokenizer, notes[BEFORE] + question + notes[AFTER] + answer_prefix)
 
 
 def check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -181,8 +176,11 @@ def answer_saved(
     return dataclasses.replace(said, report=report, kv_bytes=kv_bytes)
 
 
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+def _asking(tokenizer: Any, text: str, question: str) -> str:
+    """The message of a text and a question; without a chat template it says itself where the answer begins."""
+    if tokenizer.chat_template is None:
+        return f"{text}\n\nQuestion: {question}\nAnswer:"
+    return f"{text}\n\n{question}"
 
 
 def _generate(
@@ -245,8 +243,8 @@ def _layers_watched(
         if not is_over():
             on_layer()
 
-    layers = getattr(model.get_decoder(), "layers", [])
-    handles = [layer.register_forward_hook(tell) for layer in layers] if on_layer is not _nothing else []
+    layers = [] if on_layer is _nothing else decoder_layers(model)
+    handles = [layer.register_forward_hook(tell) for layer in layers]
     try:
         yield
     finally:

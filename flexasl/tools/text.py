@@ -1,4 +1,4 @@
-"""Texts to read: files that a user names, English prose that is on every machine, and needles hidden in it."""
+"""Texts to read: files that a user names, prose that is on every machine, needles hidden in it; and as token ids."""
 
 import random
 import re
@@ -89,7 +89,7 @@ def prose(tokens: int | None = None, tokenizer: Any = None, *, seed: int = 0) ->
         return _join(sentences)
     if tokenizer is None:
         raise TextError(f"tokens={tokens} cannot be counted without a tokenizer; give one")
-    return _join(_longest(sentences, tokens, tokenizer, lambda kept: len(_ids(tokenizer, _join(kept)))))
+    return _join(_longest(sentences, tokens, tokenizer, lambda kept: len(bare_ids(tokenizer, _join(kept)))))
 
 
 def magic_number(seed: int = 0) -> Fact:
@@ -131,9 +131,14 @@ def needle_prompt(
 
 def prompt_ids(tokenizer: Any, message: str, answer_prefix: str = "") -> list[int]:
     """Token ids of a prompt: the message through the chat template, if there is one, then the start of the answer."""
+    return encode(tokenizer, render(tokenizer, message, answer_prefix))
+
+
+def render(tokenizer: Any, message: str, answer_prefix: str = "") -> str:
+    """The text of a prompt: the message through the chat template, if there is one, then the start of the answer."""
     if tokenizer.chat_template is None:
-        return list(tokenizer(f"{message}\n{answer_prefix}" if answer_prefix else message)["input_ids"])
-    return _ids(tokenizer, through_template(tokenizer, message) + answer_prefix)
+        return f"{message}\n{answer_prefix}" if answer_prefix else message
+    return through_template(tokenizer, message) + answer_prefix
 
 
 def through_template(tokenizer: Any, message: str) -> str:
@@ -156,7 +161,19 @@ def through_template(tokenizer: Any, message: str) -> str:
     return text
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt, or of its beginning."""
+    return list(encoding(tokenizer, prompt)["input_ids"])
+
+
+def encoding(tokenizer: Any, prompt: str, **options: Any) -> Any:
+    """All that the tokenizer says of a rendered prompt. A chat template writes its own special tokens; without one the
+    tokenizer does."""
+    return tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None, verbose=False, **options)
+
+
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -126,7 +126,7 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     if not model.can_generate():
         raise UnsupportedError(f"{kind} cannot generate; give the model with its language-model head (...ForCausalLM)")
     refuse_state(model, kernel, input_device(model), "patch it with compile=True instead")
-    layers = layers_of(decoder, getattr(getattr(decoder, "config", None), "num_hidden_layers", None))
+    layers = decoder_layers(model)
     if not layers or not model._can_set_attn_implementation():
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({kind}) is not built as a list of decoder layers over "
@@ -154,9 +154,15 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     return Stack(decoder, layers, attention, names, cache, tested, no_media)
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers of a model, as many as its decoder's config says; none where they are no list of modules."""
+    decoder = model.get_decoder()
+    return layers_of(decoder, getattr(getattr(decoder, "config", None), "num_hidden_layers", None))
+
+
 def layers_of(decoder: Any, count: int | None) -> list[Any]:
     """A decoder's first so many layers; none where they are no list of modules."""
-    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    layers = next((getattr(decoder, name) for name in ("layers", "h", "blocks") if hasattr(decoder, name)), None)
     return list(layers)[:count] if isinstance(layers, nn.ModuleList) else []
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from flexasl import checks
 from flexasl.checks import instance, integer, several
@@ -26,6 +26,7 @@ TASKS = ("needle", "passkey", "number_string", "niah_multikey_1")
 UNSEEN = "niah_single_2"
 SAMPLES, LENGTH, SELECT_TOKENS = 6, 1536, 256
 PROMPTS, RUNS, CANDIDATES = "prompts", "runs", "candidates"
+T = TypeVar("T")
 
 
 def calibrate(
@@ -68,46 +69,52 @@ def calibrate(
     made_for = calibrated_for(model, model_name(model))
     run.check_fits(model, length, 1)
     asked = [(task, index) for index in range(samples) for task in (*tasks, *([unseen] if unseen else []))]
-    prompts: list[Prompt] = []
-    for task, index in asked:
-        on_progress(PROMPTS, len(prompts), len(asked))
-        prompts.append(locate(tokenizer, build(task, tokenizer, length, seed, index, sources)))
-    on_progress(PROMPTS, len(prompts), len(asked))
+    prompts = [
+        locate(tokenizer, build(task, tokenizer, length, seed, index, sources))
+        for task, index in _counted(PROMPTS, asked, on_progress)
+    ]
     _check_budget(config, prompts)
     on_progress(RUNS, 0, len(prompts))
     recordings, ranking_layers = record(model, prompts, config, lambda done: on_progress(RUNS, done, len(prompts)))
     costs = layer_costs(model)
     tables = [Table(recording, config, costs, ranking_layers) for recording in recordings]
     rules = candidates(config, len(costs), ranking_layers)
-    judged = []
-    for place, rule in enumerate(rules):
-        on_progress(CANDIDATES, place, len(rules))
-        judged.append(_judge(f"candidate {place}", rule, tables))
-    on_progress(CANDIDATES, len(rules), len(rules))
+    judged = [
+        _judge(f"candidate {place}", rule, tables)
+        for place, rule in enumerate(_counted(CANDIDATES, rules, on_progress))
+    ]
     choosing = [at for at, prompt in enumerate(prompts) if prompt.task != unseen and prompt.index % 2 == 0]
     chosen = choose(judged, choosing, rules[0])
     assert chosen.rule is not None
     _agree(recordings, chosen, ranking_layers)
-    fixed = [
-        Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
-        for layer in tables[0].ranking_layers
-    ]
+    fixed = _fixed_layers(tables)
     return Calibration(
         config=config.replace(**settings_of(chosen.rule), calibrated_for=made_for),
-        about={
-            **dataclasses.asdict(made_for),
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-        },
+        about={**dataclasses.asdict(made_for), "samples": samples, "length": length, "seed": seed},
         prompts=tuple((prompt.task, prompt.index, len(prompt.ids)) for prompt in prompts),
         choosing=tuple(choosing),
         candidates=tuple(judged),
         chosen=chosen,
         default=judged[0],
         paper=_judge("paper", paper_of(config).resolve(len(costs), ranking_layers), tables),
-        fixed_layers=tuple(fixed),
+        fixed_layers=fixed,
         fixed_layer=choose(fixed, choosing),
+    )
+
+
+def _counted(stage: str, things: Sequence[T], on_progress: Callable[[str, int, int], None]) -> Iterator[T]:
+    """The things, one by one; on_progress is called before each, and after the last."""
+    for done, thing in enumerate(things):
+        on_progress(stage, done, len(things))
+        yield thing
+    on_progress(stage, len(things), len(things))
+
+
+def _fixed_layers(tables: Sequence[Table]) -> tuple[Judged, ...]:
+    """Selection at each layer alone, whatever the variance of ranks."""
+    return tuple(
+        Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
+        for layer in tables[0].ranking_layers
     )
 
 

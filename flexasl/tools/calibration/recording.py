@@ -17,6 +17,7 @@ from flexasl.errors import FlexASLError
 from flexasl.policies.base import SCORES
 from flexasl.policies.full import Full
 from flexasl.tools.evaluation.samples import Sample
+from flexasl.tools.text import encoding
 
 Answer = tuple[tuple[int, ...], ...]
 """Where a reference is stated in the prompt: for each statement, the positions of its tokens."""
@@ -53,8 +54,7 @@ def locate(tokenizer: Any, sample: Sample) -> Prompt:
             f"{type(tokenizer).__name__} does not say where in a text its tokens are, which calibration needs; give a "
             "fast tokenizer (use_fast=True)"
         )
-    special = tokenizer.chat_template is None
-    encoded = tokenizer(sample.prompt, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    encoded = encoding(tokenizer, sample.prompt, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     answers = []
     for reference in sample.references:

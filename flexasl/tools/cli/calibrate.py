@@ -10,7 +10,6 @@ from flexasl.errors import FlexASLError
 from flexasl.tools.cli.answering import load
 from flexasl.tools.cli.options import (
     AMOUNT,
-    MOST_SAMPLES,
     Device,
     DtypeName,
     Haystack,
@@ -33,9 +32,7 @@ def calibrate(
         typer.Option(help="Tasks to choose on.", show_default="needle,passkey,number_string,niah_multikey_1"),
     ] = None,
     unseen: Annotated[str, typer.Option(help="A task to check on alone, or none.")] = "niah_single_2",
-    samples: Annotated[
-        int, typer.Option(max=MOST_SAMPLES, help="Prompts per task; the choice is made on every other one.")
-    ] = 6,
+    samples: Annotated[int, typer.Option(help="Prompts per task; the choice is made on every other one.")] = 6,
     seed: Seed = 0,
     haystack: Haystack = None,
     model: Model = None,

@@ -12,7 +12,6 @@ from flexasl.errors import FlexASLError
 from flexasl.stored import visible
 from flexasl.tools.cli.answering import load
 from flexasl.tools.cli.options import (
-    MOST_SAMPLES,
     MOST_TOKENS,
     ConfigFile,
     Device,
@@ -42,9 +41,7 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths in tokens: 1k,4096.", show_default=OF_SUITE)
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(max=MOST_SAMPLES, help="Prompts per task and length.", show_default=OF_SUITE)
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts per task and length.", show_default=OF_SUITE)] = None,
     config: ConfigFile = None,
     out: Annotated[Path | None, path_option("Folder for results, gone on with.", show_default="out/SUITE")] = None,
     seed: Seed = 0,

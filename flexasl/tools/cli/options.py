@@ -16,7 +16,6 @@ from flexasl.tools.text import read_text
 
 MOST_TOKENS = 100_000_000
 """Larger counts are slips of the keyboard."""
-MOST_SAMPLES = 100_000
 
 
 class Dtype(StrEnum):

@@ -36,6 +36,8 @@ class LayerCost:
 
 def layer_costs(model: Any) -> list[LayerCost]:
     """The cost of each decoder layer of a transformers model. Of a mixture of experts, those that a token meets."""
+    from flexasl.integrations.transformers.models import decoder_layers
+
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -51,12 +53,6 @@ def layer_costs(model: Any) -> list[LayerCost]:
                 weights += experts * weight[0].numel()
         costs.append(LayerCost(2 * weights, 2 * heads * (key_dim + value_dim), _window(config, index)))
     return costs
-
-
-def decoder_layers(model: Any) -> Any:
-    """The decoder's list of layers, whatever its name."""
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    return next(child for child in decoder.children() if type(child).__name__ == "ModuleList" and len(child) == count)
 
 
 def prefill_share(layers: Sequence[LayerCost], report: Report, row: int = 0) -> float:

@@ -13,14 +13,12 @@ from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.policies import Policy
 from flexasl.policies.grammar import PAPER, Named, number, parse, parse_several, parts
-from flexasl.tools.evaluation.samples import check_samples
+from flexasl.tools.evaluation.samples import MOST_PROMPTS, check_samples
 from flexasl.tools.evaluation.sources import Sources
 from flexasl.tools.evaluation.tasks import check_supply, find_suite, find_task, tasks
 
 FULL = "full"
 _ELSEWHERE = {"select_tokens": "--budget sets it"}
-MOST_SAMPLES = 10**6
-"""Of each task and length. A plan lists its prompts, so far more would fill the memory before the first one is made."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def plan(
     chosen, left_out = _tasks(defaults.tasks, tasks, sources)
     lengths = _distinct("lengths", lengths, Integral, "numbers of tokens, such as 4096", defaults.lengths)
     budgets = _distinct("budgets", budgets, Real, "counts of tokens (512) or shares (0.25)", defaults.budgets)
-    samples = defaults.samples if samples is None else few("samples", samples, MOST_SAMPLES)
+    samples = defaults.samples if samples is None else few("samples", samples, MOST_PROMPTS)
     if answer_tokens is None and tasks is None:
         answer_tokens = defaults.answer_tokens
     for length in lengths:

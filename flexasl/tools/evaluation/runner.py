@@ -16,9 +16,10 @@ from flexasl.stored import nameable
 from flexasl.tools.evaluation.costs import LayerCost, layer_costs, prefill_share
 from flexasl.tools.evaluation.plans import Item, Plan, Setting
 from flexasl.tools.evaluation.records import ANSWERS, PROMPTS
-from flexasl.tools.evaluation.samples import Sample, encode
+from flexasl.tools.evaluation.samples import Sample
 from flexasl.tools.evaluation.storage import Journal, agree, held, read_keys
 from flexasl.tools.evaluation.tasks import build, find_task
+from flexasl.tools.text import encode
 
 
 def prompt_key(record: dict[str, Any]) -> Item:
@@ -52,14 +53,31 @@ def evaluate(
     Raises FlexASLError, before the model runs, where a policy does not fit the model, a prompt and its answer do not
     fit the context, a length is too short for a task, or `out` holds results of something else.
     """
-    from flexasl.tools import run
-
     instance("plan", plan, Plan, "what flexasl.evaluation.plan returns")
     checks.transformers_model(model)
     checks.tokenizer(tokenizer)
     world_size = integer("world_size", world_size, 1)
     instance("together", together, bool, "True or False")
     rank, out = integer("rank", rank, 0, world_size - 1), checks.path("out", out)
+    _check_fit(plan, model, together)
+    with held(out, rank):
+        agree(out, _identity(plan, model, tokenizer, together), _about(model))
+        prompts, answers = Journal(out, PROMPTS, rank, prompt_key), Journal(out, ANSWERS, rank, answer_key)
+        try:
+            items = plan.items(rank, world_size)
+            _make_prompts(plan, tokenizer, items, prompts, on_progress)
+            _answer_all(plan, model, tokenizer, items, prompts, answers, together, on_progress)
+        finally:
+            prompts.close()
+            answers.close()
+    stored = read_keys(out, ANSWERS, answer_key)
+    return all((item, setting.label) in stored for item in plan.items() for setting in plan.settings)
+
+
+def _check_fit(plan: Plan, model: Any, together: bool) -> None:
+    """Raises FlexASLError where a setting does not fit the model, or a prompt and its answer not its context."""
+    from flexasl.tools import run
+
     for setting in plan.settings:
         if together and setting.config is not None and setting.config.kv_dtype is not None:
             raise FlexASLError(
@@ -71,22 +89,16 @@ def evaluate(
     for name in plan.tasks:
         for length in plan.lengths:
             run.check_fits(model, length, plan.max_new_tokens(name))
-    with held(out, rank):
-        agree(out, _identity(plan, model, tokenizer, together), _about(model))
-        prompts, answers = Journal(out, PROMPTS, rank, prompt_key), Journal(out, ANSWERS, rank, answer_key)
-        try:
-            items = plan.items(rank, world_size)
-            for done, item in enumerate(items):
-                on_progress(PROMPTS, done, len(items))
-                if item not in prompts:
-                    sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
-                    prompts.append(sample.to_dict() | {"max_new_tokens": plan.max_new_tokens(item.task)})
-            _answer_all(plan, model, tokenizer, items, prompts, answers, together, on_progress)
-        finally:
-            prompts.close()
-            answers.close()
-    stored = read_keys(out, ANSWERS, answer_key)
-    return all((item, setting.label) in stored for item in plan.items() for setting in plan.settings)
+
+
+def _make_prompts(
+    plan: Plan, tokenizer: Any, items: list[Item], prompts: Journal, on_progress: Callable[[str, int, int], None]
+) -> None:
+    for done, item in enumerate(items):
+        on_progress(PROMPTS, done, len(items))
+        if item not in prompts:
+            sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
+            prompts.append(sample.to_dict() | {"max_new_tokens": plan.max_new_tokens(item.task)})
 
 
 def _answer_all(

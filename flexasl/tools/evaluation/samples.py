@@ -10,14 +10,12 @@ from typing import Annotated, Any, NamedTuple
 
 from flexasl.errors import FlexASLError
 from flexasl.stored import AtLeast, Count, Range, Share, fit
-from flexasl.tools.text import through_template
+from flexasl.tools.text import encode, render
 
 MOST_CHARACTERS = 1000
 """That a token can stand for; a tokenizer that needs fewer tokens than that leaves text out."""
-
-
 MOST_PROMPTS = 1_000_000
-"""Of one evaluation or calibration."""
+"""Of one evaluation or calibration, which lists them: far more would fill the memory before the first one is made."""
 
 
 class Draft(NamedTuple):
@@ -71,19 +69,6 @@ class Sample:
         """The inverse of `to_dict`; raises FlexASLError for anything else."""
         sample: Sample = fit(cls, data)
         return sample
-
-
-def render(tokenizer: Any, message: str, answer_prefix: str) -> str:
-    """The text of a prompt: the message through the chat template, if there is one, then the start of the answer."""
-    if tokenizer.chat_template is None:
-        return f"{message}\n{answer_prefix}" if answer_prefix else message
-    return through_template(tokenizer, message) + answer_prefix
-
-
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt. A chat template writes its own special tokens; without one the tokenizer does."""
-    plain = tokenizer.chat_template is None
-    return list(tokenizer(prompt, add_special_tokens=plain, verbose=False)["input_ids"])
 
 
 def check_samples(samples: int, each: int) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import flexasl
+from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.report import Report
-from flexasl.tools.evaluation.costs import decoder_layers
 from flexasl.tools.evaluation.memo import Memo, costly_modules
 from flexasl.tools.evaluation.plans import Setting
 
