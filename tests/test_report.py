@@ -13,7 +13,7 @@ from models import SMALL, left_padded, prompts, tiny
 
 import flexasl
 from flexasl.prefill import Prefill
-from flexasl.report import Report, RowReport
+from flexasl.report import Report, RowReport, SelectionReport
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -127,6 +127,7 @@ def test_to_dict_round_trips_through_strict_json():
     assert data["kv_tokens"] == list(report.kv_tokens)
     assert data["rows"][1]["selected_layer"] is None
     restored = {name: tuple(value) if isinstance(value, list) else value for name, value in data["rows"][0].items()}
+    restored["selections"] = tuple(SelectionReport(**one) for one in restored["selections"])
     assert RowReport(**restored) == report.rows[0]
 
 
