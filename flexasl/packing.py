@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.attention import FlexASLAttention, Scoring
-from flexasl.attention_gradients import attention_gradients
+from flexasl.attention_spec import AttentionSpec
+from flexasl.kernels import attention_gradients
 from flexasl.masks import Visibility
 
 GROUP = 2048
@@ -134,8 +135,8 @@ class Packed:
     ) -> Tensor:
         """Attention of each row to itself: query [1, H, T, D], key, value [1, G, T, D] → [1, H, T, D]."""
         if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and self._is_one_plain_row(attention)):
-            settings = (attention.scale, attention.sliding_window, attention.softcap, attention.kernel)
-            return packed_attention(query, key, value, self.layout, self.columns, self.stays, sinks, *settings)
+            spec = attention.spec.text
+            return packed_attention(query, key, value, self.layout, self.columns, self.stays, sinks, spec)
         if len(self.lengths) == 1:
             visible = None if self._is_one_plain_row(attention) else self.visible(self.runs()[0])
             return attention(query, key, value, visible, sinks=sinks)
@@ -336,14 +337,11 @@ def packed_attention(
     columns: Tensor,
     stays: Tensor | None,
     sinks: Tensor | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    kernel: str,
+    spec: str,
 ) -> Tensor:
     """`Packed.attend` as one node of a graph, for any number of rows of any lengths, which `Packed.layout`
     tells."""
-    attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
+    attention = FlexASLAttention.of(AttentionSpec.from_text(spec))
     gaps, *lengths = layout.tolist()
     out = Packed(lengths, columns, stays, bool(gaps), layout).attend(attention, query, key, value, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -364,20 +362,15 @@ def packed_attention_backward(
     columns: Tensor,
     stays: Tensor | None,
     sinks: Tensor | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none) by that of `packed_attention`'s output."""
     gaps, *lengths = layout.tolist()
     packed = Packed(lengths, columns, stays, bool(gaps), layout)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    found = []
+    rule, found = AttentionSpec.from_text(spec), []
     for run in packed.runs():
         own, wanted, keys, values = (run.of(tensor, 2) for tensor in (query, grad, key, value))
-        found.append(
-            attention_gradients(wanted, own, keys, values, packed.visible(run), scale, sliding_window, softcap, sinks)
-        )
+        found.append(attention_gradients(rule, wanted, own, keys, values, packed.visible(run), sinks))
     *parts, of_sinks = zip(*found)
     joined = [torch.cat([made.transpose(1, 2).flatten(0, 1) for made in part]) for part in parts]
     queries, keys, values = (part[None].transpose(1, 2).contiguous() for part in joined)
@@ -393,15 +386,14 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, layout, columns, stays, sinks, *settings, _ = inputs
-    ctx.save_for_backward(query, key, value, layout, columns, stays, sinks)
-    ctx.settings = settings
+    *tensors, ctx.spec = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sinks = ctx.saved_tensors[-1]
-    *states, of_sinks = packed_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return *states, None, None, None, None if sinks is None else of_sinks, *[None] * 4
+    *states, of_sinks = packed_attention_backward(grad, *ctx.saved_tensors, ctx.spec)
+    return *states, None, None, None, None if sinks is None else of_sinks, None
 
 
 packed_attention.register_autograd(_attention_backward, setup_context=_remember)

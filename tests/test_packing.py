@@ -140,10 +140,10 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     packed = Packed.left_padded([6, 4, 4], 6, torch.device("cpu"))
     stays = torch.arange(14) % 3 != 1 if masked else None
     query, key, value = (tensor.float() for tensor in states(14))
-    arguments = (query, key, value, packed.layout, packed.columns, stays, None, None, 3, None, "auto")
+    arguments = (query, key, value, packed.layout, packed.columns, stays, None, "sliding_window=3")
     torch.library.opcheck(packed_attention, arguments)
     query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
-    torch.library.opcheck(packed_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), *arguments[7:]))
+    torch.library.opcheck(packed_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), arguments[7]))
     want = packed.masked(stays).attend(FlexASLAttention(sliding_window=3), query, key, value)
     torch.testing.assert_close(packed_attention(*arguments), want)
 
@@ -152,7 +152,7 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("few", [False, True])
 def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, masked, few, monkeypatch):
-    monkeypatch.setattr("flexasl.attention_gradients.PAIRS", 1 if few else 2**22)
+    monkeypatch.setattr("flexasl.kernels.gradients.PAIRS", 1 if few else 2**22)
     lengths = [6, 4, 4]
     packed = Packed(lengths, some_columns(lengths, 12, 1), gaps=True)
     if masked:
@@ -162,7 +162,7 @@ def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, maske
     *qkv, sinks = inputs
     attention = FlexASLAttention(sliding_window=5, softcap=softcap, kernel="eager")
     rows = (packed.layout, packed.columns, packed.stays, sinks)
-    out = packed_attention(*qkv, *rows, None, 5, softcap, "eager")
+    out = packed_attention(*qkv, *rows, attention.spec.text)
     want, way = packed.attend(attention, *qkv, sinks), torch.randn(1, HEADS, 14, DIM, dtype=torch.float64)
     wanted = [tensor for tensor in inputs if tensor is not None]
     for mine, its in zip(torch.autograd.grad(out, wanted, way), torch.autograd.grad(want, wanted, way), strict=True):
