@@ -67,21 +67,10 @@ class FlexASLAttention(nn.Module):
         self.spec = spec
         self._fused = spec.is_plain and spec.kernel in ("auto", "sdpa")
 
-    @property
-    def scale(self) -> float | None:
-        return self.spec.scale
-
-    @property
-    def sliding_window(self) -> int | None:
-        return self.spec.sliding_window
-
-    @property
-    def softcap(self) -> float | None:
-        return self.spec.softcap
-
-    @property
-    def kernel(self) -> Kernel:
-        return self.spec.kernel
+    scale = property(lambda self: self.spec.scale)
+    sliding_window = property(lambda self: self.spec.sliding_window)
+    softcap = property(lambda self: self.spec.softcap)
+    kernel = property(lambda self: self.spec.kernel)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from fractions import Fraction
 from statistics import pvariance
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,19 +53,9 @@ def attention(
     return weights @ value.double().repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
-def window_scores(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: int,
-    pooling: str,
-    spec: str = "",
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_at: Tensor | None = None,
-) -> Tensor:
+def window_scores(*arguments: Any, **settings: Any) -> Tensor:
     """`flexasl.ops.window_scores`, in float64."""
-    return window_scores_and_mass(query, key, kernel_size, pooling, spec, valid, positions, sinks, query_at)[0]
+    return window_scores_and_mass(*arguments, **settings)[0]
 
 
 def window_scores_and_mass(

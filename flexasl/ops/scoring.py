@@ -90,36 +90,15 @@ def window_mass(
 
 
 @window_scores.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: int,
-    pooling: str,
-    spec: str = "",
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_at: Tensor | None = None,
-) -> Tensor:
-    scored = key.shape[2] - (query.shape[2] if query_at is None else 0)
-    return query.new_empty(key.shape[0], key.shape[1], scored, dtype=torch.float32)
+def _scores_alone(query: Tensor, key: Tensor, *settings: object) -> Tensor:
+    whole = len(settings) == 7 and settings[6] is not None
+    scored = key.shape[2] if whole else key.shape[2] - query.shape[2]
+    return query.new_empty(*key.shape[:2], scored, dtype=torch.float32)
 
 
 @window_scores_and_mass.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: int,
-    pooling: str,
-    spec: str = "",
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_at: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    scored = key.shape[2] - (query.shape[2] if query_at is None else 0)
-    mass = query.new_empty(key.shape[:3], dtype=torch.float32)
-    return query.new_empty(key.shape[0], key.shape[1], scored, dtype=torch.float32), mass
+def _(query: Tensor, key: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
+    return _scores_alone(query, key, *settings), query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
 @window_mass.register_fake
