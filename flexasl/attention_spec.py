@@ -105,7 +105,7 @@ class AttentionSpec:
             products[..., products.shape[-1] - mask.shape[-1] :].masked_fill_(~mask, float("-inf"))
         return products
 
-    def slope(self, products: Tensor) -> Tensor | None:
+    def derivative(self, products: Tensor) -> Tensor | None:
         """Derivative of `logits` by their products, where these are seen; None where it is 1."""
         return None if self.softcap is None else (1 - products.tanh().square()) * self.softcap
 

@@ -32,6 +32,7 @@ class Visibility:
         self.key_positions = key_positions
         self.key_valid = key_valid
         self._dense: dict[int | None, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
         self._blocks: dict[tuple[int | None, int], BlockMask] = {}
 
     @classmethod
@@ -62,9 +63,16 @@ class Visibility:
         return allowed | (own[queries, None] == at[keys])
 
     def mask(self, spec: AttentionSpec, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """The same as the specification has it, not stored."""
+        """What queries see of keys under a specification, [B, 1 or G, M, N], not stored."""
         made = spec.mask(self.query_positions[:, queries], self.key_positions[..., keys], self.tile(queries, keys))
         assert made is not None
+        return made
+
+    def whole_mask(self, spec: AttentionSpec) -> Tensor:
+        """`mask` of all queries and keys, made once."""
+        made = self._whole.get(spec.text)
+        if made is None:
+            made = self._whole[spec.text] = self.mask(spec)
         return made
 
     def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:

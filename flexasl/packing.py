@@ -239,8 +239,7 @@ class Packed:
 
     def _masks(self, attention: FlexASLAttention, run: Run) -> bool:
         """Whether there is more to a run's attention than causal order."""
-        window = attention.sliding_window
-        return self.stays is not None or (window is not None and (self.gaps or window < run.length))
+        return self.stays is not None or attention.spec.needs_positions(None if self.gaps else run.length)
 
 
 class Continued:

@@ -208,6 +208,15 @@ def test_decode_widens_all_of_a_long_cache(dtype, sunk):
     torch.testing.assert_close(module(query, key, value, sinks=sinks).double(), want, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("keys", [63, 64, 65, 200])
+def test_decode_widens_every_part_of_a_cache_once(keys, monkeypatch):
+    monkeypatch.setattr(eager, "WIDENED", 1)  # parts of 64 keys
+    query, key, value = (torch.randn(2, heads, count, 8).half() for heads, count in ((4, 1), (2, keys), (2, keys)))
+    module = FlexASLAttention(softcap=5.0, kernel="eager")
+    want = module(query.double(), key.double(), value.double())
+    torch.testing.assert_close(module(query, key, value).double(), want, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("sliding_window", [None, 9])
 def test_scores_where_kv_heads_have_keys_of_their_own(sliding_window):
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)

@@ -64,8 +64,8 @@ def test_logits_are_those_of_the_formula(spec, by_head, last):
 
 
 @given(spec=specs)
-def test_slopes_are_derivatives(spec):
+def test_derivatives_are_those_of_logits(spec):
     products = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     (want,) = torch.autograd.grad(spec.logits(products).sum(), products)
-    slope = spec.slope(products.detach())
-    torch.testing.assert_close(torch.ones(3, 5, dtype=torch.float64) if slope is None else slope, want)
+    made = spec.derivative(products.detach())
+    torch.testing.assert_close(torch.ones(3, 5, dtype=torch.float64) if made is None else made, want)

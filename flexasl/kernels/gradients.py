@@ -38,7 +38,7 @@ def attention_gradients(
         shape = (batch, groups, -1, some.stop - first)
         own = query[:, :, some].to(wide).reshape(batch, groups, -1, dim) * factor
         products = own @ key_wide.transpose(-1, -2)
-        slope = spec.slope(products)
+        derivative = spec.derivative(products)
         logits = spec.logits(products.view(*shape, keys), visible.mask(spec, some)[:, :, None])
         total = logits.logsumexp(-1)
         if sinks is not None:
@@ -52,8 +52,8 @@ def attention_gradients(
         if sinks is not None:
             for_sinks -= ((sunk - total).exp() * mean.view(shape)).sum((0, 3)).flatten()
         for_products = weights * (for_weights - mean)
-        if slope is not None:
-            for_products = for_products * slope
+        if derivative is not None:
+            for_products = for_products * derivative
         for_query[:, :, some] = (for_products @ key_wide * factor).view(batch, heads, -1, dim).to(query.dtype)
         for_key += for_products.transpose(-1, -2) @ own
     return for_query, for_key.to(key.dtype), for_value.to(value.dtype), for_sinks
