@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexasl.attention_spec import AttentionSpec, within
+
 BLOCK = 128
 """Tokens per side of a block of a `BlockMask`."""
 
@@ -30,6 +32,7 @@ class Visibility:
         self.key_positions = key_positions
         self.key_valid = key_valid
         self._dense: dict[int | None, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
         self._blocks: dict[tuple[int | None, int], BlockMask] = {}
 
     @classmethod
@@ -53,11 +56,24 @@ class Visibility:
         key = _by_head(self.key_positions)[:, :, None, keys]
         allowed = key <= query
         if sliding_window is not None:
-            allowed = allowed & (key > query - sliding_window)
+            allowed = allowed & within(query, key, sliding_window)
         if self.key_valid is None:
             return allowed
         allowed = allowed & _by_head(self.key_valid)[:, :, None, keys]
         return allowed | (own[queries, None] == at[keys])
+
+    def mask(self, spec: AttentionSpec, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+        """What queries see of keys under a specification, [B, 1 or G, M, N], not stored."""
+        made = spec.mask(self.query_positions[:, queries], self.key_positions[..., keys], self.tile(queries, keys))
+        assert made is not None
+        return made
+
+    def whole_mask(self, spec: AttentionSpec) -> Tensor:
+        """`mask` of all queries and keys, made once."""
+        made = self._whole.get(spec.text)
+        if made is None:
+            made = self._whole[spec.text] = self.mask(spec)
+        return made
 
     def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
         """The same for `flex_attention`; heads is H, and matters where KV heads differ.
@@ -133,13 +149,16 @@ class SettledMask(Visibility):
     """One bool mask [B, 1 or G, M, N], sliding window included, which a graph takes as the tensor that it is."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+        self._mask = mask
 
     def dense(self, sliding_window: int | None = None) -> Tensor:
-        return self.mask
+        return self._mask
 
     def tile(self, queries: slice, keys: slice, sliding_window: int | None = None) -> Tensor:
-        return self.mask[:, :, queries, keys]
+        return self._mask[:, :, queries, keys]
+
+    def mask(self, spec: AttentionSpec, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+        return self.tile(queries, keys)
 
 
 def _by_head(states: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flexasl.attention_spec import AttentionSpec
 from flexasl.errors import UnsupportedError
 from flexasl.masks import Visibility
 
@@ -206,17 +207,22 @@ class Rows:
             valid = torch.cat([valid, valid.new_ones(new.shape)], -1)
         return torch.cat([held, new], -1), valid
 
+    def follow_order(self, spec: AttentionSpec) -> bool:
+        """Whether order within each row tells all of attention: no past, no mask, no position that is missing where
+        positions count."""
+        return self.kept is None and self.past is None and (self.contiguous or not spec.needs_positions())
+
     def _group(self, first: int, stop: int) -> tuple[slice, Rows]:
         lengths = self.lengths[first:stop]
         tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
         kept = None if self.kept is None else self.kept[tokens].clone()
         return tokens, Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
 
-    def has_mask(self, sliding_window: int | None, part: EqualRows) -> bool:
+    def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:
         """Whether there is more to these rows' attention than causal order."""
         if self.kept is not None or self.past is not None:
             return True
-        return sliding_window is not None and (not self.contiguous or sliding_window < part.length)
+        return spec.needs_positions(part.length if self.contiguous else None)
 
 
 def _equal(lengths: list[int], starts: list[int]) -> list[EqualRows]:

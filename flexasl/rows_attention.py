@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.attention import FlexASLAttention, Scoring
-from flexasl.attention_gradients import attention_gradients
+from flexasl.attention_spec import AttentionSpec
+from flexasl.kernels import attention_gradients, can_varlen, varlen_attention
 from flexasl.rows import EqualRows, Rows
 
 
@@ -53,16 +54,17 @@ def attend(
     """Attention of each row to its past and itself: query [1, H, T, D], key, value [1, G, T, D], or [1, G, B E + T, D] as
     `Rows.join` gives them → [1, H, T, D]."""
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _is_one_plain_row(rows, attention)):
-        settings = (attention.scale, attention.sliding_window, attention.softcap, attention.kernel)
-        return rows_attention(query, key, value, rows.layout, rows.positions, rows.kept, sinks, *settings)
+        return rows_attention(query, key, value, rows.layout, rows.positions, rows.kept, sinks, attention.spec.text)
     if len(rows.lengths) == 1:
         visible = None if _is_one_plain_row(rows, attention) else rows.visible(rows.parts[0])
         out: Tensor = attention(query, key, value, visible, sinks=sinks)
         return out
+    if rows.follow_order(attention.spec) and can_varlen(attention.spec, query, key, value, sinks):
+        return varlen_attention(attention.spec, query, key, value, rows.cu_seqlens, rows.width)
     made = []
     for part in rows.parts:
         keys = part.after(rows.entries)
-        visible = rows.visible(part) if rows.has_mask(attention.sliding_window, part) else None
+        visible = rows.visible(part) if rows.has_mask(attention.spec, part) else None
         mixed = attention(part.of(query, 2), keys.of(key, 2), keys.of(value, 2), visible, sinks=sinks)
         made.append(mixed.transpose(1, 2).flatten(0, 1))
     return torch.cat(made)[None].transpose(1, 2)
@@ -124,7 +126,7 @@ def _scored(
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:
-    return len(rows.lengths) == 1 and not rows.has_mask(attention.sliding_window, rows.parts[0])
+    return len(rows.lengths) == 1 and not rows.has_mask(attention.spec, rows.parts[0])
 
 
 def _padding_first(keys: Tensor, at: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,14 +157,11 @@ def rows_attention(
     positions: Tensor,
     kept: Tensor | None,
     sinks: Tensor | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    kernel: str,
+    spec: str,
 ) -> Tensor:
     """`attend` of rows without a past as one node of a graph, for any number of rows of any lengths, which `Rows.layout`
     tells."""
-    attention = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)  # type: ignore[arg-type]
+    attention = FlexASLAttention.of(AttentionSpec.from_text(spec))
     out = attend(_rows(layout, positions, kept), attention, query, key, value, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -182,19 +181,13 @@ def rows_attention_backward(
     positions: Tensor,
     kept: Tensor | None,
     sinks: Tensor | None,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none) by that of `rows_attention`'s output."""
-    rows = _rows(layout, positions, kept)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    found = []
+    rows, rule, found = _rows(layout, positions, kept), AttentionSpec.from_text(spec), []
     for part in rows.parts:
         own, wanted, keys, values = (part.of(tensor, 2) for tensor in (query, grad, key, value))
-        found.append(
-            attention_gradients(wanted, own, keys, values, rows.visible(part), scale, sliding_window, softcap, sinks)
-        )
+        found.append(attention_gradients(rule, wanted, own, keys, values, rows.visible(part), sinks))
     *parts, of_sinks = zip(*found)
     joined = [torch.cat([made.transpose(1, 2).flatten(0, 1) for made in of_parts]) for of_parts in parts]
     queries, keys, values = (states[None].transpose(1, 2).contiguous() for states in joined)
@@ -210,15 +203,14 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, layout, positions, kept, sinks, *settings, _ = inputs
-    ctx.save_for_backward(query, key, value, layout, positions, kept, sinks)
-    ctx.settings = settings
+    *tensors, ctx.spec = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sinks = ctx.saved_tensors[-1]
-    *states, of_sinks = rows_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return *states, None, None, None, None if sinks is None else of_sinks, *[None] * 4
+    *states, of_sinks = rows_attention_backward(grad, *ctx.saved_tensors, ctx.spec)
+    return *states, None, None, None, None if sinks is None else of_sinks, None
 
 
 rows_attention.register_autograd(_attention_backward, setup_context=_remember)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
+from flexasl.attention_spec import AttentionSpec
 from flexasl.cache import SPARE, LayerCache
 from flexasl.compiling import bare
 from flexasl.forward_pass import ForwardPass, still_valid
@@ -61,34 +62,33 @@ class TokenPass(ForwardPass):
     def _step(self, layer: int, attention: FlexASLAttention) -> LayerStep:
         """That of new tokens over a cache."""
         window, cache = attention.sliding_window, self.caches[layer]
-        if self._tokens == 1 and self._valid is None and (window is None or cache.seen < window):
+        if self._tokens == 1 and self._valid is None and not attention.spec.needs_positions(cache.seen + 1):
             held = cache.tight
             if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
                 return LayerStep(attention, keys=held[0], values=held[1], room=False)
         cut = self._compiled and self._tokens == 1 and attention.kernel != "flex"
         keys, values = cache.extend(self.positions, self._new_valid, self._tokens, window, whole=cut)
         count = min(window, keys.shape[2]) if cut and window is not None else keys.shape[2]
-        visible = self._visible(cache, count, window)
+        visible = self._visible(cache, count, attention.spec)
         if not cut:
             if self._compiled and visible is not None:
                 attention.prepare(visible, self.positions)
             return LayerStep(attention, visible=visible, keys=keys, values=values)
         # The same to a graph whatever lengths, sliding window and mask.
         if visible is not None:
-            mask = visible.dense(window)
+            mask = visible.whole_mask(attention.spec)
             visible = SettledMask(bare(mask.expand(-1, keys.shape[1], -1, -1).contiguous()))
         reach = None if window is None else count
         return LayerStep(attention, visible=visible, keys=bare(keys), values=bare(values), cut=True, reach=reach)
 
-    def _visible(self, cache: LayerCache, count: int, sliding_window: int | None) -> Visibility | None:
+    def _visible(self, cache: LayerCache, count: int, spec: AttentionSpec) -> Visibility | None:
         """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
         token sees them all."""
         if cache.is_aligned(count) and (self._valid is not None or not cache.is_padded):
             return None if self._tokens == 1 and self._valid is None else self._aligned(cache, count)
         positions, valid = cache.marks(count)
         valid = still_valid(self._valid, positions, valid)
-        slides = sliding_window is not None and cache.seen + self._tokens > sliding_window
-        if self._tokens == 1 and valid is None and not slides:
+        if self._tokens == 1 and valid is None and not spec.needs_positions(cache.seen + self._tokens):
             return None
         return Visibility(self.positions, positions, valid)
 

@@ -14,10 +14,10 @@ from flexasl import (
     Selection,
     UnsupportedError,
     Visibility,
-    attention,
     masks,
     ops,
 )
+from flexasl.kernels import eager, flex, sdpa, tiling
 from flexasl.ops import reference
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -150,8 +150,9 @@ def test_attention_is_the_softmax_over_what_is_seen(case, kernel, scale, sliding
     softcap, sinks = (1.5, sinks) if featured and kernel != "sdpa" else (None, None)
     module = FlexASLAttention(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("QUERIES", "BLOCK", "MASK", "PROMPT"), tiles, strict=True):
-            patch.setattr(attention, name, value)
+        names = ((eager, "QUERIES"), (tiling, "BLOCK"), (sdpa, "MASK"), (sdpa, "PROMPT"))
+        for (kernels, name), value in zip(names, tiles, strict=True):
+            patch.setattr(kernels, name, value)
         out = module(*states, visibility(layout), sinks=sinks)
     mask = seen(layout, sliding_window)
     want = attention_oracle(*states, mask, 0.5 if scale is None else scale, softcap, sinks)
@@ -174,11 +175,11 @@ def test_without_visibility_queries_are_the_last_keys(kernel, queries, keys, sli
 @pytest.mark.parametrize("count", [1, 40])
 def test_kernels_agree_in_every_dtype(dtype, count):
     states = [torch.randn(2, heads, count if heads == 4 else 60, 16, dtype=dtype) for heads in (4, 2, 2)]
-    eager, sdpa = (FlexASLAttention(kernel=kernel, sliding_window=30)(*states) for kernel in ("eager", "sdpa"))
-    assert eager.dtype == sdpa.dtype == dtype
+    outs = [FlexASLAttention(kernel=kernel, sliding_window=30)(*states) for kernel in ("eager", "sdpa")]
     exact = FlexASLAttention(kernel="eager", sliding_window=30)(*(part.double() for part in states))
     close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 0.02}
-    for out in (eager, sdpa):
+    for out in outs:
+        assert out.dtype == dtype
         torch.testing.assert_close(out.double(), exact, **close)
 
 
@@ -189,7 +190,7 @@ def test_scores_come_with_the_output_when_asked():
     visible = Visibility(at, at, valid)
     out, scores = module(query, key, value, visible, sinks=sinks, scoring=Scoring(4, 3, "maxpool"))
     assert torch.equal(out, module(query, key, value, visible, sinks=sinks))
-    want = ops.window_scores(query[:, :, -4:], key, 3, "maxpool", 0.3, valid, at, 25, 2.0, sinks)
+    want = ops.window_scores(query[:, :, -4:], key, 3, "maxpool", module.spec.text, valid, at, sinks)
     assert scores.shape == (2, 2, 16) and torch.equal(scores, want)
 
 
@@ -197,7 +198,7 @@ def test_scores_come_with_the_output_when_asked():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decode_widens_all_of_a_long_cache(dtype, sunk):
     """Soft-caps and sinks run in the eager kernel, which widens half precision to float32 part by part."""
-    keys = 3 * (attention.WIDENED // (2 * 64)) + 5
+    keys = 3 * (eager.WIDENED // (2 * 64)) + 5
     query, key, value = (torch.randn(1, heads, count, 64).to(dtype) for heads, count in ((4, 1), (2, keys), (2, keys)))
     value[:, :, keys // 2 :] += 1  # later parts are not like the first
     sinks = torch.randn(4) if sunk else None
@@ -205,6 +206,15 @@ def test_decode_widens_all_of_a_long_cache(dtype, sunk):
     assert module.choose(query, key, sinks=sinks) == "eager"
     want = module(query.double(), key.double(), value.double(), sinks=sinks)
     torch.testing.assert_close(module(query, key, value, sinks=sinks).double(), want, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("keys", [63, 64, 65, 200])
+def test_decode_widens_every_part_of_a_cache_once(keys, monkeypatch):
+    monkeypatch.setattr(eager, "WIDENED", 1)  # parts of 64 keys
+    query, key, value = (torch.randn(2, heads, count, 8).half() for heads, count in ((4, 1), (2, keys), (2, keys)))
+    module = FlexASLAttention(softcap=5.0, kernel="eager")
+    want = module(query.double(), key.double(), value.double())
+    torch.testing.assert_close(module(query, key, value).double(), want, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 9])
@@ -289,10 +299,10 @@ def test_flex_reads_every_block_list_however_many_lengths(given, padded):
 def test_flex_compiles_apart_for_each_shape_and_as_a_whole_graph(monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **settings: made.append((function, settings)))
-    attention._compiled_flex.cache_clear()
+    flex._compiled.cache_clear()
     for shapes in (None, (torch.Size([9]),), (torch.Size([8]),)):
-        attention._compiled_flex(shapes)
-    attention._compiled_flex.cache_clear()
+        flex._compiled(shapes)
+    flex._compiled.cache_clear()
     assert len({id(function.__code__) for function, _ in made}) == 3
     assert [settings for _, settings in made] == [
         {"fullgraph": True, "dynamic": dynamic} for dynamic in (True, False, False)

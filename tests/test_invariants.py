@@ -22,6 +22,7 @@ from test_selector import Decision, decide
 
 import flexasl
 from flexasl import ASLConfig
+from flexasl.attention_spec import AttentionSpec
 from flexasl.compiling import with_fused_rows
 from flexasl.config import SELECT_ON
 from flexasl.ops import reference
@@ -369,8 +370,8 @@ def layer_oracle(query, key, positions, config, sliding_window):
     """Share of attention [G, m] and pooled scores [G, P] of one row's layer that sees the tokens at these positions."""
     last = torch.tensor(query[None, :, positions[-config.window :]])
     keys, at = torch.tensor(key[None, :, positions]), torch.tensor([positions])
-    settings = {"positions": at, "sliding_window": sliding_window}
-    scores, mass = reference.window_scores_and_mass(last, keys, config.kernel_size, config.pooling, **settings)
+    spec = AttentionSpec(sliding_window=sliding_window).text
+    scores, mass = reference.window_scores_and_mass(last, keys, config.kernel_size, config.pooling, spec, positions=at)
     share = mass / (len(query) // len(key) * config.window)
     return share[0].numpy(), scores[0].numpy()
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexasl import ASLConfig, FlexASLAttention, ops
-from flexasl.ops import reference
+from flexasl.attention_spec import AttentionSpec
+from flexasl.ops import cpu, reference
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
 from flexasl.selectors.adaptive import variance_ratio
@@ -28,14 +29,18 @@ def tensor(array):
 # ---------------------------------------------------------------- window_scores
 
 
-def window_mass(query, key, scores=ops.window_scores_and_mass, **settings):
-    """Each key's share of a KV head's attention, the window's own keys included: [B, G, N]."""
-    queries = query.shape[1] // key.shape[1] * query.shape[2]
-    return scores(query, key, 1, "avgpool", **settings)[1] / queries
+KERNELS = {"general": ops.window_mass._init_fn, "cpu": cpu.window_mass_in_tiles}
+
+
+def window_mass(query, key, mass=ops.window_mass, **settings):
+    """Each key's share of a KV head's attention, the scoring queries' own keys included: [B, G, N]."""
+    whole = mass(query, key, **settings).unflatten(1, (key.shape[1], -1)).sum(2)
+    return whole / (query.shape[1] // key.shape[1] * query.shape[2])
 
 
 @st.composite
 def window_cases(draw):
+    """Arguments of `window_mass` but for its sinks, and those that the reference has for them."""
     rng = arrays(draw(SEEDS))
     window, prefix = draw(st.integers(1, 4)), draw(st.integers(0, 7))
     groups, repeats, dim = (
@@ -50,31 +55,28 @@ def window_cases(draw):
     valid = np.arange(tokens) >= tokens - np.array(lengths)[:, None]
     gaps = rng.integers(1, 5, (batch, tokens)) if draw(st.booleans()) else np.ones((batch, tokens), dtype=np.int64)
     positions = gaps.cumsum(1) - gaps[:, :1]
-    sliding_window = draw(st.none() | st.integers(1, 14))
-    scale = draw(st.sampled_from([None, 0.2, 1.0]))
-    return query, key, scale, valid, positions, sliding_window
+    spec = AttentionSpec(
+        scale=draw(st.sampled_from([None, 0.2, 1.0])),
+        sliding_window=draw(st.none() | st.integers(1, 14)),
+        softcap=draw(st.sampled_from([None, 0.7, 5.0])),
+    )
+    anywhere = np.stack([rng.permutation(tokens)[:window] for _ in lengths])
+    query_at = draw(st.sampled_from([None, tensor(anywhere), tensor(np.sort(anywhere, -1))]))
+    return tensor(query), tensor(key), spec.text, tensor(valid), tensor(positions), query_at
 
 
-@given(case=window_cases())
-def test_window_mass_is_the_summed_softmax(case):
-    query, key, scale, valid, positions, sliding_window = case
-    default_positions = bool((positions == np.arange(key.shape[2])).all())
-    mass = window_mass(
-        tensor(query),
-        tensor(key),
-        scale=scale,
-        valid=None if valid.all() else tensor(valid),
-        positions=None if default_positions else tensor(positions),
-        sliding_window=sliding_window,
-    )
-    want = window_mass(
-        *(tensor(query), tensor(key)),
-        scale=scale,
-        valid=tensor(valid),
-        positions=tensor(positions),
-        sliding_window=sliding_window,
-        scores=reference.window_scores_and_mass,
-    )
+def plainest(spec, valid, positions):
+    """The same arguments, as they are given where there is neither padding nor gap."""
+    contiguous = bool((positions == torch.arange(positions.shape[1])).all())
+    return spec, None if valid.all() else valid, None if contiguous else positions
+
+
+@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)))
+def test_window_mass_is_the_summed_softmax(case, sunk, kernel):
+    query, key, spec, valid, positions, query_at = case
+    sinks = torch.randn(query.shape[1]) if sunk else None
+    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at)
+    want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at)
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-12)
 
@@ -83,27 +85,41 @@ def test_window_mass_is_the_summed_softmax(case):
     case=window_cases(),
     kernel_size=st.sampled_from([1, 3, 5, 7]),
     pooling=st.sampled_from(["avgpool", "maxpool"]),
-    softcap=st.sampled_from([None, 0.7, 5.0]),
     sunk=st.booleans(),
     tile=st.sampled_from([1, 30, 2**23]),
 )
-def test_window_scores_pool_each_query_head_over_the_prefix_and_sum_the_group(
-    case, kernel_size, pooling, softcap, sunk, tile
+def test_window_scores_pool_each_query_head_over_the_scored_tokens_and_sum_the_group(
+    case, kernel_size, pooling, sunk, tile
 ):
-    query, key, scale, valid, positions, sliding_window = case
-    sinks = tensor(arrays(query.shape[1]).standard_normal(query.shape[1]).astype(np.float32)) if sunk else None
-    arguments = (
-        *(tensor(query), tensor(key), kernel_size, pooling, scale, tensor(valid), tensor(positions)),
-        *(sliding_window, softcap, sinks),
-    )
+    query, key, *marks, query_at = case
+    sinks = torch.randn(query.shape[1]) if sunk else None
+    arguments = query, key, kernel_size, pooling, *marks, sinks, query_at
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexasl.ops.scoring.TILE", tile)
+        patch.setattr(cpu, "TILE", tile)
         scores = ops.window_scores(*arguments)
         both = ops.window_scores_and_mass(*arguments)
     want, mass = reference.window_scores_and_mass(*arguments)
     assert scores.dtype == torch.float32 and torch.equal(both[0], scores)
+    assert scores.shape[2] == key.shape[2] - (query.shape[2] if query_at is None else 0)
     torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(both[1].double(), mass, rtol=1e-5, atol=1e-12)
+
+
+@given(case=window_cases(), kernel=st.sampled_from(sorted(KERNELS)))
+def test_naming_the_last_queries_changes_nothing(case, kernel):
+    query, key, *marks, _ = case
+    tokens, window = key.shape[2], query.shape[2]
+    last = torch.arange(tokens - window, tokens).expand(len(query), -1)
+    mine, its = (KERNELS[kernel](query, key, *marks, None, query_at) for query_at in (None, last))
+    torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scoring_queries_see_the_keys_up_to_their_own(kernel):
+    query, key, query_at = torch.zeros(2, 1, 2, 4), torch.randn(2, 1, 4, 4), torch.tensor([[0, 2], [3, 1]])
+    mass = KERNELS[kernel](query, key, query_at=query_at)[:, 0]
+    rows = [1 + 1 / 3, 1 / 3, 1 / 3, 0], [1 / 4 + 1 / 2, 1 / 4 + 1 / 2, 1 / 4, 1 / 4]
+    torch.testing.assert_close(mass, torch.tensor(rows))
 
 
 @pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
@@ -115,25 +131,23 @@ def test_window_scores_of_a_padded_row_are_the_rows_alone(pooling):
     torch.testing.assert_close(scores[1:, :, 5:], alone, rtol=1e-5, atol=1e-12)
 
 
-@given(case=window_cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype):
-    query, key, scale, valid, positions, sliding_window = case
-    tokens, window = key.shape[2], query.shape[2]
-    query, key, at = tensor(query).to(dtype), tensor(key).to(dtype), tensor(positions)
+@given(
+    case=window_cases(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kernel=st.sampled_from(sorted(KERNELS)),
+)
+def test_window_mass_of_a_padded_row_is_the_rows_alone(case, dtype, kernel):
+    query, key, spec, valid, at, _ = case
+    tokens, window, run = key.shape[2], query.shape[2], KERNELS[kernel]
+    query, key = query.to(dtype), key.to(dtype)
     # What padding holds must not matter: it may be anything finite.
-    padding = ~tensor(valid)[:, None, :, None]
+    padding = ~valid[:, None, :, None]
     noisy_key = key.masked_fill(padding, 9.0)
     noisy_query = query.masked_fill(padding[:, :, tokens - window :], -9.0)
-    settings = {"scale": scale, "sliding_window": sliding_window}
-    mass = window_mass(noisy_query, noisy_key, valid=tensor(valid), positions=at, **settings)
+    mass = run(noisy_query, noisy_key, spec, valid, at)
     for b, length in enumerate(valid.sum(1).tolist()):
-        alone = window_mass(
-            query[b : b + 1, :, -min(length, window) :],
-            key[b : b + 1, :, tokens - length :],
-            positions=at[b : b + 1, tokens - length :],
-            **settings,
-        )
-        alone = alone * min(length, window) / window
+        own = query[b : b + 1, :, -min(length, window) :], key[b : b + 1, :, tokens - length :]
+        alone = run(*own, spec, None, at[b : b + 1, tokens - length :])
         torch.testing.assert_close(mass[b : b + 1, :, tokens - length :], alone, rtol=1e-5, atol=1e-12)
         assert not mass[b, :, : tokens - length].any()
 
@@ -152,10 +166,10 @@ def test_window_mass_of_one_token_is_one():
 def test_window_mass_sees_sliding_window_minus_one_tokens_back():
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 6, 4)
     for width in range(1, 9):
-        seen = window_mass(query, key, sliding_window=width) > 0
+        seen = window_mass(query, key, spec=f"sliding_window={width}") > 0
         assert seen.tolist() == [[[back < width for back in range(5, -1, -1)]]]
     sparse = torch.tensor([[0, 3, 6, 7, 8, 10]])
-    seen = window_mass(query, key, sliding_window=4, positions=sparse) > 0
+    seen = window_mass(query, key, spec="sliding_window=4", positions=sparse) > 0
     assert seen.tolist() == [[[False, False, False, True, True, True]]]
 
 
@@ -172,10 +186,14 @@ def scored_rows(draw):
     return np.where(valid, scores, np.float32(1e9)), valid
 
 
+RANKS = {"general": ops.token_ranks._init_fn, "cpu": cpu.token_ranks_by_radix}
+
+
+@pytest.mark.parametrize("kernel", RANKS)
 @given(rows=scored_rows())
-def test_token_ranks_are_stable_and_put_padding_last(rows):
+def test_token_ranks_are_stable_and_put_padding_last(kernel, rows):
     scores, valid = map(tensor, rows)
-    ranks = ops.token_ranks(scores, None if valid.all() else valid)
+    ranks = RANKS[kernel](scores, None if valid.all() else valid)
     assert ranks.dtype == torch.int32 and torch.equal(ranks, reference.token_ranks(scores, valid))
 
 
@@ -357,9 +375,13 @@ def examples():
         yield ops.window_scores, (*states(dtype), 5, "avgpool")
         yield ops.gather_tokens, (torch.randn(2, 9, 3, dtype=dtype), torch.tensor([[1, 3], [0, 8]]))
         yield ops.compact_kv, (*[torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(2)], torch.randint(9, (2, 2, 5)))
-    yield ops.window_scores, (*states(), 3, "maxpool", 0.3, valid, at, 6)
+    spec, query_at = AttentionSpec(0.3, 6, 20.0).text, torch.tensor([[3, 9, 11, 19], [19, 6, 7, 8]])
+    yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at)
+    yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at, None, query_at)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
-    yield ops.window_scores_and_mass, (*states(), 5, "avgpool", 0.3, valid, at, 6, 20.0, torch.randn(4))
+    for asking in (None, query_at):
+        yield ops.window_scores_and_mass, (*states(), 5, "avgpool", spec, valid, at, torch.randn(4), asking)
+        yield ops.window_mass, (*states(), spec, None, None, None, asking)
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)
@@ -393,11 +415,12 @@ def test_opcheck(number):
     torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("kernel", RANKS)
 @pytest.mark.parametrize("lowest", [float("nan"), float("-inf")])
-def test_nan_and_minus_infinity_rank_behind_every_number_and_before_padding(lowest):
+def test_nan_and_minus_infinity_rank_behind_every_number_and_before_padding(lowest, kernel):
     scores = torch.tensor([[9.0, 1.0, lowest, -3.0, float("inf"), lowest]])
     valid = torch.tensor([[False, True, True, True, True, True]])
-    assert ops.token_ranks(scores, valid).tolist() == [[6, 2, 4, 3, 1, 5]]
+    assert RANKS[kernel](scores, valid).tolist() == [[6, 2, 4, 3, 1, 5]]
 
 
 def test_a_token_that_is_not_finite_leaves_other_rows_and_heads_alone():
@@ -413,16 +436,18 @@ def test_a_token_that_is_not_finite_leaves_other_rows_and_heads_alone():
     torch.testing.assert_close(padded[1, :, 8:], ops.window_scores(query, key[..., 8:, :], 5, "avgpool")[1])
 
 
+@pytest.mark.parametrize("kernel", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_ranks_are_exact_in_every_dtype(dtype):
+def test_ranks_are_exact_in_every_dtype(dtype, kernel):
     scores = torch.randint(-40, 40, (3, 500)).to(dtype) / 16
     scores[:, ::7] = -0.0
     scores[:, 1::7] = 0.0
-    assert torch.equal(ops.token_ranks(scores), reference.token_ranks(scores))
+    assert torch.equal(RANKS[kernel](scores), reference.token_ranks(scores))
 
 
-def test_scoring_holds_no_more_than_it_says():
-    """The largest tensor that the kernel makes is its two buffers; all logits would be 16 MiB."""
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scoring_holds_no_more_than_it_says(kernel, monkeypatch):
+    """All logits at once would be 16 MiB. On CPU the largest tensor that is made is two buffers of two heads."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
@@ -436,11 +461,11 @@ def test_scoring_holds_no_more_than_it_says():
 
     heads, groups, tokens, window = 8, 2, 16_384, 32
     query, key = torch.randn(1, heads, window, 16), torch.randn(1, groups, tokens, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexasl.ops.scoring.TILE", 2 * window * tokens)
-        with Counting() as counting:
-            ops.window_scores._init_fn(query, key, 7, "avgpool")
-    assert counting.made == 2 * 2 * window * tokens * 4, "two buffers of two heads"
+    monkeypatch.setattr(cpu, "TILE", 2 * window * tokens)
+    with Counting() as counting:
+        KERNELS[kernel](query, key)
+    head = window * tokens * 4
+    assert counting.made == (2 * 2 * head if kernel == "cpu" else heads // groups * head)
 
 
 def decision(graphs):

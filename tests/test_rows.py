@@ -141,10 +141,10 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     packed = Rows.left_padded([6, 4, 4], 6, torch.device("cpu"))
     stays = torch.arange(14) % 3 != 1 if masked else None
     query, key, value = (tensor.float() for tensor in states(14))
-    arguments = (query, key, value, packed.layout, packed.positions, stays, None, None, 3, None, "auto")
+    arguments = (query, key, value, packed.layout, packed.positions, stays, None, "sliding_window=3")
     torch.library.opcheck(rows_attention, arguments)
     query, key, value = (tensor.requires_grad_() for tensor in (query, key, value))
-    torch.library.opcheck(rows_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), *arguments[7:]))
+    torch.library.opcheck(rows_attention, (query, key, value, *arguments[3:6], torch.randn(HEADS), arguments[7]))
     want = attend(packed.masked(stays), FlexASLAttention(sliding_window=3), query, key, value)
     torch.testing.assert_close(rows_attention(*arguments), want)
 
@@ -153,7 +153,7 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("few", [False, True])
 def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, masked, few, monkeypatch):
-    monkeypatch.setattr("flexasl.attention_gradients.PAIRS", 1 if few else 2**22)
+    monkeypatch.setattr("flexasl.kernels.gradients.PAIRS", 1 if few else 2**22)
     lengths = [6, 4, 4]
     packed = Rows(lengths, some_columns(lengths, 12, 1), contiguous=False)
     if masked:
@@ -163,7 +163,7 @@ def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, maske
     *qkv, sinks = inputs
     attention = FlexASLAttention(sliding_window=5, softcap=softcap, kernel="eager")
     rows = (packed.layout, packed.positions, packed.kept, sinks)
-    out = rows_attention(*qkv, *rows, None, 5, softcap, "eager")
+    out = rows_attention(*qkv, *rows, attention.spec.text)
     want, way = attend(packed, attention, *qkv, sinks), torch.randn(1, HEADS, 14, DIM, dtype=torch.float64)
     wanted = [tensor for tensor in inputs if tensor is not None]
     for mine, its in zip(torch.autograd.grad(out, wanted, way), torch.autograd.grad(want, wanted, way), strict=True):

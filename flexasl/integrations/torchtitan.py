@@ -160,7 +160,8 @@ class PrunedAttention(Module):
             assert step is not None
             out = step.attention(query, key, value)
         elif attention_masks is None:
-            self.attention.scale = scale
+            if scale != self.attention.scale:
+                self.attention = FlexASLAttention(scale=scale)
             out = self.attention(query, key, value)
         else:
             raise UnsupportedError(

@@ -1,8 +1,9 @@
 """Tensor operations of the decision, which `reference` specifies. Those that make up the decision are also
 `torch.ops.flexasl.*`, opaque to a compiler."""
 
+from flexasl.ops import cpu  # noqa: F401 (its kernels are registered)
 from flexasl.ops.ranking import rank_variance, token_ranks
-from flexasl.ops.scoring import window_scores, window_scores_and_mass
+from flexasl.ops.scoring import window_mass, window_scores, window_scores_and_mass
 from flexasl.ops.selection import compact_kv, gather_tokens, kept_indices, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
@@ -15,6 +16,7 @@ __all__ = [
     "token_ranks",
     "top_k_entries",
     "top_p_entries",
+    "window_mass",
     "window_scores",
     "window_scores_and_mass",
 ]

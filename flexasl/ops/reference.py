@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 from fractions import Fraction
 from statistics import pvariance
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from flexasl.attention_spec import AttentionSpec
 
 
 def attention_weights(
@@ -50,21 +53,9 @@ def attention(
     return weights @ value.double().repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
-def window_scores(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: int,
-    pooling: str,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-    positions: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def window_scores(*arguments: Any, **settings: Any) -> Tensor:
     """`flexasl.ops.window_scores`, in float64."""
-    settings = (kernel_size, pooling, scale, valid, positions, sliding_window, softcap, sinks)
-    return window_scores_and_mass(query, key, *settings)[0]
+    return window_scores_and_mass(*arguments, **settings)[0]
 
 
 def window_scores_and_mass(
@@ -72,28 +63,41 @@ def window_scores_and_mass(
     key: Tensor,
     kernel_size: int,
     pooling: str,
-    scale: float | None = None,
+    spec: str = "",
     valid: Tensor | None = None,
     positions: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
+    query_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flexasl.ops.window_scores_and_mass`, in float64. Section 3 of arXiv 2601.07667."""
-    batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
-    valid = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if valid is None else valid
-    at = torch.arange(tokens, dtype=torch.int64, device=key.device) if positions is None else positions
-    at = at.expand(batch, -1)
-    seen = torch.ones_like(valid[0]).expand(window, -1).tril(tokens - window) & valid[:, None]
-    seen = seen & valid[:, tokens - window :, None]
-    if sliding_window is not None:
-        seen = seen & (at[:, tokens - window :, None] - at[:, None] < sliding_window)
-    mass = attention_weights(query, key, seen[:, None], scale, softcap, sinks).sum(2)
-    scores = mass[..., : tokens - window]
+    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
+    scores = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
     if scores.shape[-1] > 0:
         pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
         scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
     return tuple(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in (scores, mass))
+
+
+def window_mass(
+    query: Tensor,
+    key: Tensor,
+    spec: str = "",
+    valid: Tensor | None = None,
+    positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_at: Tensor | None = None,
+) -> Tensor:
+    """`flexasl.ops.window_mass`, in float64."""
+    batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
+    index = torch.arange(tokens, dtype=torch.int64, device=key.device)
+    valid = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if valid is None else valid
+    at = (index if positions is None else positions).expand(batch, -1)
+    query_at = (index[tokens - window :] if query_at is None else query_at).expand(batch, -1)
+    seen = (index <= query_at[:, :, None]) & valid[:, None] & valid.gather(1, query_at)[:, :, None]
+    rule = AttentionSpec.from_text(spec)
+    if rule.sliding_window is not None:
+        seen = seen & (at.gather(1, query_at)[:, :, None] - at[:, None] < rule.sliding_window)
+    return attention_weights(query, key, seen[:, None], rule.scale, rule.softcap, sinks).sum(2)
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
-"""Window scores: how much attention the last prompt tokens pay to each token before them.
+"""Window scores: how much attention a prompt's scoring queries, by default its last ones, pay to its tokens.
 
-Shapes: B batch, H query heads, G KV heads, R = H / G, N keys, W window, P = N - W prefix keys, D head dim.
+Shapes: B batch, H query heads, G KV heads, R = H / G, N keys, W scoring queries, P scored keys, D head dim.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 2**23
-"""Logits held at once, in elements per row of the batch, unless one query head alone has more."""
+from flexasl.attention_spec import AttentionSpec
 
 
 @torch.library.custom_op("flexasl::window_scores", mutates_args=())
@@ -19,35 +18,28 @@ def window_scores(
     key: Tensor,
     kernel_size: int,
     pooling: str,
-    scale: float | None = None,
+    spec: str = "",
     valid: Tensor | None = None,
     positions: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
+    query_at: Tensor | None = None,
 ) -> Tensor:
-    """Score of each prefix token at each KV head: the attention that it gets from the window's queries, pooled over
+    """Score of each scored token at each KV head: the attention that it gets from the scoring queries, pooled over
     neighbouring tokens per query head, and summed over the head's queries.
 
-    query [B, H, W, D] are the queries of the last W keys; key [B, G, N, D]; any float dtype. valid [B, N] bool is False
-    at padding, which neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter to
-    `sliding_window` only, which hides keys that many positions back or more. softcap c turns logits x into
-    c tanh(x / c); sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling
-    is `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, or `"maxpool"`. → [B, G, P] float32,
+    query [B, H, W, D], key [B, G, N, D], of any float dtype. query_at [B, W] int64 says which keys' queries these are,
+    and then all N keys are scored; by default they are the last W, and the N - W before them are scored. A query sees
+    the keys up to its own. spec is the `text` of an `AttentionSpec`. valid [B, N] bool is False at padding, which
+    neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter where the specification asks
+    for them. sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling is
+    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, or `"maxpool"`. → [B, G, P] float32,
     without gradients. A real token that is not finite makes the scores of its KV head NaN, in its row.
 
-    KV heads are never expanded, and query heads go in tiles: beside inputs and output it holds [B, H, N] and two tiles
-    of `TILE` logits (or of one head's W x N) in float32, and for inputs in half precision one [B, N, D]. With H 32,
-    N 131,072, W 32: 80 MiB, in half precision 144 MiB; all logits at once would be 512 MiB. Section 3 of
-    arXiv 2601.07667; SnapKV, arXiv 2404.14469.
+    Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
-    mass = _mass(query, key, scale, valid, positions, sliding_window, softcap, sinks)
-    return _by_group(_pool(mass[..., : key.shape[2] - query.shape[2]], kernel_size, pooling), key.shape[1])
-
-
-@window_scores.register_fake
-def _(query: Tensor, key: Tensor, *settings: object, **more: object) -> Tensor:
-    return query.new_empty(key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32)
+    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
+    scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
+    return _by_group(_pool(scored, kernel_size, pooling), key.shape[1])
 
 
 @torch.library.custom_op("flexasl::window_scores_and_mass", mutates_args=())
@@ -56,84 +48,88 @@ def window_scores_and_mass(
     key: Tensor,
     kernel_size: int,
     pooling: str,
-    scale: float | None = None,
+    spec: str = "",
     valid: Tensor | None = None,
     positions: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
+    query_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`window_scores` [B, G, P] float32, and from the same pass the attention that each of the N keys gets, the
-    window's own included, not pooled: [B, G, N] float32."""
-    groups, prefix = key.shape[1], key.shape[2] - query.shape[2]
-    mass = _mass(query, key, scale, valid, positions, sliding_window, softcap, sinks)
-    return _by_group(_pool(mass[..., :prefix], kernel_size, pooling), groups), _by_group(mass, groups)
+    """`window_scores` [B, G, P] float32, and from the same pass the attention that each of the N keys gets, not pooled:
+    [B, G, N] float32."""
+    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
+    scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
+    return _by_group(_pool(scored, kernel_size, pooling), key.shape[1]), _by_group(mass, key.shape[1])
+
+
+@torch.library.custom_op("flexasl::window_mass", mutates_args=())
+def window_mass(
+    query: Tensor,
+    key: Tensor,
+    spec: str = "",
+    valid: Tensor | None = None,
+    positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_at: Tensor | None = None,
+) -> Tensor:
+    """Each key's attention from each query head, summed over the scoring queries: [B, H, N] float32.
+
+    KV heads are never expanded, and the logits of one at a time are held.
+    """
+    rule, groups = AttentionSpec.from_text(spec), key.shape[1]
+    mask = window_mask(query, key, rule, valid, positions, query_at)
+    scaled, mass = query.float() * rule.factor(query.shape[3]), []
+    for group, queries in enumerate(scaled.chunk(groups, 1)):
+        products = queries.flatten(1, 2) @ key[:, group].float().mT
+        logits = rule.logits(products.unflatten(1, queries.shape[1:3]), mask)
+        weights = logits.softmax(-1)
+        if sinks is not None:
+            own = sinks.float().chunk(groups)[group][:, None]
+            weights *= (logits.logsumexp(-1) - own).sigmoid()[..., None]
+        mass.append(without_padding(weights, valid, query_at).sum(2))
+    return torch.cat(mass, 1)
+
+
+@window_scores.register_fake
+def _scores_alone(query: Tensor, key: Tensor, *settings: object) -> Tensor:
+    whole = len(settings) == 7 and settings[6] is not None
+    scored = key.shape[2] if whole else key.shape[2] - query.shape[2]
+    return query.new_empty(*key.shape[:2], scored, dtype=torch.float32)
 
 
 @window_scores_and_mass.register_fake
-def _(query: Tensor, key: Tensor, *settings: object, **more: object) -> tuple[Tensor, Tensor]:
-    rows, groups, tokens, _ = key.shape
-    scores = query.new_empty(rows, groups, tokens - query.shape[2], dtype=torch.float32)
-    return scores, query.new_empty(rows, groups, tokens, dtype=torch.float32)
+def _(query: Tensor, key: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
+    return _scores_alone(query, key, *settings), query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-def _mass(
-    query: Tensor,
-    key: Tensor,
-    scale: float | None,
-    valid: Tensor | None,
-    positions: Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+@window_mass.register_fake
+def _(query: Tensor, key: Tensor, *marks: object) -> Tensor:
+    return query.new_empty(key.shape[0], query.shape[1], key.shape[2], dtype=torch.float32)
+
+
+def window_mask(
+    query: Tensor, key: Tensor, rule: AttentionSpec, valid: Tensor | None, positions: Tensor | None, at: Tensor | None
 ) -> Tensor:
-    """Each key's attention from each query head, summed over the window: [B, H, N] float32."""
-    batch, heads, window, dim = query.shape
-    groups, tokens = key.shape[1], key.shape[2]
-    repeats = heads // groups
-    query = query.float() * (dim**-0.5 if scale is None else scale)
-    hidden = _hidden(window, valid, positions, sliding_window, key)
-    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
-    mass = torch.empty(batch, heads, tokens, dtype=torch.float32, device=key.device)
-    tile = min(repeats, max(1, TILE // (window * tokens)))
-    # Two buffers for all tiles: fresh ones would cost as much as the softmax, in page faults.
-    room = torch.empty(2, batch, tile * window, tokens, dtype=torch.float32, device=key.device)
-    for group in range(groups):
-        keys = key[:, group].float().transpose(-1, -2)
-        for first in range(group * repeats, (group + 1) * repeats, tile):
-            some = slice(first, min(first + tile, (group + 1) * repeats))
-            count = some.stop - first
-            logits, weights = room[:, :, : count * window]
-            torch.matmul(query[:, some].flatten(1, 2), keys, out=logits)
-            logits, weights = (part.view(batch, count, window, tokens) for part in (logits, weights))
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-            if hidden is not None:
-                logits.masked_fill_(hidden, float("-inf"))
-            torch.softmax(logits, -1, out=weights)
-            if sinks is not None:
-                excess = logits.logsumexp(-1) - sinks[some].float()[:, None]
-                weights.mul_(excess.sigmoid()[..., None])
-            if valid is not None:
-                weights.masked_fill_(~valid[:, None, tokens - window :, None], 0.0)
-            torch.sum(weights, 2, out=mass[:, some])
-    return mass
+    """What the scoring queries, which are those of the keys `at`, see of all keys, bool [B or 1, 1, W, N]; or of the
+    last ones, [1, 1, W, W], where they see all before these."""
+    window, tokens = query.shape[2], key.shape[2]
+    if at is None and valid is None and not rule.needs_positions(tokens if positions is None else None):
+        return torch.ones(1, 1, window, window, dtype=torch.bool, device=key.device).tril()
+    index = torch.arange(tokens, dtype=torch.int64, device=key.device)[None]
+    at = index[:, tokens - window :] if at is None else at
+    positions = index if positions is None else positions
+    seen = index <= at[..., None]
+    seen = seen if valid is None else seen & valid[:, None]
+    mask = rule.mask(positions.take_along_dim(at, 1), positions, seen[:, None])
+    assert mask is not None
+    return mask
 
 
-def _hidden(
-    window: int, valid: Tensor | None, positions: Tensor | None, sliding_window: int | None, key: Tensor
-) -> Tensor | None:
-    """Keys hidden from each window query besides the future ones, [B, 1, W or 1, N] bool, or None."""
-    batch, tokens = key.shape[0], key.shape[2]
-    hidden = None if valid is None else ~valid[:, None, None, :]
-    if sliding_window is not None and (positions is not None or sliding_window < tokens):
-        at = positions
-        if at is None:
-            at = torch.arange(tokens, dtype=torch.int64, device=key.device).expand(batch, tokens)
-        old = (at[:, None, :] <= at[:, tokens - window :, None] - sliding_window)[:, None]
-        hidden = old if hidden is None else hidden | old
-    return hidden
+def without_padding(weights: Tensor, valid: Tensor | None, at: Tensor | None) -> Tensor:
+    """Weights [B, R, W, N], in their own memory, with 0 from queries that are padding's."""
+    if valid is None:
+        return weights
+    gives = valid[:, valid.shape[1] - weights.shape[2] :] if at is None else valid.take_along_dim(at, 1)
+    return weights.masked_fill_(~gives[:, None, :, None], 0.0)
 
 
 def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:

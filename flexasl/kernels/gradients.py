@@ -1,6 +1,6 @@
 """Gradients of attention by formula, for graphs in which it is one opaque node.
 
-Shapes: B batch, H query heads, G KV heads, R = H / G, M queries, N keys, D head dim.
+Shapes: those of `flexasl.kernels`, R = H / G.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexasl.attention_spec import AttentionSpec
 from flexasl.masks import Visibility
 
 PAIRS = 2**22
@@ -15,36 +16,30 @@ PAIRS = 2**22
 
 
 def attention_gradients(
+    spec: AttentionSpec,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     visible: Visibility,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query [B, H, M, D], key and value [B, G, N, D] and sinks [H] (0 where there are none), by that of
-    the output [B, H, M, D]. Computed in float32 at least, some queries at a time."""
+    """Gradients of query [B, H, M, D], key [B, G, N, D], value [B, G, N, E] and sinks [H] (0 where there are none), by
+    that of the output [B, H, M, E]. Computed in float32 at least, some queries at a time."""
     (batch, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide, factor = torch.promote_types(query.dtype, torch.float32), spec.factor(dim)
     key_wide, value_wide = key.to(wide), value.to(wide)
-    for_query, for_key, for_value = (
-        query.new_empty(query.shape),
-        torch.zeros_like(key_wide),
-        torch.zeros_like(value_wide),
-    )
+    for_query = query.new_empty(query.shape)
+    for_key, for_value = torch.zeros_like(key_wide), torch.zeros_like(value_wide)
     for_sinks = query.new_zeros(heads, dtype=wide)
     step = max(1, PAIRS // keys)
     for first in range(0, queries, step):
         some = slice(first, min(first + step, queries))
         shape = (batch, groups, -1, some.stop - first)
-        own = query[:, :, some].to(wide).reshape(batch, groups, -1, dim)
-        raw = own @ key_wide.transpose(-1, -2) * scale
-        logits = raw if softcap is None else (raw / softcap).tanh() * softcap
-        allowed = visible.tile(some, slice(None), sliding_window)[:, :, None]
-        logits = logits.view(*shape, keys).masked_fill(~allowed, float("-inf"))
+        own = query[:, :, some].to(wide).reshape(batch, groups, -1, dim) * factor
+        products = own @ key_wide.transpose(-1, -2)
+        derivative = spec.derivative(products)
+        logits = spec.logits(products.view(*shape, keys), visible.mask(spec, some)[:, :, None])
         total = logits.logsumexp(-1)
         if sinks is not None:
             sunk = sinks.to(wide).view(groups, -1)[..., None]
@@ -56,9 +51,9 @@ def attention_gradients(
         mean = (for_weights * weights).sum(-1, keepdim=True)
         if sinks is not None:
             for_sinks -= ((sunk - total).exp() * mean.view(shape)).sum((0, 3)).flatten()
-        for_logits = weights * (for_weights - mean)
-        if softcap is not None:
-            for_logits = for_logits * (1 - (raw / softcap).tanh().square())
-        for_query[:, :, some] = (for_logits @ key_wide * scale).view(batch, heads, -1, dim).to(query.dtype)
-        for_key += for_logits.transpose(-1, -2) @ own * scale
+        for_products = weights * (for_weights - mean)
+        if derivative is not None:
+            for_products = for_products * derivative
+        for_query[:, :, some] = (for_products @ key_wide * factor).view(batch, heads, -1, dim).to(query.dtype)
+        for_key += for_products.transpose(-1, -2) @ own
     return for_query, for_key.to(key.dtype), for_value.to(value.dtype), for_sinks
