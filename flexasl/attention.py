@@ -54,7 +54,7 @@ class FlexASLAttention(nn.Module):
         kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
-        self._set(AttentionSpec(scale, sliding_window, softcap, kernel))
+        self._set(AttentionSpec(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel))
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> FlexASLAttention:

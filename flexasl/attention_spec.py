@@ -24,7 +24,7 @@ Kernel = Literal["auto", "flex", "sdpa", "eager"]
 KERNELS = ("auto", "flex", "sdpa", "eager")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """scale multiplies products of queries and keys (default D ** -0.5); sliding_window hides keys that many positions
     back or more; softcap c turns logits x into c tanh(x / c); kernel is what computes it, `"auto"` the fastest.

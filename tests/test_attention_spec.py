@@ -31,7 +31,7 @@ def test_a_specification_is_its_text(spec):
 
 def test_defaults_need_no_text():
     assert AttentionSpec().text == "" and AttentionSpec.from_text("") == AttentionSpec()
-    assert AttentionSpec(0.5, kernel="sdpa").text == "scale=0.5 kernel='sdpa'"
+    assert AttentionSpec(scale=0.5, kernel="sdpa").text == "scale=0.5 kernel='sdpa'"
 
 
 def test_a_module_is_its_specification_which_does_not_change():

@@ -375,7 +375,10 @@ def examples():
         yield ops.window_scores, (*states(dtype), 5, "avgpool")
         yield ops.gather_tokens, (torch.randn(2, 9, 3, dtype=dtype), torch.tensor([[1, 3], [0, 8]]))
         yield ops.compact_kv, (*[torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(2)], torch.randint(9, (2, 2, 5)))
-    spec, query_at = AttentionSpec(0.3, 6, 20.0).text, torch.tensor([[3, 9, 11, 19], [19, 6, 7, 8]])
+    spec, query_at = (
+        AttentionSpec(scale=0.3, sliding_window=6, softcap=20.0).text,
+        torch.tensor([[3, 9, 11, 19], [19, 6, 7, 8]]),
+    )
     yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at)
     yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at, None, query_at)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
