@@ -57,7 +57,7 @@ def kept(model: Any, ids: torch.Tensor, config: flexasl.ASLConfig, policy: str) 
         layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
     held = torch.zeros(len(layers), ids.shape[1])
     for row, layer in zip(held, layers, strict=True):
-        heads = layer.columns[0].expand(layer.keys.shape[1], -1)
+        heads = layer.positions[0].expand(layer.keys.shape[1], -1)
         row.index_add_(0, heads.flatten(), torch.full((heads.numel(),), 1 / len(heads)))
     return held, patch.report
 

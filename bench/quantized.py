@@ -109,7 +109,7 @@ def kept_in(cache: Any, kind: str | None) -> Any:
         keys, values = layer.stored
         (small, scales), (other, others) = quantize(keys, kind), quantize(values, kind)
         marks = {"seen": layer.seen, "uncroppable": layer.uncroppable}
-        layer.restore([small, other, scales, others], layer.columns, layer.valid, dtype=keys.dtype, **marks)
+        layer.restore([small, other, scales, others], layer.positions, layer.valid, dtype=keys.dtype, **marks)
     return cache
 
 

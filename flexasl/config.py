@@ -145,10 +145,10 @@ class ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the
         model.
 
-        ranking_layers are the layers that a ranking may be taken from, ascending; None for all. Where these are not all,
-        `observe_layers` counts ranking_layers, `min_layer` becomes the first one from there on that has so many, and
-        `max_layer` the last one up to there. Raises `ConfigError` for settings that do not fit so many layers, or were
-        calibrated for a model of another depth.
+        ranking_layers are the layers that a ranking may be taken from, ascending; None for all. Where these are not
+        all, `observe_layers` counts ranking_layers, `min_layer` becomes the first one from there on that has so many,
+        and `max_layer` the last one up to there. Raises `ConfigError` for settings that do not fit so many layers, or
+        were calibrated for a model of another depth.
         """
         num_layers = integer("num_layers", num_layers, 1, error=ConfigError)
         if self.calibrated_for is not None:

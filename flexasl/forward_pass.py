@@ -69,9 +69,9 @@ class ForwardPass:
         ranking_layers: Sequence[int] | None = None,
         compiled: bool = False,
     ) -> ForwardPass:
-        """The pass over new tokens after those that the caches, one a layer, hold: of prompts, padded on the left, where
-        they hold none. attention_mask [B, N] is 1 at all tokens of the sequences so far, the new ones at its end, and 0
-        at padding. ranking_layers: those that see the whole prompt (default: all)."""
+        """The pass over new tokens after those that the caches, one a layer, hold: of prompts, padded on the left,
+        where they hold none. attention_mask [B, N] is 1 at all tokens of the sequences so far, the new ones at its
+        end, and 0 at padding. ranking_layers: those that see the whole prompt (default: all)."""
         from flexasl.prompt_pass import PromptPass
         from flexasl.token_pass import TokenPass
 
@@ -99,17 +99,17 @@ class ForwardPass:
         raise NotImplementedError
 
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
-        """The layer's output as the next layer takes it; of the last layer [B, M, C] as the model's own, with 0 at padding
-        and `blank` (NaN) at tokens that were dropped, which have none."""
+        """The layer's output as the next layer takes it; of the last layer [B, M, C] as the model's own, with 0 at
+        padding and `blank` (NaN) at tokens that were dropped, which have none."""
         raise NotImplementedError
 
     def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
-        """Writes NaN, at tokens that were dropped, into what was made of the last layer's output, or of some positions of
-        it: [B, positions, ...]."""
+        """Writes NaN, at tokens that were dropped, into what was made of the last layer's output, or of some positions
+        of it: [B, positions, ...]."""
 
     def close(self) -> Report | None:
-        """After the model has run, outside any graph. Returns what was decided about prompts and saved; None where there
-        were none."""
+        """After the model has run, outside any graph. Returns what was decided about prompts and saved; None where
+        there were none."""
         if self.caches:
             self.caches[0].unfinished = False
         return None
@@ -123,7 +123,8 @@ def look_up(valid: Tensor, positions: Tensor) -> Tensor:
 
 
 def still_valid(valid: Tensor | None, positions: Tensor, entries: Tensor | None) -> Tensor | None:
-    """Which entries at these positions are valid, by marks [B, N] of all positions and the entries' own; None for all."""
+    """Which entries at these positions are valid, by marks [B, N] of all positions and the entries' own; None for
+    all."""
     if valid is None:
         return entries
     current = look_up(valid, positions)

@@ -61,13 +61,13 @@ class LayerStep:
         """What the cache is to remember of a prompt."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """The layer's attention: query [B, H, M, D] of its tokens over their key and value [B, G, M, D], rotary applied,
-        and over all that they may see besides → [B, H, M, D]. sinks [H]: logits of a key that is no token."""
+        """The layer's attention: query [B, H, M, D] of its tokens over their key and value [B, G, M, D], rotary
+        applied, and over all that they may see besides → [B, H, M, D]. sinks [H]: logits of a key that is no token."""
         return self.attend(query, *self.update(key, value), sinks)
 
     def update(self, key: Tensor, value: Tensor, *ignored: object, **also: object) -> tuple[Tensor, Tensor]:
-        """The first half of `attention`, as transformers' caches have it: takes new keys and values [B, G, M, D]; returns
-        all that the queries may see [B, G, N, D]."""
+        """The first half of `attention`, as transformers' caches have it: takes new keys and values [B, G, M, D];
+        returns all that the queries may see [B, G, N, D]."""
         if self.rows is not None:
             key, value = self.cached = _alone(key), _alone(value)
         if self.keys is None or self.values is None:

@@ -39,8 +39,8 @@ class Prefill:
     """The tokens that a batch of prompts still has at each layer, and what each layer's attention changes about that.
 
     At every layer call `observe` with the layer's queries and keys, then, once the layer has run, `advance`; after the
-    last one `close`. With `propagate="mask"` nothing before `close` waits for the device or depends on what was decided,
-    so that a compiler can take all layers as one graph.
+    last one `close`. With `propagate="mask"` nothing before `close` waits for the device or depends on what was
+    decided, so that a compiler can take all layers as one graph.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class Prefill:
         """Scores the layer's tokens where a decision needs it: query [1, H, K, D] of the tokens `rows.last(W)`, None
         where the layer does not need it, and key [1, G, T, D], both after rotary.
 
-        Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are fewer
-        than those of the keys. rows is how keys are laid out, where cached ones are among them.
+        Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
+        fewer than those of the keys. rows is how keys are laid out, where cached ones are among them.
         """
         self.ran.append(list(self.rows.lengths))
         compresses = self.rows.width > self.config.window and self._over_limit(layer)

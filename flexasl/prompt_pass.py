@@ -1,7 +1,7 @@
 """Prompts on their way through the layers: packed, scored, pruned, remembered.
 
-Shapes: B batch, G KV heads, M prompt tokens, T tokens of all prompts at the current layer, D head dim, C width of hidden
-states.
+Shapes: B batch, G KV heads, M prompt tokens, T tokens of all prompts at the current layer, D head dim, C width of
+hidden states.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class PromptPass(ForwardPass):
             return hidden, LayerStep(attention, rows=self.prefill.rows, scored=scored)
         assert self.caches is not None
         cache = self.caches[layer]
-        assert cache.columns is not None
-        past = Past(cache.columns, still_valid(self._valid, cache.columns, cache.valid), self._past)
+        assert cache.positions is not None
+        past = Past(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
         rows = self.prefill.rows.after(past)
         return hidden, LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
 
@@ -115,8 +115,8 @@ class PromptPass(ForwardPass):
         super().close()
         kept = self.prefill.close()
         for layer, cache in enumerate(self.caches or ()):
-            if layer in kept and cache.columns is not None:
-                cache.retain(look_up(kept[layer], cache.columns))
+            if layer in kept and cache.positions is not None:
+                cache.retain(look_up(kept[layer], cache.positions))
         return self._report(_clock(self.positions.device) - self._started)
 
     def _observe(self, layer: int, step: LayerStep) -> None:
@@ -156,8 +156,8 @@ class PromptPass(ForwardPass):
     def _pack_all(self, hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != self.positions.shape:
             raise UnsupportedError(
-                f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on a "
-                "patched model must leave their number as it is"
+                f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
+                "a patched model must leave their number as it is"
             )
         return self._pack(hidden)
 
@@ -192,7 +192,7 @@ class PromptPass(ForwardPass):
 
     def _report(self, seconds: float) -> Report:
         prefill, caches = self.prefill, self.caches or []
-        kept = [cache.columns.shape[-1] for cache in caches if cache.columns is not None]
+        kept = [cache.positions.shape[-1] for cache in caches if cache.positions is not None]
         whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
         full = (
             cache.nbytes_unquantized // max(1, has) * had for cache, has, had in zip(caches, kept, whole, strict=True)

@@ -1,6 +1,6 @@
 """The decision alone, from recorded queries and keys or from recorded scores: for tests, calibration and the curious.
 
-Shapes: L layers, B batch, H query heads, G KV heads, N prompt columns, D head dim, W window, P_b prefix tokens of a
+Shapes: L layers, B batch, H query heads, G KV heads, N prompt positions, D head dim, W window, P_b prefix tokens of a
 row.
 """
 
@@ -109,8 +109,8 @@ def replay_scores(
 ) -> Replay:
     """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads.
 
-    ranking_layers are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests on;
-    `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
+    ranking_layers are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests
+    on; `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
     """
     if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
         given = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else article(scores)

@@ -51,8 +51,8 @@ class Scored(NamedTuple):
 def attend(
     rows: Rows, attention: FlexASLAttention, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
 ) -> Tensor:
-    """Attention of each row to its past and itself: query [1, H, T, D], key, value [1, G, T, D], or [1, G, B E + T, D] as
-    `Rows.join` gives them → [1, H, T, D]."""
+    """Attention of each row to its past and itself: query [1, H, T, D], key, value [1, G, T, D], or [1, G, B E + T, D]
+    as `Rows.join` gives them → [1, H, T, D]."""
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and _is_one_plain_row(rows, attention)):
         return rows_attention(query, key, value, rows.layout, rows.positions, rows.kept, sinks, attention.spec.text)
     if len(rows.lengths) == 1:
@@ -82,10 +82,10 @@ def scores(
     score: Callable[[Scored], Tensor] = Scored.window_scores,
     mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in `attend`:
-    [rows, G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token. score
-    gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets,
-    [rows, G, width]."""
+    """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in `attend`: [rows,
+    G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token. score
+    gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets, [rows, G,
+    width]."""
     window, found = scoring.window, []
     for part in rows.parts:
         chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
@@ -159,8 +159,8 @@ def rows_attention(
     sinks: Tensor | None,
     spec: str,
 ) -> Tensor:
-    """`attend` of rows without a past as one node of a graph, for any number of rows of any lengths, which `Rows.layout`
-    tells."""
+    """`attend` of rows without a past as one node of a graph, for any number of rows of any lengths, which
+    `Rows.layout` tells."""
     attention = FlexASLAttention.of(AttentionSpec.from_text(spec))
     out = attend(_rows(layout, positions, kept), attention, query, key, value, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -6,7 +6,7 @@ the file is ever run.
 
 Format version 2 has scales of keys and values in eight bits; a file without them is of version 1.
 
-Shapes: B batch, G KV heads, N entries of a layer, D head dim of keys or of values, S columns of the sequence so far.
+Shapes: B batch, G KV heads, N entries of a layer, D head dim of keys or of values, S positions of the sequence so far.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class SavedLayer:
     stored: tuple[Tensor, ...]
     """Keys [B, G, N, D] and values [B, G, N, D of values] of one dtype, floating point or of eight bits; if of eight
     bits, then also the scales of both, [B, G, N, 1] float16."""
-    columns: Tensor
-    """[B, N] or [B, G, N] int64: the column that each entry came from, ascending among valid entries."""
+    positions: Tensor
+    """[B, N] or [B, G, N] int64: the position that each entry came from, ascending among valid entries."""
     valid: Tensor | None = None
-    """Bool like `columns`; None where every entry is valid."""
+    """Bool like `positions`; None where every entry is valid."""
     uncroppable: int = 0
-    """Columns that cannot be cropped."""
+    """Positions that cannot be cropped."""
 
     @property
     def keys(self) -> Tensor:
@@ -203,7 +203,7 @@ def _tensors(saved: SavedCache) -> dict[str, Tensor]:
     """By name, in no order."""
     named = {"token_ids": saved.token_ids, "attention_mask": saved.attention_mask}
     for index, layer in enumerate(saved.layers):
-        parts = dict(zip(STATES_AND_SCALES, layer.stored)) | {"columns": layer.columns, "valid": layer.valid}
+        parts = dict(zip(STATES_AND_SCALES, layer.stored)) | {"columns": layer.positions, "valid": layer.valid}
         named |= {f"layers.{index}.{part}": tensor for part, tensor in parts.items()}
     # What is small comes to the host now, so that it can be checked together wherever layers are.
     return {
@@ -326,8 +326,8 @@ def _layer(
     batch, seen, dtype = common
     names = STATES_AND_SCALES[: 2 if name_of(dtype) is None else 4]
     stored = [part for name in names if (part := left.pop(f"layers.{index}.{name}", None)) is not None]
-    columns, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
-    if columns is None or len(stored) < len(names):
+    positions, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
+    if positions is None or len(stored) < len(names):
         raise Unfit(f"layer {index} is not complete")
     keys = stored[0]
     for name, part in zip(names, stored):
@@ -335,21 +335,21 @@ def _layer(
         if part.dtype != kind or part.dim() != 4 or part.shape != (batch, *keys.shape[1:3], *dims):
             raise Unfit(f"layers.{index}.{name} are {_kind(part)}, which fits neither the keys nor other layers")
     heads, entries = keys.shape[1:3]
-    if columns.dtype != torch.int64 or tuple(columns.shape) not in ((batch, entries), (batch, heads, entries)):
-        raise Unfit(f"layers.{index}.columns are {_kind(columns)}, where {entries} entries need theirs")
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != columns.shape):
-        raise Unfit(f"layers.{index}.valid is {_kind(valid)}, where the columns are {list(columns.shape)}")
-    if entries > seen or bool(((columns < 0) | (columns >= seen)).any()):
+    if positions.dtype != torch.int64 or tuple(positions.shape) not in ((batch, entries), (batch, heads, entries)):
+        raise Unfit(f"layers.{index}.columns are {_kind(positions)}, where {entries} entries need theirs")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != positions.shape):
+        raise Unfit(f"layers.{index}.valid is {_kind(valid)}, where the positions are {list(positions.shape)}")
+    if entries > seen or bool(((positions < 0) | (positions >= seen)).any()):
         raise Unfit(f"layers.{index} has entries from beyond the {seen} tokens that were read")
-    real = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
-    places = columns.masked_fill(~real, -1)
+    real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+    places = positions.masked_fill(~real, -1)
     if not bool(((places[..., 1:] > places.cummax(-1).values[..., :-1]) | ~real[..., 1:]).all()):
         raise Unfit(f"layers.{index}.columns do not ascend")
     if mask is not None:
-        own = mask if columns.dim() == 2 else mask[:, None].expand(-1, heads, -1)
-        if bool((real & ~own.gather(-1, columns)).any()):
+        own = mask if positions.dim() == 2 else mask[:, None].expand(-1, heads, -1)
+        if bool((real & ~own.gather(-1, positions)).any()):
             raise Unfit(f"layers.{index} has entries from padding")
-    return SavedLayer(stored=tuple(stored), columns=columns, valid=valid, uncroppable=uncroppable)
+    return SavedLayer(stored=tuple(stored), positions=positions, valid=valid, uncroppable=uncroppable)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -59,8 +59,8 @@ def refuse_second_pass(prefill: Prefill, rerun: Rerun | None) -> None:
 
 
 def read_again(first: PromptPass, layer: int, rows: list[int], hidden: Tensor, rerun: Rerun) -> Tensor:
-    """The layer's output [1, T, C] where these rows, which have just selected, have read their tokens as if they were the
-    prompt. Caches up to this layer forget what was read of these rows before."""
+    """The layer's output [1, T, C] where these rows, which have just selected, have read their tokens as if they were
+    the prompt. Caches up to this layer forget what was read of these rows before."""
     prefill, caches = first.prefill, None
     again = _prefill_of(prefill, rows)
     if first.caches is not None:

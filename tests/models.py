@@ -168,8 +168,12 @@ def pruned_masks(
 
 def held_columns(cache: LayerCache) -> torch.Tensor:
     """Columns that a layer's cache of one row holds, as `recompute` takes them."""
-    assert cache.columns is not None
-    return cache.columns if cache.valid is None else cache.columns.masked_fill(~cache.valid, int(cache.columns.max()))
+    assert cache.positions is not None
+    return (
+        cache.positions
+        if cache.valid is None
+        else cache.positions.masked_fill(~cache.valid, int(cache.positions.max()))
+    )
 
 
 def sliding_window(model: PreTrainedModel, layer: int) -> int | None:

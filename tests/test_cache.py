@@ -31,10 +31,10 @@ def states_of(marks):
 
 def held_entries(cache, row, group):
     """(column, mark) of the real entries of one head, after checking that key and value belong together."""
-    columns = cache.columns[row] if cache.columns.dim() == 2 else cache.columns[row, group]
+    columns = cache.positions[row] if cache.positions.dim() == 2 else cache.positions[row, group]
     real = torch.ones_like(columns, dtype=torch.bool)
     if cache.valid is not None:
-        assert cache.valid.shape == cache.columns.shape
+        assert cache.valid.shape == cache.positions.shape
         real = cache.valid[row] if cache.valid.dim() == 2 else cache.valid[row, group]
     keys = cache.keys[row, group][real]
     marks = [round(value) // 10 for value in keys[:, 0].tolist()]
@@ -51,7 +51,7 @@ def check(cache, model):
     for held in (cache.keys, cache.values):
         assert held.untyped_storage().nbytes() == held.numel() * held.element_size()
     assert cache.nbytes == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
-    assert cache.keys.shape == (len(model.rows), GROUPS, cache.columns.shape[-1], DIM)
+    assert cache.keys.shape == (len(model.rows), GROUPS, cache.positions.shape[-1], DIM)
 
 
 def append(draw, cache, model, padding=False):
@@ -72,7 +72,7 @@ def keep(draw, cache, model):
     width, chosen = cache.keys.shape[2], []
     for row, heads in enumerate(model.rows):
         for group, entries in enumerate(heads):
-            columns = cache.columns[row] if cache.columns.dim() == 2 else cache.columns[row, group]
+            columns = cache.positions[row] if cache.positions.dim() == 2 else cache.positions[row, group]
             real = [True] * width
             if cache.valid is not None:
                 real = (cache.valid[row] if cache.valid.dim() == 2 else cache.valid[row, group]).tolist()
@@ -127,13 +127,13 @@ def test_an_empty_cache():
     cache = LayerCache()
     cache.crop(3)
     cache.select_rows(torch.tensor([0]))
-    assert (cache.nbytes, cache.seen, cache.keys, cache.columns) == (0, 0, None, None)
+    assert (cache.nbytes, cache.seen, cache.keys, cache.positions) == (0, 0, None, None)
 
 
 def test_clear_forgets_everything():
     cache = filled()
     cache.clear()
-    assert (cache.nbytes, cache.seen, cache.keys, cache.values, cache.columns, cache.valid) == (0, 0, *[None] * 4)
+    assert (cache.nbytes, cache.seen, cache.keys, cache.values, cache.positions, cache.valid) == (0, 0, *[None] * 4)
 
 
 def test_a_view_of_a_bigger_tensor_is_copied():
@@ -165,7 +165,7 @@ def test_crop_frees_what_it_forgets():
     cache.crop(4)
     assert cache.keys.shape[2] == 2
     assert cache.nbytes == 2 * 2 * GROUPS * 2 * DIM * 4 == 2 * cache.keys.untyped_storage().nbytes()
-    assert cache.columns.untyped_storage().nbytes() <= 2 * 2 * 8
+    assert cache.positions.untyped_storage().nbytes() <= 2 * 2 * 8
     cache.crop(99)
     assert (cache.seen, cache.nbytes) == (0, 0)
 
@@ -198,7 +198,7 @@ def extend(draw, cache, model, window):
     marks = [[draw(st.integers(0, 99)) for _ in range(count)] for _ in range(batch)]
     columns = torch.arange(model.seen, model.seen + count).expand(batch, -1)
     valid = torch.ones(batch, count, dtype=torch.bool) if draw(st.booleans()) else None
-    before = cache.columns, cache.valid, cache.keys, cache.seen
+    before = cache.positions, cache.valid, cache.keys, cache.seen
     if draw(st.booleans()):
         cache.extend(columns, valid, count, window)
         assert before[3] == cache.seen
@@ -208,7 +208,7 @@ def extend(draw, cache, model, window):
     keys[:, :, -count:], values[:, :, -count:] = states_of(marks)
     at, real = cache.marks(keys.shape[2])
     cache.settle(keys, values, count)
-    assert torch.equal(at, cache.columns[..., -keys.shape[2] :])
+    assert torch.equal(at, cache.positions[..., -keys.shape[2] :])
     assert real is None or torch.equal(real, cache.valid[..., -keys.shape[2] :])
     for row, heads in enumerate(model.rows):
         for entries in heads:
@@ -227,10 +227,10 @@ def check_visible(cache, model, window):
 
 
 def check_aligned(cache, model):
-    sure = max(count for count in range(cache.columns.shape[-1] + 1) if cache.is_aligned(count))
-    first, last = cache.columns.shape[-1] - sure, torch.arange(model.seen - sure, model.seen)
-    padding = torch.zeros_like(cache.columns, dtype=torch.bool) if cache.valid is None else ~cache.valid
-    assert ((cache.columns[..., first:] == last) | padding[..., first:]).all()
+    sure = max(count for count in range(cache.positions.shape[-1] + 1) if cache.is_aligned(count))
+    first, last = cache.positions.shape[-1] - sure, torch.arange(model.seen - sure, model.seen)
+    padding = torch.zeros_like(cache.positions, dtype=torch.bool) if cache.valid is None else ~cache.valid
+    assert ((cache.positions[..., first:] == last) | padding[..., first:]).all()
     assert cache.is_padded or not padding[..., first:].any()
 
 
@@ -247,7 +247,7 @@ def test_a_sliding_window_forgets_nothing_that_is_seen_again(data, window, slack
         if change == "extend":
             extend(draw, cache, model, window)
             if recorded is None:
-                assert cache.columns.shape[-1] <= max(4, 2 * window + 2)
+                assert cache.positions.shape[-1] <= max(4, 2 * window + 2)
         elif change == "forget":
             cache.forget(window, draw(st.integers(0, 3)))
         elif change == "record":

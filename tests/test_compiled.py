@@ -58,7 +58,7 @@ def check_same(mine, want, report, plain):
         assert (ours.selected_layer, ours.kept_positions) == (theirs.selected_layer, theirs.kept_positions)
     assert (report.kv_tokens, report.kv_bytes) == (plain.kv_tokens, plain.kv_bytes)
     for held, other in zip(mine.past_key_values.layers, want.past_key_values.layers, strict=True):
-        assert torch.equal(held.columns, other.columns)
+        assert torch.equal(held.positions, other.positions)
         torch.testing.assert_close(held.keys, other.keys, **CLOSE)
         torch.testing.assert_close(held.values, other.values, **CLOSE)
 

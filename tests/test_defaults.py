@@ -74,7 +74,7 @@ def everything(rule, path):
         one.past_key_values.save(path)
         held = flexasl.load_cache(path, model)
         for _ in range(2):
-            found += [part for layer in held.layers for part in (layer.keys, layer.values, layer.columns)]
+            found += [part for layer in held.layers for part in (layer.keys, layer.values, layer.positions)]
             found.append(model(MORE, past_key_values=held).logits)
     replayed = flexasl.replay(*STATES, SMALLER)[0]
     return found, report.to_dict() | {"prefill_seconds": 0}, (replayed.selected.tolist(), replayed.variance)

@@ -173,9 +173,9 @@ def test_stacked_caches_hold_each_row() -> None:
         assert made.valid[row].sum(-1).tolist() == [entries + 1] * 2 and bool(made.valid[row, :, -entries - 1 :].all())
         assert torch.equal(made.keys[row, :, -entries - 1 : -1], part.keys[0])
         assert torch.equal(made.values[row, :, -entries - 1 : -1], part.values[0])
-        assert torch.equal(made.columns[row, :, -entries - 1 : -1], part.columns.expand(1, 2, -1)[0])
+        assert torch.equal(made.positions[row, :, -entries - 1 : -1], part.positions.expand(1, 2, -1)[0])
     alike = LayerCache.stacked([parts[0], parts[0]])
-    assert alike.valid is None and alike.columns.dim() == 2
+    assert alike.valid is None and alike.positions.dim() == 2
 
 
 def test_records_are_those_of_one_by_one(loaded, finished: Path, tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, to
     for held, kept in zip(caches, others, strict=True):
         for row in range(rows):
             one, two = (
-                part.columns[row].expand(shape[1], -1)
+                part.positions[row].expand(shape[1], -1)
                 if part.valid is None
-                else part.columns[row].expand(shape[1], -1)[part.valid[row].expand(shape[1], -1)].view(shape[1], -1)
+                else part.positions[row].expand(shape[1], -1)[part.valid[row].expand(shape[1], -1)].view(shape[1], -1)
                 for part in (held, kept)
             )
             assert torch.equal(one, two)

@@ -137,7 +137,7 @@ def test_a_pruned_later_turn_equals_recompute(family):
         whole = sum(117 * layer.nbytes // layer.keys.shape[2] for layer in cache.layers)
         step = model(out.logits[:, -1:].argmax(-1), past_key_values=cache).logits
     assert (turn.rows[0].prompt_tokens, turn.rows[0].kept_tokens) == (50, 24)
-    columns = [layer.columns for layer in cache.layers]
+    columns = [layer.positions for layer in cache.layers]
     kept = torch.tensor(before.kept_positions)
     ids = torch.cat([first, second, out.logits[0, -1:].argmax(-1)])[None]
     full = recompute(model, ids, 67, columns, before.selected_layer, kept)

@@ -82,7 +82,7 @@ def whole_loss(model, rule):
             parts.append(model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1])
         told += [
             *(row.kept_positions for row in patch.report.rows),
-            *(layer.columns.tolist() for layer in cache.layers),
+            *(layer.positions.tolist() for layer in cache.layers),
         ]
     return torch.stack(parts).square().mean(), told
 

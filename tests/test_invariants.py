@@ -162,7 +162,7 @@ def decode(model, rows, padding, more):
 def cached_positions(layer, row, start):
     """[head][entry] positions that a row of a layer's cache holds; position 0 is at column `start`."""
     heads = layer.keys.shape[1]
-    columns = layer.columns[row].expand(heads, -1)
+    columns = layer.positions[row].expand(heads, -1)
     real = torch.ones_like(columns, dtype=torch.bool) if layer.valid is None else layer.valid[row].expand(heads, -1)
     return [(columns[head][real[head]] - start).tolist() for head in range(heads)]
 
@@ -356,7 +356,7 @@ def check_bytes(cache, report, batch, whole):
         used, full = used + batch * slots * entry, full + batch * most * entry
         for states in (layer.keys, layer.values):
             storages[states.untyped_storage().data_ptr()] = states.untyped_storage().nbytes()
-        for marks in (layer.columns, layer.valid):
+        for marks in (layer.positions, layer.valid):
             assert marks is None or marks.untyped_storage().nbytes() <= marks.numel() * marks.element_size()
     assert len(storages) == 2 * LAYERS
     assert report.kv_bytes == sum(storages.values()) == used

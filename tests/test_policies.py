@@ -27,7 +27,7 @@ def run(model, ids, policy, config=SMALL, steps=4):
 
 def positions(layer, prompt):
     """[head][entry] prompt positions in a layer's cache."""
-    columns = layer.columns[0].expand(layer.keys.shape[1], -1)
+    columns = layer.positions[0].expand(layer.keys.shape[1], -1)
     return [[at for at in head.tolist() if at < prompt] for head in columns]
 
 
@@ -98,7 +98,7 @@ def test_pyramid_infer_drops_tokens_step_by_step_and_equals_recompute():
         assert set(narrow) <= set(wide) and narrow[-8:] == list(range(82, 90))
     assert "step by step, from layer 1 to layer 4" in row.reason
     # Every query sees what the layer's cache holds: tokens that were dropped are seen by none that is left.
-    columns = [layer.columns for layer in layers]
+    columns = [layer.positions for layer in layers]
     want = recompute(model, sequence[None, :-1], 0, columns, None, torch.arange(0))
     torch.testing.assert_close(logits, want[0, -4:], **CLOSE)
 
@@ -141,7 +141,7 @@ def test_streaming_keeps_the_first_and_the_last(first):
         for index, length in enumerate((90, 61)):
             first = min(first, 20 - SMALL.window)  # the window stays in any case
             want = [*range(first), *range(length - 20 + first, length)]
-            assert (layer.columns[index] - (90 - length)).tolist() == [want] * 2
+            assert (layer.positions[index] - (90 - length)).tolist() == [want] * 2
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def seen(model, ids, policy, config):
     layers = out.past_key_values.layers
     return [
         (told.layer_tokens, told.kept_positions, patch.config.propagate),
-        *((layer.columns.tolist(), [str(part.dtype) for part in layer.stored]) for layer in layers),
+        *((layer.positions.tolist(), [str(part.dtype) for part in layer.stored]) for layer in layers),
     ]
 
 
@@ -439,7 +439,7 @@ def test_a_score_of_ones_own():
         assert report.rows[row].kept_positions[: len(chosen)] == tuple(chosen.tolist())
         for head in range(2):
             held = best[:, head].topk(20 - SMALL.window).indices.sort().values + 90 - length
-            assert torch.equal(cache.layers[1].columns[row, head][: len(held)], held)
+            assert torch.equal(cache.layers[1].positions[row, head][: len(held)], held)
 
 
 def model_report(model, config, policy, rows):

@@ -100,7 +100,7 @@ def test_bytes(kind):
 
 def append(choose, caches, seen):
     count = choose(st.integers(1, 4))
-    states = torch.randn(2, caches[0].columns.shape[0], GROUPS, count, DIM)
+    states = torch.randn(2, caches[0].positions.shape[0], GROUPS, count, DIM)
     columns = torch.arange(seen, seen + count).expand(states.shape[1], -1)
     for cache in caches:
         cache.append(*states, columns, None, count)
@@ -108,7 +108,7 @@ def append(choose, caches, seen):
 
 def extend(choose, caches, seen):
     count = choose(st.integers(1, 4))
-    states = torch.randn(2, caches[0].columns.shape[0], GROUPS, count, DIM)
+    states = torch.randn(2, caches[0].positions.shape[0], GROUPS, count, DIM)
     columns = torch.arange(seen, seen + count).expand(states.shape[1], -1)
     for cache in caches:
         keys, values = cache.extend(columns, None, count)
@@ -117,7 +117,7 @@ def extend(choose, caches, seen):
 
 
 def retain(choose, caches, seen):
-    wanted = torch.rand(caches[0].columns.shape) < choose(st.floats(0.3, 1))
+    wanted = torch.rand(caches[0].positions.shape) < choose(st.floats(0.3, 1))
     for cache in caches:
         cache.retain(wanted)
 
@@ -129,13 +129,13 @@ def crop(choose, caches, seen):
 
 
 def select_rows(choose, caches, seen):
-    rows = torch.tensor(choose(st.lists(st.integers(0, caches[0].columns.shape[0] - 1), min_size=1, max_size=3)))
+    rows = torch.tensor(choose(st.lists(st.integers(0, caches[0].positions.shape[0] - 1), min_size=1, max_size=3)))
     for cache in caches:
         cache.select_rows(rows)
 
 
 def replace_rows(choose, caches, seen):
-    rows = choose(st.sets(st.integers(0, caches[0].columns.shape[0] - 1), min_size=1))
+    rows = choose(st.sets(st.integers(0, caches[0].positions.shape[0] - 1), min_size=1))
     count = choose(st.integers(1, 5))
     states = torch.randn(2, len(rows), GROUPS, count, DIM)
     for cache in caches:
@@ -156,14 +156,14 @@ def test_every_operation_and_then_quantising_is_quantising_and_then_the_operatio
     operations = [append, extend, retain, crop, select_rows, replace_rows]
     for operation in data.draw(st.lists(st.sampled_from(operations), max_size=6)):
         operation(data.draw, caches, plain.seen)
-        assert plain.seen == small.seen and torch.equal(plain.columns, small.columns)
+        assert plain.seen == small.seen and torch.equal(plain.positions, small.positions)
         assert (plain.valid is None) == (small.valid is None)
         assert plain.valid is None or torch.equal(plain.valid, small.valid)
         assert small.keys.shape == plain.keys.shape
         if plain.keys.shape[2] == 0:
             continue
         keys, values = quantize(plain.keys, kind), quantize(plain.values, kind)
-        real = torch.ones_like(plain.columns, dtype=torch.bool) if plain.valid is None else plain.valid
+        real = torch.ones_like(plain.positions, dtype=torch.bool) if plain.valid is None else plain.valid
         real = (real[:, None] if real.dim() == 2 else real)[..., None]
         for want, got in zip((keys[0], values[0], keys[1], values[1]), small.stored, strict=True):
             assert torch.equal(want.float() * real, got.float() * real)
@@ -212,7 +212,7 @@ def test_a_model_answers_as_one_whose_cache_is_rounded_after_each_pass(family, p
     assert_close(got, want, **EXACT)
     assert patch.report.config["kv_dtype"] == kind
     for layer, other in zip(cache.layers, plain.layers, strict=True):
-        assert layer.stored[0].dtype == NUMBERS[kind] and torch.equal(layer.columns, other.columns)
+        assert layer.stored[0].dtype == NUMBERS[kind] and torch.equal(layer.positions, other.positions)
         assert_close(layer.keys, other.keys, **EXACT)
         assert_close(layer.values, other.values, **EXACT)
 

@@ -84,7 +84,7 @@ def test_a_loaded_cache_answers_as_the_one_that_was_saved(family, pruning, path)
         assert torch.equal(loaded.attention_mask, cache.attention_mask) and not loaded.attention_mask.all()
         for mine, theirs in zip(cache.layers, loaded.layers, strict=True):
             assert (mine.seen, mine.uncroppable, mine.nbytes) == (theirs.seen, theirs.uncroppable, theirs.nbytes)
-            for part in ("keys", "values", "columns", "valid"):
+            for part in ("keys", "values", "positions", "valid"):
                 one, other = getattr(mine, part), getattr(theirs, part)
                 assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
         for seed in (9, 10):
@@ -341,7 +341,7 @@ def test_tensors_are_mapped_and_the_file_stays_as_it_is(patched, path):
     read_prompt(patched, 64, 50).save(path)
     before = Path(path).read_bytes()
     cache = flexasl.load_cache(path, patched)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer.columns)]
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer.positions)]
     copies = [tensor.clone() for tensor in held]
     assert {mapped_files(tensor) for tensor in held} == {path}
     cache.batch_repeat_interleave(2)
@@ -441,9 +441,9 @@ def test_what_is_written_has_passed_the_readers_own_check(patched, path, part, w
 
 
 def _broken(layer, part):
-    whole = {"stored": tuple(layer.stored), "columns": layer.columns, "valid": layer.valid}
+    whole = {"stored": tuple(layer.stored), "positions": layer.positions, "valid": layer.valid}
     if part == "columns":
-        return whole | {"columns": layer.columns.flip(-1)}
+        return whole | {"positions": layer.positions.flip(-1)}
     return whole | {"stored": (layer.stored[0], layer.stored[1].double())}
 
 
@@ -644,7 +644,7 @@ HOSTILE = {
     "a report that is none": described(lambda c: c.update(reports=[{}])),
     "a report without rows": described(lambda c: c["reports"][0].update(rows=None)),
     "a report with wrong counts": described(lambda c: c["reports"][0].update(kv_tokens=["many"])),
-    "a missing tensor": lambda h, d: h.pop("layers.3.columns") and d,
+    "a missing tensor": lambda h, d: h.pop("layers.3.positions") and d,
     "data beyond the tensors": lambda h, d: d + b"\0" * 8,
     "data cut short": lambda h, d: d[:-8],
     "a huge shape": entry_changed("layers.0.keys", shape=[2**40, 2**40, 2**40, 16]),
@@ -656,10 +656,10 @@ HOSTILE = {
     "another layer's bytes": lambda h, d: (
         h["layers.1.keys"].update(data_offsets=h["layers.2.keys"]["data_offsets"]) or d
     ),
-    "columns that are floats": entry_changed("layers.1.columns", dtype="F64"),
-    "columns beyond the prompt": tensor_changed("layers.1.columns", lambda b: struct.pack("<q", 2**40) + b[8:]),
-    "negative columns": tensor_changed("layers.1.columns", lambda b: struct.pack("<q", -1) + b[8:]),
-    "columns that do not ascend": tensor_changed("layers.1.columns", lambda b: b[8:16] + b[:8] + b[16:]),
+    "columns that are floats": entry_changed("layers.1.positions", dtype="F64"),
+    "columns beyond the prompt": tensor_changed("layers.1.positions", lambda b: struct.pack("<q", 2**40) + b[8:]),
+    "negative columns": tensor_changed("layers.1.positions", lambda b: struct.pack("<q", -1) + b[8:]),
+    "columns that do not ascend": tensor_changed("layers.1.positions", lambda b: b[8:16] + b[:8] + b[16:]),
     "token ids beyond all numbers": tensor_changed("token_ids", lambda b: struct.pack("<q", -(2**63)) + b[8:]),
     "an unknown name": lambda h, d: h.update(pickle=h.pop("token_ids")) or d,
 }
@@ -797,7 +797,7 @@ def test_a_thousand_forged_headers_are_refused_or_change_nothing_that_counts(con
         accepted += 1
         assert got.seen == want.seen and torch.equal(got.token_ids, want.token_ids)
         for mine, theirs in zip(got.layers, want.layers, strict=True):
-            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.columns, theirs.columns)
+            assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.positions, theirs.positions)
     assert accepted < 1000
 
 

@@ -48,9 +48,9 @@ def check_bounded(cache, model, slack=0):
         assert layer.nbytes == layer.keys.nbytes + layer.values.nbytes
         capacity = stored * layer.keys.shape[2] // layer.nbytes
         if window is None:
-            assert capacity <= layer.columns.shape[-1] + slack
+            assert capacity <= layer.positions.shape[-1] + slack
         else:
-            assert layer.columns.shape[-1] <= capacity <= 2 * window
+            assert layer.positions.shape[-1] <= capacity <= 2 * window
         if slack == 0:
             assert stored == layer.nbytes
 

@@ -52,7 +52,7 @@ def test_pruned_decode_equals_recompute(family, pruning):
     if pruning != "paper":
         assert row.kept_tokens < row.prompt_tokens
     columns = [
-        layer.columns if layer.valid is None else layer.columns.masked_fill(~layer.valid, layer.columns.max())
+        layer.positions if layer.valid is None else layer.positions.masked_fill(~layer.valid, layer.positions.max())
         for layer in out.past_key_values.layers
     ]
     kept = torch.tensor(row.kept_positions)
@@ -114,7 +114,7 @@ def test_cached_entries_are_those_that_replay_keeps(monkeypatch):
     for layer, held in enumerate(out.past_key_values.layers):
         at = want.selected if layer > row.selected_layer else torch.arange(80)
         kept = [sorted(at[head].tolist()) for head in want.kept_indices[layer]]
-        assert held.columns[0].tolist() == kept
+        assert held.positions[0].tolist() == kept
 
 
 def test_logits_keep_the_prompts_shape_and_dropped_tokens_are_nan():
@@ -277,7 +277,7 @@ def test_layers_take_rows_in_groups(family, monkeypatch):
         assert patch.report.rows == report.rows and patch.report.kv_bytes == report.kv_bytes
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5, equal_nan=True)
     for mine, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        assert torch.equal(mine.columns, other.columns)
+        assert torch.equal(mine.positions, other.positions)
         torch.testing.assert_close(mine.keys, other.keys, rtol=0, atol=1e-5)
         torch.testing.assert_close(mine.values, other.values, rtol=0, atol=1e-5)
 
@@ -325,17 +325,17 @@ def test_columns_that_are_written_ahead_are_those_of_the_tokens_that_come():
     model, ids = tiny(), prompts(60)[0][None]
     with flexasl.patch(model, SMALL.replace(kv_budget=16)):
         cache = model(ids).past_key_values
-        before = [layer.columns.clone() for layer in cache.layers]
+        before = [layer.positions.clone() for layer in cache.layers]
         for _ in range(150):
             model(ids[:, :1], past_key_values=cache)
         for layer, first in zip(cache.layers, before, strict=True):
             came = torch.arange(60, 210).expand(*first.shape[:-1], -1)
-            assert torch.equal(layer.columns, torch.cat([first, came], -1))
-            assert layer.keys.shape[2] == layer.columns.shape[-1] and layer.valid is None
+            assert torch.equal(layer.positions, torch.cat([first, came], -1))
+            assert layer.keys.shape[2] == layer.positions.shape[-1] and layer.valid is None
             assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
         cache.crop(-3)
         model(ids[:, :1], past_key_values=cache)
-        assert all(layer.columns[..., -1].unique().tolist() == [207] for layer in cache.layers)
+        assert all(layer.positions[..., -1].unique().tolist() == [207] for layer in cache.layers)
 
 
 def test_remove_puts_back_a_forward_of_another_library():

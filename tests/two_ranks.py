@@ -46,7 +46,7 @@ def run(model) -> dict:
 def _columns(layer) -> list[list[list[int]]]:
     """[heads][rows] of the columns that are cached."""
     shape = (layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[2])
-    columns, valid = layer.columns, layer.valid
+    columns, valid = layer.positions, layer.valid
     columns = columns if columns.dim() == 3 else columns[:, None].expand(shape)
     valid = torch.ones(shape, dtype=torch.bool) if valid is None else valid if valid.dim() == 3 else valid[:, None]
     valid = valid.expand(shape)

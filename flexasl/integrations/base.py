@@ -1,4 +1,5 @@
-"""What the patches of all frameworks share: a forward pass as a `ForwardPass`, from layer to layer, and how it is undone.
+"""What the patches of all frameworks share: a forward pass as a `ForwardPass`, from layer to layer, and how it is
+undone.
 
 Shapes: B batch, M new tokens, C width of hidden states, T tokens of all prompts at the current layer.
 """
@@ -168,7 +169,7 @@ class BasePatch:
         """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
         if not caches:
             return 0
-        seen, held = caches[0].seen, caches[0].columns
+        seen, held = caches[0].seen, caches[0].positions
         if caches[0].unfinished or any(cache.seen != seen for cache in caches):
             raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
         if held is not None and held.shape[0] != batch:

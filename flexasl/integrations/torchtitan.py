@@ -1,8 +1,8 @@
 """Patches torchtitan's Llama 3 and Qwen 3 decoders: hooks on the decoder and its layers, and inner attention of ours.
-The forward pass goes down in the place of torchtitan's attention masks. Brings a KV cache and `generate`, which torchtitan has
-not.
+The forward pass goes down in the place of torchtitan's attention masks. Brings a KV cache and `generate`, which
+torchtitan has not.
 
-Shapes: B batch, M new tokens, N columns of the sequence so far, T tokens of all prompts at the current layer, H query
+Shapes: B batch, M new tokens, N positions of the sequence so far, T tokens of all prompts at the current layer, H query
 heads, G KV heads, D head dim, V vocabulary.
 """
 
@@ -122,11 +122,11 @@ class KVCache:
         """Bytes of keys and values."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def validity(self, columns: int) -> Tensor | None:
-        """So many columns [B, N] bool, False at padding; None where there is none."""
+    def validity(self, positions: int) -> Tensor | None:
+        """So many positions [B, N] bool, False at padding; None where there is none."""
         if self._padding is None:
             return None
-        return F.pad(self._padding, (0, max(0, columns - self._padding.shape[1])), value=True)
+        return F.pad(self._padding, (0, max(0, positions - self._padding.shape[1])), value=True)
 
 
 class PrunedAttention(Module):

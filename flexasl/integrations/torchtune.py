@@ -1,7 +1,7 @@
 """Patches torchtune's `TransformerDecoder`: hooks on it and its layers, the attention function of each layer, and KV
 caches whose layers have lengths of their own. The forward pass goes down in the place of torchtune's mask.
 
-Shapes: B batch, M new tokens, N columns of the sequence so far, T tokens of all prompts at the current layer, H query
+Shapes: B batch, M new tokens, N positions of the sequence so far, T tokens of all prompts at the current layer, H query
 heads, G KV heads, D head dim.
 """
 
@@ -202,25 +202,25 @@ def _refuse_call(decoder: Any, kwargs: dict[str, Any], tokens: Tensor, caches: l
 
 
 def _validity(mask: Any, batch: int, past: int, count: int) -> Tensor | None:
-    """The columns so far [B, N] bool that are no padding, None where all are: what torchtune's mask [B or 1, M, N or
+    """The positions so far [B, N] bool that are no padding, None where all are: what torchtune's mask [B or 1, M, N or
     more] says besides causal order. Raises `UnsupportedError` where it says anything else."""
     if mask is None:
         return None
-    columns = past + count
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[2] < columns:
+    positions = past + count
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[2] < positions:
         given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise UnsupportedError(
             f"mask is {given}; a patched model takes bool [batch, new tokens, tokens so far or more], "
-            f"here {[batch, count, columns]}"
+            f"here {[batch, count, positions]}"
         )
-    valid = mask[:, -1, :columns]
-    at = torch.arange(columns, dtype=torch.int64, device=mask.device)[None]
+    valid = mask[:, -1, :positions]
+    at = torch.arange(positions, dtype=torch.int64, device=mask.device)[None]
     visible = Visibility(at[:, past:], at, valid)
     tiles = [slice(first, first + TILE) for first in range(0, count, TILE)]
-    causal = all(torch.equal(mask[:, some, :columns], visible.tile(some, slice(None))[:, 0]) for some in tiles)
-    if not causal or bool(mask[:, :, columns:].any()):
+    causal = all(torch.equal(mask[:, some, :positions], visible.tile(some, slice(None))[:, 0]) for some in tiles)
+    if not causal or bool(mask[:, :, positions:].any()):
         raise UnsupportedError(
             f"mask is not causal over {past} cached and {count} new tokens; give that of torchtune.generation, and "
             "call model.reset_caches() before a new prompt"
         )
-    return padding(valid.expand(batch, -1), batch, columns, mask.device, "mask")
+    return padding(valid.expand(batch, -1), batch, positions, mask.device, "mask")

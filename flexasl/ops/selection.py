@@ -105,10 +105,10 @@ def _count(count: int, like: Tensor) -> Tensor:
 
 
 def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Slots that stay, ascending, at the right end of `count` columns.
+    """Slots that stay, ascending, at the right end of `count` positions.
 
     keep [..., N] bool with at most `count` True in any row → slots [..., count] int64 and valid [..., count] bool,
-    which is False in the columns that a row with fewer does not need; those hold slots that do not stay.
+    which is False in the positions that a row with fewer does not need; those hold slots that do not stay.
     """
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     slots = order[..., order.shape[-1] - count :]

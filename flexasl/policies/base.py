@@ -26,8 +26,8 @@ CACHE = frozenset(("kv_budget", "kv_top_p", "kv_dtype"))
 
 
 class Policy:
-    """A method of pruning: the settings it runs with, a selector of tokens, a retention of cache entries and, if it likes,
-    a score of its own."""
+    """A method of pruning: the settings it runs with, a selector of tokens, a retention of cache entries and, if it
+    likes, a score of its own."""
 
     name: ClassVar[str]
     prunes_tokens: ClassVar[bool] = True
@@ -53,7 +53,8 @@ class Policy:
         return config.resolve(num_layers, ranking_layers)
 
     def resolve(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
-        """The settings that this policy runs with on `num_layers` layers, of which ranking_layers can select (None: all).
+        """The settings that this policy runs with on `num_layers` layers, of which ranking_layers can select (None:
+        all).
 
         Raises `ConfigError` where they cannot work, and for a setting that is given and does not count, unless it says
         what is so anyway.

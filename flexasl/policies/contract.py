@@ -61,8 +61,8 @@ def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector
     for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
         if made.rows and not made.once and getattr(config, name) != plain:
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} does not go with policy {policy.name!r}, whose {type(made).__name__} "
-                f"selects several times; give {name}={plain!r}"
+                f"{name}={getattr(config, name)!r} does not go with policy {policy.name!r}, whose "
+                f"{type(made).__name__} selects several times; give {name}={plain!r}"
             )
     return made
 
@@ -74,18 +74,18 @@ def limits_of(
     where it keeps all."""
     if not isinstance(retention, Retention):
         raise ConfigError(f"policy {policy.name!r} returned {article(retention)} as its retention; return a Retention")
+    kind = type(retention).__name__
     limits = [[retention.limit(layer, tokens) for tokens in prompts] for layer in range(num_layers)]
     given = {limit for of_layer in limits for limit in of_layer} - {None}
     for layer, of_layer in enumerate(limits):
         for limit in filter(lambda one: one is not None, of_layer):
-            name = f"policy {policy.name!r}: {type(retention).__name__}.limit of layer {layer}, window={config.window} included"
+            name = f"policy {policy.name!r}: {kind}.limit of layer {layer}, window={config.window} included"
             integer(name, limit, config.window, error=ConfigError)
     asked = next((name for name in ("kv_budget", "kv_top_p") if getattr(config, name) is not None), None)
     if given and config.propagate == "mask":
         raise ConfigError(f"propagate='mask' does not go with policy {policy.name!r}, which drops cache entries")
     if asked is not None and (not given or (asked == "kv_top_p") != (retention.goes_by == "attention")):
         raise ConfigError(
-            f"{asked}={getattr(config, asked)} does not go with policy {policy.name!r}, whose {type(retention).__name__} "
-            "does not go by it"
+            f"{asked}={getattr(config, asked)} does not go with policy {policy.name!r}, whose {kind} does not go by it"
         )
     return limits

@@ -45,8 +45,8 @@ class PyramidInfer(Policy):
             raise ConfigError(f"first={first} and last={last} are no layers in order; give 0 to {num_layers - 1}")
         if ranking_layers is not None and len(ranking_layers) < num_layers:
             raise ConfigError(
-                f"policy {self.name!r} ranks tokens at every layer, but only layers {', '.join(map(str, ranking_layers))} see "
-                "the whole prompt; give another policy"
+                f"policy {self.name!r} ranks tokens at every layer, but only layers "
+                f"{', '.join(map(str, ranking_layers))} see the whole prompt; give another policy"
             )
         return config.pooled().replace(min_layer=first, max_layer=last).resolve(num_layers)
 

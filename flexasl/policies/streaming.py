@@ -13,8 +13,8 @@ from flexasl.retention import FirstAndLast, Retention
 
 
 class Streaming(SnapKV):
-    """Every layer reads the whole prompt, and its cache keeps the first `keep_first` entries and the last ones, whatever was
-    attended to (StreamingLLM, arXiv 2309.17453, which keeps four).
+    """Every layer reads the whole prompt, and its cache keeps the first `keep_first` entries and the last ones,
+    whatever was attended to (StreamingLLM, arXiv 2309.17453, which keeps four).
 
     The budget is `kv_budget`; where it is not given, `select_tokens` entries per KV head. Entries keep their positions
     in the prompt, where the paper counts positions within the cache.

@@ -95,8 +95,8 @@ class LayerSelector(Selector):
         return not (self.config.if_never == "keep" and not self._compares)
 
     def observe(self, layer: int, scores: Tensor) -> None:
-        """Takes scores [R, P] float32; they may come without their first columns where these are padding in every row.
-        Nothing is moved to the host."""
+        """Takes scores [R, P] float32; they may come without their first positions where these are padding in every
+        row. Nothing is moved to the host."""
         scores = F.pad(scores, (self._prefix - scores.shape[1], 0))
         most_ranks, most_scores = self._held
         self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-most_ranks:]

@@ -1,6 +1,6 @@
 """transformers' `DynamicCache` with layers of ours, which remembers what it has read and can be saved.
 
-Shapes: B batch, M new tokens, S columns of the sequence so far.
+Shapes: B batch, M new tokens, S positions of the sequence so far.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = 0 if self.columns is None else self.columns.shape[-1]
+        held = 0 if self.positions is None else self.positions.shape[-1]
         return held + query_length, self.seen - held
 
     def get_max_length(self) -> int:
@@ -70,8 +70,8 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         self.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.columns is not None:
-            rows = torch.arange(self.columns.shape[0], dtype=torch.int64, device=self.columns.device)
+        if self.positions is not None:
+            rows = torch.arange(self.positions.shape[0], dtype=torch.int64, device=self.positions.device)
             self.select_rows(rows.repeat_interleave(repeats))
 
 
@@ -120,7 +120,7 @@ class PrunedCache(DynamicCache):
     def restore(self, layers: list[PrunedCacheLayer], saved: SavedCache, model: Any) -> None:
         """Becomes what was saved, with these layers, which hold its entries, for the model that it belongs to."""
         self.begin(layers)
-        device = layers[0].columns.device if layers[0].columns is not None else None
+        device = layers[0].positions.device if layers[0].positions is not None else None
         self.reports, self.notes = saved.reports, saved.notes
         self._ids = None if saved.token_ids is None else [saved.token_ids.to(device)]
         self._read = saved.seen
@@ -145,11 +145,11 @@ class PrunedCache(DynamicCache):
     @property
     def attention_mask(self) -> Tensor | None:
         """[B, S] int64, 0 at padding, to be continued like `token_ids`; None for an empty cache."""
-        columns = self.layers[0].columns
-        if columns is None:
+        positions = self.layers[0].positions
+        if positions is None:
             return None
         seen = self.get_seq_length()
-        mask = torch.ones(columns.shape[0], seen, dtype=torch.long, device=columns.device)
+        mask = torch.ones(positions.shape[0], seen, dtype=torch.long, device=positions.device)
         if self._mask is not None:
             known = self._mask[:, :seen]
             mask[:, : known.shape[1]] = known
@@ -227,21 +227,22 @@ class PrunedCache(DynamicCache):
 
 
 def _ours(layer: Any) -> LayerCache:
-    """A cache layer as one of ours, sharing its tensors. An unpatched model's holds the last columns, without a gap."""
+    """A cache layer as one of ours, sharing its tensors. An unpatched model's holds the last positions, without a
+    gap."""
     if isinstance(layer, LayerCache):
         return layer
     made, (batch, _, count, _), seen = LayerCache(), layer.keys.shape, layer.get_seq_length()
-    columns = torch.arange(seen - count, seen, dtype=torch.int64, device=layer.keys.device).repeat(batch, 1)
+    positions = torch.arange(seen - count, seen, dtype=torch.int64, device=layer.keys.device).repeat(batch, 1)
     stored, uncroppable = (layer.keys, layer.values), seen if count < seen else 0
-    made.restore(stored, columns, None, dtype=layer.keys.dtype, seen=seen, uncroppable=uncroppable)
+    made.restore(stored, positions, None, dtype=layer.keys.dtype, seen=seen, uncroppable=uncroppable)
     return made
 
 
 def _saved(layer: PrunedCacheLayer) -> SavedLayer:
-    assert layer.columns is not None
+    assert layer.positions is not None
     return SavedLayer(
         stored=layer.stored,
-        columns=layer.columns,
+        positions=layer.positions,
         valid=layer.valid,
         uncroppable=layer.uncroppable,
     )

@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str], model: Any) -> PrunedCache:
         layer = PrunedCacheLayer(slack)
         layer.restore(
             [states.to(device) for states in entries.stored],
-            entries.columns.to(device),
+            entries.positions.to(device),
             None if entries.valid is None else entries.valid.to(device),
             dtype=dtype,
             seen=saved.seen,
