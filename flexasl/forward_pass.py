@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
-from flexasl.cache import LayerCache
+from flexasl.attention_spec import AttentionSpec
+from flexasl.cache import SPARE, LayerCache
+from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.layer_step import LayerStep
+from flexasl.masks import SettledMask, Visibility
 from flexasl.policies import Policy, choose
 from flexasl.policies.contract import resolved
 from flexasl.prefill import Prefill
@@ -28,7 +31,7 @@ class ForwardPass:
     For each layer in turn call `before_layer` with its input; run the layer on what that returns, with `table` of its
     per-token inputs, and with `LayerStep.attention` in the place of attention; then call `after_layer` with its output.
     Once the model has run, call `close`. Prompts may be pruned, and layers see them as one row without padding
-    [1, T, C] (`PromptPass`); other tokens continue sequences and keep their shape [B, M, C] (`TokenPass`).
+    [1, T, C] (`PromptPass`); other tokens continue sequences and keep their shape [B, M, C].
 
     >>> forward_pass = ForwardPass.begin(caches, attention_mask, ASLConfig(select_tokens=1024))
     >>> for index, block in enumerate(blocks):
@@ -48,15 +51,26 @@ class ForwardPass:
     """What stands at dropped tokens in the end. NaN there becomes the gradients of all weights after the last layer; to
     train, set 0, and call `blank_out` on what these weights make of it."""
 
-    def __init__(self, caches: Sequence[LayerCache] | None, positions: Tensor, *, compiled: bool = False) -> None:
-        """positions [B, M] int64 are those of the new tokens in the padded sequence. compiled: layers are graphs, which
-        share what does not differ between them."""
+    def __init__(
+        self,
+        caches: Sequence[LayerCache] | None,
+        positions: Tensor,
+        valid: Tensor | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        """positions [B, M] int64 are those of the new tokens in the padded sequence; valid [B, positions so far] bool
+        is False at padding, None where there is none. compiled: layers are graphs, which share what does not differ
+        between them."""
         self.caches = caches
         self.positions = positions
+        self._valid = valid
         self._compiled = compiled
         self._past = 0 if not caches else caches[0].seen
         self._tokens = positions.shape[1]
+        self._new_valid = None if valid is None else valid.gather(1, positions)
         self._tables: list[tuple[Tensor, Tensor]] = []
+        self._masks: dict[int, Visibility] = {}
 
     @classmethod
     def begin(
@@ -73,14 +87,13 @@ class ForwardPass:
         where they hold none. attention_mask [B, N] is 1 at all tokens of the sequences so far, the new ones at its
         end, and 0 at padding. ranking_layers: those that see the whole prompt (default: all)."""
         from flexasl.prompt_pass import PromptPass
-        from flexasl.token_pass import TokenPass
 
         past, (batch, tokens) = caches[0].seen, attention_mask.shape
         device = attention_mask.device
         positions = torch.arange(past, tokens, dtype=torch.int64, device=device).expand(batch, -1)
         if past > 0:
             valid = attention_mask.bool()
-            return TokenPass(caches, positions, None if bool(valid.all()) else valid, compiled=compiled)
+            return ForwardPass(caches, positions, None if bool(valid.all()) else valid, compiled=compiled)
         chosen, settings = choose(policy, config)
         rule = resolved(chosen, settings, len(caches), ranking_layers)
         lengths = left_padded_lengths(attention_mask)
@@ -92,16 +105,33 @@ class ForwardPass:
     def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         """The layer's input, made of the model's own [B, M, C] or of what `after_layer` gave, and what its attention
         needs."""
-        raise NotImplementedError
+        return hidden, self._step(layer, attention)
 
     def table(self, states: Tensor) -> Tensor:
-        """A per-token tensor [B or 1, M, ...], such as a rotary table, for the current layer's tokens."""
-        raise NotImplementedError
+        """A per-token tensor [B or 1, M, ...], such as a rotary table, for the current layer's tokens; made once."""
+        for known, made in self._tables:
+            if known is states:
+                return made
+        made = self._for_tokens(states)
+        if self._compiled:
+            made = bare(made.contiguous())
+        self._tables.append((states, made))
+        return made
 
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
         """The layer's output as the next layer takes it; of the last layer [B, M, C] as the model's own, with 0 at
         padding and `blank` (NaN) at tokens that were dropped, which have none."""
-        raise NotImplementedError
+        assert self.caches is not None
+        cache, window = self.caches[layer], step.module.sliding_window
+        assert step.keys is not None and step.values is not None
+        if step.room:
+            cache.commit(step.keys, step.values, self._tokens)
+        else:
+            cache.take(step.keys, step.values)
+        self.caches[0].unfinished = True
+        if window is not None and self._tokens > 1:  # after a single token it waits until storage must grow
+            cache.forget(window, min(SPARE, window // 2))
+        return hidden
 
     def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
         """Writes NaN, at tokens that were dropped, into what was made of the last layer's output, or of some positions
@@ -113,6 +143,57 @@ class ForwardPass:
         if self.caches:
             self.caches[0].unfinished = False
         return None
+
+    def _for_tokens(self, states: Tensor) -> Tensor:
+        return states.expand(self.positions.shape[0], *states.shape[1:])
+
+    def _step(self, layer: int, attention: FlexASLAttention) -> LayerStep:
+        """That of new tokens over a cache."""
+        assert self.caches is not None
+        window, cache = attention.sliding_window, self.caches[layer]
+        if self._tokens == 1 and self._valid is None and not attention.spec.needs_positions(cache.seen + 1):
+            held = cache.tight
+            if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
+                return LayerStep(attention, keys=held[0], values=held[1], room=False)
+        cut = self._compiled and self._tokens == 1 and attention.kernel != "flex"
+        keys, values = cache.extend(self.positions, self._new_valid, self._tokens, window, whole=cut)
+        count = min(window, keys.shape[2]) if cut and window is not None else keys.shape[2]
+        visible = self._visible(cache, count, attention.spec)
+        if not cut:
+            if self._compiled and visible is not None:
+                attention.prepare(visible, self.positions)
+            return LayerStep(attention, visible=visible, keys=keys, values=values)
+        # The same to a graph whatever lengths, sliding window and mask.
+        if visible is not None:
+            mask = visible.whole_mask(attention.spec)
+            visible = SettledMask(bare(mask.expand(-1, keys.shape[1], -1, -1).contiguous()))
+        reach = None if window is None else count
+        return LayerStep(attention, visible=visible, keys=bare(keys), values=bare(values), cut=True, reach=reach)
+
+    def _visible(self, cache: LayerCache, count: int, spec: AttentionSpec) -> Visibility | None:
+        """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
+        token sees them all."""
+        if cache.is_aligned(count) and (self._valid is not None or not cache.is_padded):
+            return None if self._tokens == 1 and self._valid is None else self._aligned(cache, count)
+        positions, valid = cache.marks(count)
+        valid = still_valid(self._valid, positions, valid)
+        if self._tokens == 1 and valid is None and not spec.needs_positions(cache.seen + self._tokens):
+            return None
+        return Visibility(self.positions, positions, valid)
+
+    def _aligned(self, cache: LayerCache, count: int) -> Visibility:
+        """Who sees whom where the entries are those of the last `count` positions: the same for all such layers."""
+        made = self._masks.get(count)
+        if made is None:
+            stop = self._past + self._tokens
+            at = torch.arange(stop - count, stop, dtype=torch.int64, device=self.positions.device)
+            at = at.expand(self.positions.shape[0], -1)
+            valid = None if self._valid is None else self._valid[:, stop - count :]
+            known = cache.marks(count)[1]
+            if valid is not None and known is not None:
+                valid = valid & (known if known.dim() == 2 else known[:, 0])
+            made = self._masks[count] = Visibility(self.positions, at, valid)
+        return made
 
 
 def look_up(valid: Tensor, positions: Tensor) -> Tensor:

@@ -35,14 +35,15 @@ class LayerStep:
         reach: int | None = None,
         room: bool = True,
     ) -> None:
-        """scored: of how many last tokens of each prompt the queries are left behind. cut: reach and visible stand for
+        """scored: of how many last tokens of each prompt, where the rows name no others, the queries are left behind; 0
+        for none. cut: reach and visible stand for
         the sliding window."""
         self.module = module
         self._attends = module.unwindowed if cut else module
         self.rows = rows
         """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
         self._window = scored
-        self._scored = rows.last(scored) if rows is not None and scored else None
+        self._scored = rows.queries(scored) if rows is not None and scored else None
         self.visible = visible
         self.keys = keys
         """[B, G, N, D]: the cache, with room for the new keys at its end, or, before a prompt, without. None before the
@@ -99,7 +100,7 @@ class LayerStep:
         rows, scored, parts = self.rows, self._scored, []
         assert rows is not None
         for tokens, group in rows.groups():
-            self.rows, self._scored = group, None if scored is None else group.last(self._window)
+            self.rows, self._scored = group, None if scored is None else group.queries(self._window)
             parts.append((run(tokens), self.query, self.key, self.cached))
         self.rows, self._scored = rows, scored
         outputs, queries, keys, cached = zip(*parts)

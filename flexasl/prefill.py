@@ -7,7 +7,7 @@ M those of the longest row, W window, P = M - W scored tokens, K kept entries, D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,9 @@ from flexasl.selectors.base import Prompts, Selection, Selector, budget_of
 Observer = Callable[[int, Tensor], None]
 
 
-class Entries(NamedTuple):
-    """Cache entries that one layer keeps."""
-
-    tokens: Tensor
-    """[B, G, K] int64, ascending in each row."""
-    valid: Tensor | None
-    """[B, G, K] bool; None for all."""
+Entries = tuple[Tensor, Tensor | None]
+"""Cache entries that a layer keeps: tokens [B, G, K] int64, ascending in each row; valid [B, G, K] bool, None for
+all."""
 
 
 class Prefill:
@@ -76,7 +72,7 @@ class Prefill:
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.device = torch.device(device)
         self.ranking_layers = ranking_layers
-        self.rows = Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
+        self.rows = self._asking(Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows)
         """The tokens that the current layer runs on."""
         self.counts = list(self.rows.lengths)
         """Each row's tokens that go on from the current layer."""
@@ -118,7 +114,7 @@ class Prefill:
         groups: int | None = None,
         rows: Rows | None = None,
     ) -> Entries | None:
-        """Scores the layer's tokens where a decision needs it: query [1, H, K, D] of the tokens `rows.last(W)`, None
+        """Scores the layer's tokens where a decision needs it: query [1, H, K, D] of the tokens `rows.queries(W)`, None
         where the layer does not need it, and key [1, G, T, D], both after rotary.
 
         Returns the cache entries to keep, or None for all. groups is how many heads the cache has, where these are
@@ -180,7 +176,7 @@ class Prefill:
             else:
                 going.append(torch.arange(start, start + length, dtype=torch.int64, device=self.device))
         tokens = torch.cat(going)
-        self.rows = Rows(self.counts, before.positions[tokens], contiguous=False)
+        self.rows = self._asking(Rows(self.counts, before.positions[tokens], contiguous=False))
         return tokens
 
     @property
@@ -231,6 +227,11 @@ class Prefill:
     def reason(self, row: int) -> str:
         """Why the row was pruned where it was, or was not pruned: one sentence."""
         return self.selector.reason(row, self.selections.get(row, [None])[-1])
+
+    def _asking(self, rows: Rows) -> Rows:
+        if self.policy.asking is not None:
+            rows.asking = self.policy.asking(rows, self.config)
+        return rows
 
     def _decides(self, layer: int) -> bool:
         return bool(self.selector.rows) and self.selector.needs(layer)
@@ -285,14 +286,15 @@ class Prefill:
         limits = self._limits(layer)
         most = torch.tensor(limits, dtype=torch.int64, device=self.device)
         tokens, real = self.rows.as_batch()
+        assert self.retention.keep is not None
         keep = self.retention.keep(seen, most, self.config.window, self.rows).expand(-1, groups, -1)
         everything = keep.new_ones(keep.shape) if real is None else real[:, None]
         keep = torch.where((self.rows.lengths_on_device > most)[:, None, None], keep, everything)
-        if self.retention.counts:
+        if self.retention.exact:
             highest, lowest = max(limits), min(limits)
         else:
             count = keep.sum(-1)
             highest, lowest = torch.stack([count.max(), count.min()]).tolist()
         indices, valid = kept_indices(keep, highest)
         tokens = tokens[:, None].expand(-1, groups, -1).gather(2, indices)
-        return Entries(tokens, None if lowest == highest else valid)
+        return tokens, None if lowest == highest else valid

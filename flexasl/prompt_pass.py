@@ -14,14 +14,13 @@ from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.compiling import bare
 from flexasl.errors import UnsupportedError
 from flexasl.forward_pass import ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
 from flexasl.ops import compact_kv, gather_tokens
-from flexasl.prefill import Entries, Prefill
+from flexasl.prefill import Prefill
 from flexasl.report import Report, RowReport, SelectionReport
-from flexasl.rows import Past, Rows
+from flexasl.rows import Rows
 from flexasl.second_pass import Rerun, read_again, refuse_second_pass
 
 
@@ -44,14 +43,13 @@ class PromptPass(ForwardPass):
         """valid, of a later turn [B, positions so far] bool, is False at padding, None where there is none. rerun: what
         policies with a second pass need. unpacks: as long as no token was dropped, layers give their outputs in the
         prompt's own shape."""
-        super().__init__(caches, positions, compiled=compiled)
+        super().__init__(caches, positions, valid, compiled=compiled)
         if prefill.rows.batch_rows is None:
             refuse_second_pass(prefill, rerun)
         if self._past == 0:
             for cache in caches or ():
                 cache.begin(prefill.config.kv_dtype)
         self.prefill = prefill
-        self._valid = valid
         self._unpacks = unpacks
         self._unpacked = True
         self.rerun = rerun
@@ -67,19 +65,10 @@ class PromptPass(ForwardPass):
         assert self.caches is not None
         cache = self.caches[layer]
         assert cache.positions is not None
-        past = Past(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
-        rows = self.prefill.rows.after(past)
+        rows = self.prefill.rows.after(
+            cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past
+        )
         return hidden, LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
-
-    def table(self, states: Tensor) -> Tensor:
-        for known, made in self._tables:
-            if known is states:
-                return made
-        made = self._pack(states)
-        if self._compiled:
-            made = bare(made.contiguous())
-        self._tables.append((states, made))
-        return made
 
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
         """Remembers and scores the tokens, and may drop some."""
@@ -129,13 +118,15 @@ class PromptPass(ForwardPass):
         if self.caches is not None and cached is not None:
             self._remember(self.caches[layer], *cached, entries)
 
-    def _remember(self, cache: LayerCache, keys: Tensor, values: Tensor, entries: Entries | None) -> None:
+    def _remember(
+        self, cache: LayerCache, keys: Tensor, values: Tensor, entries: tuple[Tensor, Tensor | None] | None
+    ) -> None:
         """A prompt's keys and values [1, G, T, D], all of them or those entries."""
         rows = self.prefill.rows
         if entries is not None:
-            keys, values = compact_kv(keys, values, entries.tokens)
-            positions = rows.positions[entries.tokens] + self._past
-            cache.append(keys, values, positions, entries.valid, self._tokens)
+            tokens, valid = entries
+            keys, values = compact_kv(keys, values, tokens)
+            cache.append(keys, values, rows.positions[tokens] + self._past, valid, self._tokens)
             return
         tokens, real = rows.as_batch()
         if real is None:
@@ -159,9 +150,9 @@ class PromptPass(ForwardPass):
                 f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
                 "a patched model must leave their number as it is"
             )
-        return self._pack(hidden)
+        return self._for_tokens(hidden)
 
-    def _pack(self, states: Tensor) -> Tensor:
+    def _for_tokens(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...] of the prompts as [1, T, ...]."""
         rows, batch = self.prefill.rows, self.positions.shape[0]
         if states.shape[0] == 1 and batch > 1:

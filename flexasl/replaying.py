@@ -87,7 +87,7 @@ def replay(
     rows = [Replay() for _ in range(batch)]
     for layer in range(layers):
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
-        queries = queries[:, :, prefill.rows.last(rule.window)]
+        queries = queries[:, :, prefill.rows.queries(rule.window)]
         entries = prefill.observe(layer, queries, keys, attention)
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
@@ -182,8 +182,9 @@ def _kept_indices(
         if entries is None:
             kept = torch.arange(length, dtype=torch.int64, device=prefill.device)
         else:
-            kept = entries.tokens[row, group]
-            kept = (kept if entries.valid is None else kept[entries.valid[row, group]]) - start
+            tokens, valid = entries
+            kept = tokens[row, group]
+            kept = (kept if valid is None else kept[valid[row, group]]) - start
         if prefill.config.kv_budget is not None and scores is not None and prefix > 0:
             best = scores[row, group, -prefix:]
             early = kept[kept < prefix]

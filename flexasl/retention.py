@@ -6,77 +6,60 @@ Shapes: B rows, G KV heads, M tokens of the longest row, P = M - W scored tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flexasl.ops import top_k_entries, top_p_entries
-
-if TYPE_CHECKING:
-    from flexasl.rows import Rows
+from flexasl.rows import Rows
 
 Limit = Callable[[int, int], int | None]
-"""Of a layer and a number of prompt tokens."""
+"""Of a layer and a number of prompt tokens: entries per KV head, window included, up to which the layer keeps all of
+such a row; None: it keeps all."""
 
 
+@dataclass(frozen=True)
 class Retention:
-    """Keeps every entry. Methods of other kinds say how many, and which."""
+    """By default every entry."""
 
+    limit: Limit = lambda layer, prompt_tokens: None
+    keep: Callable[[Any, Tensor, int, Rows], Tensor] | None = None
+    """keep(seen, limits, window, rows): which entries stay of rows that are over their limits [B] int64, as
+    [B, G or 1, M] bool, each row at the right end. What it says of other rows does not count."""
     goes_by: Literal["nothing", "scores", "attention"] = "nothing"
-    """What `keep` takes: the policy's scores [B, G, P], or each entry's share of the attention [B, G, M]."""
-    counts = True
+    """What seen is: the policy's scores [B, G, P], each entry's share of the attention [B, G, M], or not there."""
+    exact: bool = True
     """Whether a row that is over its limit keeps exactly so many entries; where not, each head keeps its own number."""
 
-    def limit(self, layer: int, prompt_tokens: int) -> int | None:
-        """Entries per KV head, window included, up to which this layer keeps all of a row whose prompt has so many
-        tokens; None: it keeps all."""
-        return None
 
-    def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
-        """Which entries stay of rows that are over their limits [B] int64: [B, G or 1, M] bool, each row at the right
-        end. What it says of other rows does not count."""
-        raise NotImplementedError
-
-
-class TopK(Retention):
+def top_k(limit: Limit) -> Retention:
     """Keeps the entries of the highest scores in each KV head, and the window (SnapKV, arXiv 2404.14469)."""
 
-    goes_by = "scores"
-
-    def __init__(self, limit: Limit) -> None:
-        self.limit = limit  # type: ignore[method-assign, assignment]
-
-    def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
-        assert seen is not None
+    def keep(seen: Tensor, limits: Tensor, window: int, rows: Rows) -> Tensor:
         real = rows.as_batch()[1]
         return top_k_entries(seen, limits - window, window, None if real is None else real[:, : seen.shape[2]])
 
+    return Retention(limit, keep, "scores")
 
-class TopP(Retention):
+
+def top_p(share: float, limit: Limit) -> Retention:
     """Keeps the fewest entries of each KV head that get this share of its attention, the first and the window."""
 
-    goes_by = "attention"
-    counts = False
+    def keep(seen: Tensor, limits: Tensor, window: int, rows: Rows) -> Tensor:
+        return top_p_entries(seen, share, window, rows.as_batch()[1])
 
-    def __init__(self, top_p: float, limit: Limit) -> None:
-        self.top_p = top_p
-        self.limit = limit  # type: ignore[method-assign, assignment]
-
-    def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
-        assert seen is not None
-        return top_p_entries(seen, self.top_p, window, rows.as_batch()[1])
+    return Retention(limit, keep, "attention", exact=False)
 
 
-class FirstAndLast(Retention):
+def first_and_last(keep_first: int, limit: Limit) -> Retention:
     """Keeps the first entries and the last, whatever was attended to (StreamingLLM, arXiv 2309.17453)."""
 
-    def __init__(self, keep_first: int, limit: Limit) -> None:
-        self.keep_first = keep_first
-        self.limit = limit  # type: ignore[method-assign, assignment]
-
-    def keep(self, seen: Tensor | None, limits: Tensor, window: int, rows: Rows) -> Tensor:
+    def keep(seen: Tensor, limits: Tensor, window: int, rows: Rows) -> Tensor:
         lengths = rows.lengths_on_device[:, None]
         place = torch.arange(rows.width, dtype=torch.int64, device=lengths.device) - (rows.width - lengths)
-        first = (limits[:, None] - window).clamp(max=self.keep_first)
+        first = (limits[:, None] - window).clamp(max=keep_first)
         return ((place < first) | (place >= lengths - limits[:, None] + first))[:, None]
+
+    return Retention(limit, keep)

@@ -41,17 +41,6 @@ class EqualRows(NamedTuple):
         return self._replace(start=self.start + self.first * entries, length=self.length + entries)
 
 
-class Past(NamedTuple):
-    """What a layer's cache holds of the rows."""
-
-    positions: Tensor
-    """[B, E] or [B, G, E] int64."""
-    valid: Tensor | None
-    """Bool like positions, False at padding; None where there is none."""
-    seen: int
-    """Positions of the padded sequence before the rows' own."""
-
-
 class Rows:
     """The tokens that there are at some layer: those of row 0, then those of row 1, and so on. What is derived of them
     is made once."""
@@ -65,7 +54,6 @@ class Rows:
         contiguous: bool = True,
         layout: Tensor | None = None,
         batch_rows: Sequence[int] | None = None,
-        past: Past | None = None,
     ) -> None:
         """lengths: each row's tokens; positions [T] int64: their places in the padded batch, ascending in each row,
         whose last token is at the end; kept [T] bool: False at tokens that are masked out, None where none is;
@@ -80,12 +68,16 @@ class Rows:
         self.layout = layout
         """[1 + B] int64 on the host: contiguous, then lengths; a graph that takes these as a tensor is good for all."""
         self.batch_rows = batch_rows
-        self.past = past
+        self.asking: Sequence[Tensor] | None = None
+        """Of each row, the places [W] int64 among its tokens of those whose queries are scored; None: the last ones."""
+        self.past: tuple[Tensor, Tensor | None, int] | None = None
+        """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
+        [B, G, E], and how many positions of the padded sequence came before."""
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
         self._visible: dict[int, Visibility] = {}
-        self._last: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
         self._groups: list[tuple[slice, Rows]] = []
         self._batch: tuple[Tensor, Tensor | None] | None = None
         self._lengths: Tensor | None = None
@@ -101,11 +93,15 @@ class Rows:
 
     def masked(self, kept: Tensor) -> Rows:
         """The same tokens, of which some are masked out."""
-        return Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
+        made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
+        made.asking = self.asking
+        return made
 
-    def after(self, past: Past) -> Rows:
+    def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
-        return Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout, past=past)
+        made = Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout)
+        made.asking, made.past = self.asking, (positions, valid, seen)
+        return made
 
     def of(self, row: int) -> slice:
         """Where the row's tokens are."""
@@ -160,13 +156,17 @@ class Rows:
         real = at >= -self.lengths_on_device[:, None]
         return tokens.where(real, ends[:, None] - 1), real
 
-    def last(self, window: int) -> Tensor:
-        """Where the last `window` tokens of each row are, or all of a row that has fewer: [K] int64."""
-        made = self._last.get(window)
+    def queries(self, window: int) -> Tensor:
+        """Where the tokens are whose queries are scored, those `asking` or each row's last `window`, all of a row that
+        has fewer: [K] int64."""
+        made = self._queries.get(window)
         if made is None:
-            spans = [(start + max(0, n - window), start + n) for start, n in zip(self.starts, self.lengths)]
-            parts = [torch.arange(*span, dtype=torch.int64, device=self.positions.device) for span in spans]
-            made = self._last[window] = torch.cat(parts)
+            if self.asking is not None:
+                parts = [start + own for start, own in zip(self.starts, self.asking)]
+            else:
+                spans = [(start + max(0, n - window), start + n) for start, n in zip(self.starts, self.lengths)]
+                parts = [torch.arange(*span, dtype=torch.int64, device=self.positions.device) for span in spans]
+            made = self._queries[window] = torch.cat(parts)
         return made
 
     def join(self, held: Tensor, new: Tensor) -> Tensor:
@@ -191,16 +191,15 @@ class Rows:
     @property
     def entries(self) -> int:
         """E."""
-        return 0 if self.past is None else self.past.positions.shape[-1]
+        return 0 if self.past is None else self.past[0].shape[-1]
 
     def view(self, part: EqualRows) -> tuple[Tensor, Tensor | None]:
         """Positions and validity of the past and of the rows' own tokens: [number, E + M] or [number, G, E + M]."""
         new = part.of(self.positions[None], 1)
         if self.past is None:
             return new, None if self.kept is None else part.of(self.kept[None], 1)
-        some = slice(part.first, part.first + part.number)
-        held, new = self.past.positions[some], new + self.past.seen
-        valid = None if self.past.valid is None else self.past.valid[some]
+        (held, valid, seen), some = self.past, slice(part.first, part.first + part.number)
+        held, new, valid = held[some], new + seen, None if valid is None else valid[some]
         if held.dim() == 3:
             new = new[:, None].expand(-1, held.shape[1], -1)
         if valid is not None:
@@ -216,7 +215,9 @@ class Rows:
         lengths = self.lengths[first:stop]
         tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
         kept = None if self.kept is None else self.kept[tokens].clone()
-        return tokens, Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
+        made = Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
+        made.asking = None if self.asking is None else self.asking[first:stop]
+        return tokens, made
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:
         """Whether there is more to these rows' attention than causal order."""

@@ -22,7 +22,7 @@ class Scored(NamedTuple):
     """What scores are made of: a layer's queries and keys, after rotary, of rows of one length."""
 
     query: Tensor
-    """[B, H, W, D]: of the last W tokens."""
+    """[B, H, W, D]: of the tokens that score the others."""
     key: Tensor
     """[B, G, N, D]: of all tokens, cached ones first."""
     attention: FlexASLAttention
@@ -32,20 +32,18 @@ class Scored(NamedTuple):
     positions: Tensor
     """[B, N] or [B, G, N] int64."""
     sinks: Tensor | None
+    query_at: Tensor | None
+    """[B, W] int64: places of the queries among the keys; None for the last ones."""
 
-    def window_scores(self) -> Tensor:
-        """`flexasl.ops.window_scores`: [B, G, N - W] float32."""
-        made: Tensor = self._made(mass=False)
-        return made
-
-    def window_scores_and_mass(self) -> tuple[Tensor, Tensor]:
-        """`flexasl.ops.window_scores_and_mass`: [B, G, N - W] and [B, G, N] float32."""
-        made: tuple[Tensor, Tensor] = self._made(mass=True)
-        return made
-
-    def _made(self, mass: bool) -> Any:
-        marks = {"valid": self.valid, "positions": self.positions, "sinks": self.sinks}
-        return self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
+    def window_scores(self, mass: bool = False) -> Any:
+        """Pooled attention that keys get from the queries, `flexasl.ops.window_scores`: [B, G, N - window] float32;
+        with mass also that which each key gets, not pooled: [B, G, N]."""
+        marks: dict[str, Any] = {"valid": self.valid, "positions": self.positions}
+        marks |= {"sinks": self.sinks, "query_at": self.query_at}
+        made = self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
+        pooled, *rest = made if mass else (made,)
+        pooled = pooled[..., : self.key.shape[2] - self.scoring.window]
+        return (pooled, *rest) if mass else pooled
 
 
 def attend(
@@ -82,23 +80,25 @@ def scores(
     score: Callable[[Scored], Tensor] = Scored.window_scores,
     mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.last(W)` and key as in `attend`: [rows,
-    G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token. score
-    gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets, [rows, G,
-    width]."""
+    """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.queries(W)` and key as in `attend`:
+    [rows, G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token.
+    score gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets from W
+    queries, [rows, G, width]."""
     window, found = scoring.window, []
     for part in rows.parts:
         chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
-        if not chosen:
-            continue
-        if part.length <= window:
-            found.append([query.new_zeros(len(chosen), key.shape[1], 0, dtype=torch.float32)] * (1 + mass))
-            continue
-        seen = _scored(rows, part, chosen, attention, query, key, scoring, sinks)
-        made = list(seen.window_scores_and_mass()) if mass else []
-        if score is not Scored.window_scores or not mass:
-            made[:1] = [score(seen)]
-        found.append([states[..., rows.entries :] for states in made])
+        for some in [chosen] if chosen and rows.asking is None else [[one] for one in chosen]:
+            if part.length <= window:
+                found.append([query.new_zeros(len(some), key.shape[1], 0, dtype=torch.float32)] * (1 + mass))
+                continue
+            seen = _scored(rows, part, some, attention, query, key, scoring, sinks)
+            if mass:
+                made = list(seen.window_scores(mass=True))
+                made[0] = made[0] if score is Scored.window_scores else score(seen)
+                made[1] = made[1] if rows.asking is None else made[1] * (window / seen.query.shape[2])
+            else:
+                made = [score(seen)]
+            found.append([states[..., rows.entries :] for states in made])
     widths = max(0, rows.width - window), rows.width
     joined = [_right_aligned(parts, width) for parts, width in zip(zip(*found), widths)]
     return joined[0], joined[1] if mass else None
@@ -116,13 +116,18 @@ def _scored(
 ) -> Scored:
     every = len(chosen) == part.number
     some: Any = slice(None) if every else torch.tensor(chosen, dtype=torch.int64, device=query.device)
-    before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
-    queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
     keys, (at, valid) = part.after(rows.entries).of(key, 2)[some], rows.view(part)
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:
         keys, at, valid = _padding_first(keys, at, valid)
-    return Scored(queries, keys, attention, scoring, valid, at, sinks)
+    if rows.asking is None:
+        before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
+        queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
+        return Scored(queries, keys, attention, scoring, valid, at, sinks, None)
+    row = part.first + chosen[0]
+    counts = list(map(len, rows.asking))
+    queries = query.narrow(2, sum(counts[:row]), counts[row])
+    return Scored(queries, keys, attention, scoring, valid, at, sinks, (rows.asking[row] + rows.entries)[None])
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:

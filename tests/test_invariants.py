@@ -475,7 +475,7 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
             torch.tensor(recorded[layer]).transpose(0, 1).flatten(1, 2)[:, rows.flat(width)][None]
             for recorded in (query, key)
         ]
-        entries = prefill.observe(layer, states[0][:, :, rows.last(rule.window)], states[1], attention)
+        entries = prefill.observe(layer, states[0][:, :, rows.queries(rule.window)], states[1], attention)
         for row, (decision, kept) in enumerate(want):
             below = decision.layer is not None and layer > decision.layer
             present = decision.kept if below else list(range(counts[row]))
@@ -484,8 +484,8 @@ def test_prefill_scores_within_the_sliding_window_by_position(config, recording,
                     mine = torch.arange(rows.lengths[row]) + rows.starts[row]
                     mine = mine if rows.kept is None else mine[rows.kept[mine]]
                 else:
-                    mine = entries.tokens[row, group]
-                    mine = mine if entries.valid is None else mine[entries.valid[row, group]]
+                    mine = entries[0][row, group]
+                    mine = mine if entries[1] is None else mine[entries[1][row, group]]
                 assert (rows.positions[mine] - (width - counts[row])).tolist() == sorted(present[slot] for slot in head)
         prefill.advance()
 

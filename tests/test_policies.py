@@ -300,7 +300,7 @@ class Own(policies.Policy):
     def retention(self, config, num_layers):
         if self.budget is None:
             return super().retention(config, num_layers)
-        return policies.TopK(lambda layer, tokens: self.budget)
+        return policies.top_k(lambda layer, tokens: self.budget)
 
 
 @pytest.mark.parametrize(
@@ -320,11 +320,15 @@ class Own(policies.Policy):
             "propagate='mask' does not go with policy 'own', whose ScheduledSelector selects several times",
         ),
         (Own({1: 20}), {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own'"),
-        (Own(budget=0), {}, "'own': TopK.limit of layer 0, window=8 included=0 is too small"),
+        (Own(budget=0), {}, "'own': limit of layer 0, window=8 included=0 is too small"),
         (Own(budget=7), {}, "=7 is too small"),
         (Own(budget=9.5), {}, "=9.5 is not a whole number"),
         (Own(budget=9), {"propagate": "mask"}, "propagate='mask' does not go with policy 'own', which drops cache"),
-        (Own(budget=9), {"kv_top_p": 0.5}, "kv_top_p=0.5 does not go with policy 'own', whose TopK does not go by it"),
+        (
+            Own(budget=9),
+            {"kv_top_p": 0.5},
+            "kv_top_p=0.5 does not go with policy 'own', whose retention goes by",
+        ),
         (Own(rule=lambda config, layers: None), {}, "policy 'own' resolves settings to None; return an ASLConfig"),
         (Own(rule=lambda config, layers: config), {"tau": None}, "policy 'own' resolves settings to tau=None"),
         (

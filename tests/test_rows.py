@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexasl import FlexASLAttention, Scoring, Visibility
-from flexasl.rows import Past, Rows
+from flexasl.rows import Rows
 from flexasl.rows_attention import attend, rows_attention, scores
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -46,7 +46,7 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
     query, key, value = states(packed.total)
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
     out = attend(packed, attention, query, key, value, extra)
-    last = query[:, :, packed.last(3)]
+    last = query[:, :, packed.queries(3)]
     made, none = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra)
     assert none is None and made.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
     same, mass = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra, mass=True)
@@ -104,10 +104,10 @@ def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entrie
     valid = torch.rand(shape, generator=generator) < 0.7 if padded else None
     held = [torch.randn(batch, GROUPS, entries, DIM, generator=generator, dtype=torch.float64) for _ in range(2)]
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
-    turn = packed.after(Past(columns, valid, past))
+    turn = packed.after(columns, valid, past)
     joined = [turn.join(kept, new) for kept, new in zip(held, (key, value), strict=True)]
     out = attend(turn, attention, query, *joined, extra)
-    last = query[:, :, packed.last(3)]
+    last = query[:, :, packed.queries(3)]
     made, mass = scores(turn, attention, last, joined[0], SCORING, range(batch), extra, mass=True)
     assert torch.equal(scores(turn, attention, last, joined[0], SCORING, range(batch), extra)[0], made)
     for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
@@ -172,8 +172,8 @@ def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, maske
 
 def test_last_tokens_of_each_row():
     packed = Rows.left_padded([4, 2, 3], 6, torch.device("cpu"))
-    assert packed.last(3).tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and packed.last(3) is packed.last(3)
-    assert packed.last(1).tolist() == [3, 5, 8]
+    assert packed.queries(3).tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and packed.queries(3) is packed.queries(3)
+    assert packed.queries(1).tolist() == [3, 5, 8]
 
 
 def test_rows_as_a_padded_batch_and_back():
@@ -183,3 +183,44 @@ def test_rows_as_a_padded_batch_and_back():
     assert packed.flat(6).tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 17]
     assert packed.cu_seqlens.tolist() == [0, 3, 8, 9] and packed.cu_seqlens.dtype == torch.int32
     assert Rows.left_padded([4, 4], 4, torch.device("cpu")).as_batch()[1] is None
+
+
+@settings(max_examples=40)
+@given(lengths=lengths, attention=attentions, seed=st.integers(0, 99), past=st.booleans(), sinks=st.booleans())
+def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past, sinks):
+    rows, generator = Rows.left_padded(lengths, max(lengths), torch.device("cpu")), torch.Generator().manual_seed(seed)
+    query, key, _ = states(rows.total, seed)
+    rows.asking = [torch.randperm(length, generator=generator)[: 1 + seed % length].sort().values for length in lengths]
+    held, joined = 0, key
+    if past:
+        held = 5
+        rows = rows.after(torch.arange(5).expand(len(lengths), -1), None, 5)
+        before = torch.randn(len(lengths), GROUPS, 5, DIM, generator=generator, dtype=torch.float64)
+        joined = rows.join(before, key)
+    extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
+    asking = query[:, :, rows.queries(3)]
+    made, mass = scores(rows, attention, asking, joined, SCORING, range(len(lengths)), extra, mass=True)
+    alone = scores(rows, attention, asking, joined, SCORING, range(len(lengths)), extra)[0]
+    assert torch.equal(alone, made)
+    for row, length in enumerate(lengths):
+        own = rows.of(row)
+        if length <= 3:
+            assert not made[row].any()
+            continue
+        keys = torch.cat([before[row : row + 1], key[:, :, own]], 2) if past else key[:, :, own]
+        at = rows.asking[row]
+        positions = torch.cat([torch.arange(held), rows.positions[own] + held])[None]
+        marks = {"sinks": extra, "query_at": at[None] + held, "positions": positions}
+        want, whole = attention.scores(query[:, :, own][:, :, at], keys, SCORING, **marks, mass=True)
+        torch.testing.assert_close(made[row, :, 3 - length :], want[0, :, held:-3])
+        torch.testing.assert_close(mass[row, :, -length:], whole[0, :, held:] * 3 / len(at))
+
+
+def test_groups_keep_the_tokens_that_score():
+    rows = Rows.left_padded([4, 2, 3], 4, torch.device("cpu"))
+    rows.asking = [torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([0])]
+    assert rows.queries(1).tolist() == [0, 2, 5, 6]
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("flexasl.rows.GROUP", 4)
+        groups = [(tokens.start, group.queries(1).tolist()) for tokens, group in rows.groups()]
+    assert groups == [(0, [0, 2]), (4, [1]), (6, [0])]

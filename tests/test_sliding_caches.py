@@ -64,7 +64,7 @@ def masks(monkeypatch):
         made.append(args)
         return Visibility(*args)
 
-    monkeypatch.setattr("flexasl.token_pass.Visibility", note)
+    monkeypatch.setattr("flexasl.forward_pass.Visibility", note)
     return made
 
 

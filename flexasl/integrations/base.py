@@ -35,7 +35,6 @@ from flexasl.quantizing import primitives
 from flexasl.report import Report
 from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import RecordedLayers
-from flexasl.token_pass import TokenPass
 
 SLACK = 128
 """Cache entries that decode makes room for at a time, where it writes them in place."""
@@ -195,7 +194,7 @@ class BasePatch:
         if not self.is_prompt(past, count):
             assert caches is not None
             self._foreign.check_decode(self.compiled)
-            return TokenPass(caches, positions, valid, compiled=self.compiled)
+            return ForwardPass(caches, positions, valid, compiled=self.compiled)
         prefill = Prefill(
             self.policy,
             self.config,

@@ -13,7 +13,7 @@ from flexasl.policies.pyramid_kv import PyramidKV
 from flexasl.policies.snapkv import SnapKV
 from flexasl.policies.streaming import Streaming
 from flexasl.policies.table import POLICIES
-from flexasl.retention import FirstAndLast, Retention, TopK, TopP
+from flexasl.retention import Retention, first_and_last, top_k, top_p
 from flexasl.rows_attention import Scored
 from flexasl.selectors import LayerSelector, ScheduledSelector, Selection, Selector
 from flexasl.selectors.base import Prompts
@@ -25,7 +25,6 @@ __all__ = [
     "RULE",
     "SCORES",
     "ASLTwoPass",
-    "FirstAndLast",
     "FixedLayer",
     "Full",
     "GemFilter",
@@ -41,8 +40,9 @@ __all__ = [
     "Selector",
     "SnapKV",
     "Streaming",
-    "TopK",
-    "TopP",
     "choose",
     "find_policy",
+    "first_and_last",
+    "top_k",
+    "top_p",
 ]

@@ -10,7 +10,8 @@ from torch import Tensor
 from flexasl.checks import shown
 from flexasl.config import SETTINGS, ASLConfig
 from flexasl.errors import ConfigError
-from flexasl.retention import Retention, TopK, TopP
+from flexasl.retention import Retention, top_k, top_p
+from flexasl.rows import Rows
 from flexasl.rows_attention import Scored
 from flexasl.selectors import LayerSelector, Selector
 from flexasl.selectors.base import Prompts
@@ -37,6 +38,8 @@ class Policy:
     score: Callable[[Scored], Tensor] | None = None
     """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - W] float32. None: the
     window's attention."""
+    asking: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
+    """Whose queries score, as a method: of each row, places [W] int64 among its tokens. None: those of the window."""
     takes_presets: ClassVar[bool] = False
     """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may
     fill them in."""
@@ -97,7 +100,7 @@ class Policy:
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
         """What decides which cache entries a layer keeps. By default `kv_budget` or `kv_top_p`."""
         if config.kv_top_p is not None:
-            return TopP(config.kv_top_p, lambda layer, tokens: config.token_budget(tokens))
+            return top_p(config.kv_top_p, lambda layer, tokens: config.token_budget(tokens))
         if config.kv_budget is not None:
-            return TopK(lambda layer, tokens: config.cache_budget(tokens))
+            return top_k(lambda layer, tokens: config.cache_budget(tokens))
         return Retention()

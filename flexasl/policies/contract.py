@@ -16,8 +16,8 @@ MODES = ("propagate", "later_turns", "kv_dtype")
 
 FORMER = {
     "steps": "return a ScheduledSelector from selector(config, prompts)",
-    "cache_budget": "return a TopK from retention(config, num_layers)",
-    "sinks": "return a FirstAndLast from retention(config, num_layers)",
+    "cache_budget": "return top_k(...) from retention(config, num_layers)",
+    "sinks": "return first_and_last(...) from retention(config, num_layers)",
 }
 """What policies said before in other ways."""
 
@@ -74,18 +74,18 @@ def limits_of(
     where it keeps all."""
     if not isinstance(retention, Retention):
         raise ConfigError(f"policy {policy.name!r} returned {article(retention)} as its retention; return a Retention")
-    kind = type(retention).__name__
     limits = [[retention.limit(layer, tokens) for tokens in prompts] for layer in range(num_layers)]
     given = {limit for of_layer in limits for limit in of_layer} - {None}
     for layer, of_layer in enumerate(limits):
         for limit in filter(lambda one: one is not None, of_layer):
-            name = f"policy {policy.name!r}: {kind}.limit of layer {layer}, window={config.window} included"
+            name = f"policy {policy.name!r}: limit of layer {layer}, window={config.window} included"
             integer(name, limit, config.window, error=ConfigError)
     asked = next((name for name in ("kv_budget", "kv_top_p") if getattr(config, name) is not None), None)
     if given and config.propagate == "mask":
         raise ConfigError(f"propagate='mask' does not go with policy {policy.name!r}, which drops cache entries")
     if asked is not None and (not given or (asked == "kv_top_p") != (retention.goes_by == "attention")):
         raise ConfigError(
-            f"{asked}={getattr(config, asked)} does not go with policy {policy.name!r}, whose {kind} does not go by it"
+            f"{asked}={getattr(config, asked)} does not go with policy {policy.name!r}, whose retention goes by "
+            "something else"
         )
     return limits

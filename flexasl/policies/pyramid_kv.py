@@ -9,7 +9,7 @@ from flexasl.checks import real
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
-from flexasl.retention import Retention, TopK
+from flexasl.retention import Retention, top_k
 
 
 class PyramidKV(SnapKV):
@@ -41,4 +41,4 @@ class PyramidKV(SnapKV):
             depth = layer / max(1, num_layers - 1)
             return config.window + max(1, round(2 * mean - least - depth * 2 * (mean - least)))
 
-        return TopK(limit)
+        return top_k(limit)

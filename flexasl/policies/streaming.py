@@ -9,7 +9,7 @@ from flexasl.checks import integer, renamed
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
-from flexasl.retention import FirstAndLast, Retention
+from flexasl.retention import Retention, first_and_last
 
 
 class Streaming(SnapKV):
@@ -39,4 +39,4 @@ class Streaming(SnapKV):
             raise ConfigError(f"keep_first={keep_first} is negative; give a number of entries")
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
-        return FirstAndLast(self.keep_first, lambda layer, tokens: config.cache_budget(tokens))
+        return first_and_last(self.keep_first, lambda layer, tokens: config.cache_budget(tokens))
