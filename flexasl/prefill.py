@@ -18,7 +18,7 @@ from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import kept_indices
 from flexasl.policies.base import Policy
-from flexasl.policies.contract import limits_of, selector_of
+from flexasl.policies.contract import check_selections, limits_of, selector_of
 from flexasl.rows import Rows
 from flexasl.rows_attention import scores
 from flexasl.selectors.base import Prompts, Selection, Selector, budget_of
@@ -245,6 +245,7 @@ class Prefill:
             self._mask_out(layer, self.selector.mask(layer))
             return
         self._fresh = self.selector.select(layer)
+        check_selections(self.policy, self._fresh, self.rows, self.config.window)
         for selection in self._fresh:
             self.selections.setdefault(selection.row, []).append(selection)
 

@@ -474,3 +474,45 @@ def test_a_selector_of_ones_own_that_selects_twice():
 
 def a_prompt(tokens):
     return policies.Prompts([tokens], [0], tokens, 6, None, torch.device("cpu"))
+
+
+class Told(policies.Selector):
+    """Selects what it is told to, at layer 1."""
+
+    def __init__(self, prompts, selections):
+        self.rows, self.first_layer, self.selections = list(prompts.rows), 1, selections
+
+    def needs(self, layer):
+        return layer == 1
+
+    def select(self, layer):
+        return [policies.Selection(row, layer, keep, count) for row, keep, count in self.selections]
+
+
+def kept(tokens, *places):
+    return torch.zeros(tokens, dtype=torch.bool).index_fill(0, torch.tensor([*places, *range(-8, 0)]) % tokens, True)
+
+
+@pytest.mark.parametrize(
+    ("selections", "message"),
+    [
+        ([(0, kept(90, 1), 9), (0, kept(90, 1), 9)], "row 0 is selected from twice at layer 1; give one selection"),
+        ([(2, kept(90, 1), 9)], "row=2 is too large; give from 0 to 1"),
+        ([(0, kept(90, 1), 7)], "count of row 0, window=8 included=7 is too small; give from 8 to 90"),
+        ([(1, kept(61, 1), 62)], "count of row 1, window=8 included=62 is too large; give from 8 to 61"),
+        ([(1, kept(60, 1), 9)], r"keep of row 1 is torch.bool \[60\]; give bool \[61\]"),
+        ([(1, kept(61, 1).int(), 9)], r"keep of row 1 is torch.int32 \[61\]; give bool \[61\]"),
+        ([(1, kept(61, 1), 10)], "keep of row 1 is not 10 tokens with the last 8 among them"),
+        ([(1, kept(61, 1, 2) & ~kept(61), 9)], "keep of row 1 is not 9 tokens with the last 8 among them"),
+    ],
+)
+def test_selections_are_checked(selections, message):
+    class Own(policies.ASL):
+        name = "told"
+
+        def selector(self, config, prompts):
+            return Told(prompts, selections)
+
+    model = tiny()
+    with flexasl.patch(model, SMALL, Own()), pytest.raises(ConfigError, match=f"policy 'told': selection: {message}"):
+        model(**left_padded(prompts(90, 61)))

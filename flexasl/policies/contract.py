@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from flexasl.checks import article, integer, shown
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
 from flexasl.retention import Retention
-from flexasl.selectors.base import Prompts, Selector
+from flexasl.rows import Rows
+from flexasl.selectors.base import Prompts, Selection, Selector
 
 MODES = ("propagate", "later_turns", "kv_dtype")
 """Settings that a policy can refuse, but not exchange for others."""
@@ -65,6 +68,28 @@ def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector
                 f"{type(made).__name__} selects several times; give {name}={plain!r}"
             )
     return made
+
+
+def check_selections(policy: Policy, made: Sequence[Selection], rows: Rows, window: int) -> None:
+    """Raises `ConfigError` where what the policy's selector gives is no selection from these rows."""
+    who, seen = f"policy {policy.name!r}: selection", set()
+    for one in made:
+        row = integer(f"{who}: row", one.row, 0, len(rows.lengths) - 1, error=ConfigError)
+        if row in seen:
+            raise ConfigError(f"{who}: row {row} is selected from twice at layer {one.layer}; give one selection")
+        seen.add(row)
+        left = rows.lengths[row]
+        count = integer(
+            f"{who}: count of row {row}, window={window} included", one.count, window, left, error=ConfigError
+        )
+        if one.keep.dtype != torch.bool or one.keep.dim() != 1 or len(one.keep) < left:
+            raise ConfigError(
+                f"{who}: keep of row {row} is {one.keep.dtype} {list(one.keep.shape)}; give bool [{left}]"
+            )
+        keep = one.keep[-left:]
+        right = (keep.sum() == count) & keep[left - window :].all()
+        if right.is_cpu and not right:  # another device would have to be waited for
+            raise ConfigError(f"{who}: keep of row {row} is not {count} tokens with the last {window} among them")
 
 
 def limits_of(
