@@ -59,7 +59,8 @@ class FlexASLAttention(nn.Module):
     @classmethod
     def of(cls, spec: AttentionSpec) -> FlexASLAttention:
         """The module of a specification."""
-        module = cls()
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
         module._set(spec)
         return module
 

@@ -17,6 +17,7 @@ from flexasl import (
     masks,
     ops,
 )
+from flexasl.attention_spec import AttentionSpec
 from flexasl.kernels import eager, flex, sdpa, tiling
 from flexasl.ops import reference
 
@@ -73,6 +74,12 @@ def test_visibility_looks_at_positions_not_slots(layout, sliding_window, data):
     first, start = data.draw(st.integers(0, want.shape[2] - 1)), data.draw(st.integers(0, want.shape[3] - 1))
     part = visible.tile(slice(first, None), slice(start, None), sliding_window)
     assert np.array_equal(part.numpy(), want[:, :, first:, start:])
+    for spec in (AttentionSpec(), AttentionSpec(sliding_window=sliding_window, softcap=2.0)):
+        want = seen(layout, spec.sliding_window)
+        assert np.array_equal(visible.whole_mask(spec).numpy(), want)
+        assert visible.whole_mask(spec) is visible.whole_mask(spec)
+        part = visible.mask(spec, slice(first, None), slice(start, None))
+        assert np.array_equal(part.numpy(), want[:, :, first:, start:])
 
 
 @given(layout=layouts(most=40), sliding_window=windows, block=st.sampled_from([2, 4, 16]))
@@ -233,6 +240,25 @@ def test_scores_where_kv_heads_have_keys_of_their_own(sliding_window):
         parts = query[:, own], key[:, head : head + 1], value[:, head : head + 1]
         want = module(*parts, one, sinks=sinks[own], scoring=scoring)[1]
         assert torch.equal(scores[:, head], want[:, 0])
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("mass", [False, True])
+def test_scores_by_queries_anywhere(by_head, mass):
+    query, key, sinks = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 20, 8), torch.randn(4)
+    at = torch.randint(1, 4, (2, 2, 20)).cumsum(-1)
+    query_at = torch.rand(2, 2, 20).argsort(-1)[..., :3]
+    query_at = query_at if by_head else query_at[:, 0]
+    module, scoring = FlexASLAttention(sliding_window=30, softcap=2.0), Scoring(3, 3)
+    made = module.scores(query, key, scoring, positions=at, sinks=sinks, query_at=query_at, mass=mass)
+    for head in range(2):
+        own = slice(2 * head, 2 * head + 2)
+        asking = query_at[:, head] if by_head else query_at
+        arguments = query[:, own], key[:, head : head + 1], 3, "avgpool", module.spec.text, None, at[:, head]
+        want = reference.window_scores_and_mass(*arguments, sinks[own], asking)
+        for got, whole in zip(made if mass else (made,), want):
+            assert got.shape == (2, 2, 20)
+            torch.testing.assert_close(got[:, head].double(), whole[:, 0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

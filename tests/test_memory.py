@@ -52,8 +52,8 @@ def test_the_rest_of_a_layer_holds_keys_values_and_the_queries_that_are_scored(f
 
 
 def test_kv_top_p_scores_a_layer_once(monkeypatch):
-    seen, mass = [], scoring._mass
-    monkeypatch.setattr(scoring, "_mass", lambda *states: (seen.append(len(states[0])), mass(*states))[1])
+    seen, mass = [], scoring.window_mass
+    monkeypatch.setattr(scoring, "window_mass", lambda *states: (seen.append(len(states[0])), mass(*states))[1])
     with flexasl.patch(tiny(), SMALL.replace(kv_top_p=0.5)) as patch:
         tiny()(prompts(90)[0][None], use_cache=True)
     assert seen == [1] * len(patch.report.rows[0].scored_layers)
