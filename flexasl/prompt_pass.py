@@ -59,7 +59,8 @@ class PromptPass(ForwardPass):
     def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         if self._unpacked:
             hidden, self._unpacked = self._pack_all(hidden), False
-        scored = self.prefill.config.window if self.prefill.needs(layer) else 0
+        # A graph leaves queries behind in any case, so that layers that need none are no other graph.
+        scored = self.prefill.config.window if self._compiled or self.prefill.needs(layer) else 0
         if self._past == 0:
             return hidden, LayerStep(attention, rows=self.prefill.rows, scored=scored)
         assert self.caches is not None

@@ -239,7 +239,8 @@ class _Shown(TypedDict):
 def _check_row(row: RowReport, num_layers: int, where: str) -> None:
     """Raises `Unfit` for what no prefill decides."""
     selected = [selection.layer for selection in row.selections]
-    layers = (*row.eval_layers, *row.scored_layers, *selected)
+    last = [] if row.selected_layer is None else [row.selected_layer]
+    layers = (*row.eval_layers, *row.scored_layers, *selected, *last)
     if any(layer >= num_layers for layer in layers):
         raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
     if not len(row.eval_layers) == len(row.variance) == len(row.variance_ratio):

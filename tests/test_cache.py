@@ -207,7 +207,7 @@ def extend(draw, cache, model, window):
     assert keys.shape[2] <= window - 1 + count
     keys[:, :, -count:], values[:, :, -count:] = states_of(marks)
     at, real = cache.marks(keys.shape[2])
-    cache.settle(keys, values, count)
+    cache.commit(keys, values, count)
     assert torch.equal(at, cache.positions[..., -keys.shape[2] :])
     assert real is None or torch.equal(real, cache.valid[..., -keys.shape[2] :])
     for row, heads in enumerate(model.rows):

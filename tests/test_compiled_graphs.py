@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, GREEDY, SMALL, decoder_layers, left_padded, prompts, tiny
 
 import flexasl
-from flexasl import FlexASLError, UnsupportedError, compiling, packing
+from flexasl import FlexASLError, UnsupportedError, compiling, rows
 
 TWO_KINDS = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss", "smollm3", "deepseek_v3"}
 """Families with two kinds of layers: with and without a sliding window, rotary embeddings, experts."""
@@ -66,7 +66,7 @@ def go_through(model, config, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_graph_for_each_kind_of_layer_and_phase(family, graphs, monkeypatch):
-    monkeypatch.setattr(packing, "GROUP", 100)
+    monkeypatch.setattr(rows, "GROUP", 100)
     config = SMALL.replace(kv_budget=24, later_turns="prune" if family == "gemma2" else "keep")
     model = own(family)
     want = go_through(model, config)

@@ -166,7 +166,7 @@ def test_stacked_caches_hold_each_row() -> None:
         parts.append(cache)
     made = LayerCache.stacked(parts, slack=4)
     assert made.keys.shape == (3, 2, 7, 4) and made.values.shape == (3, 2, 7, 6) and made.seen == 9
-    made.settle(*made.extend(torch.full((3, 1), 9), None, 1), 1)
+    made.commit(*made.extend(torch.full((3, 1), 9), None, 1), 1)
     assert made._states[0].shape[2] == 11, "room was there already"
     for row, part in enumerate(parts):
         entries = part.keys.shape[2]

@@ -131,7 +131,7 @@ def test_a_cache_with_room_keeps_what_gradients_need():
     for at in (5, 6, 7):
         keys, values = cache.extend(torch.tensor([[at]]), None, 1)
         keys[:, :, -1:], values[:, :, -1:] = one[:, :, :1] * at, one[:, :, :1]
-        cache.settle(keys, values, 1)
+        cache.commit(keys, values, 1)
         total = total + (keys.exp() * values).sum()
     (grad,) = torch.autograd.grad(total, one)
     assert grad.isfinite().all()

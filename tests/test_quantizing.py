@@ -113,7 +113,7 @@ def extend(choose, caches, seen):
     for cache in caches:
         keys, values = cache.extend(columns, None, count)
         keys[:, :, -count:], values[:, :, -count:] = states
-        cache.settle(keys, values, count)
+        cache.commit(keys, values, count)
 
 
 def retain(choose, caches, seen):

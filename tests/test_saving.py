@@ -644,7 +644,7 @@ HOSTILE = {
     "a report that is none": described(lambda c: c.update(reports=[{}])),
     "a report without rows": described(lambda c: c["reports"][0].update(rows=None)),
     "a report with wrong counts": described(lambda c: c["reports"][0].update(kv_tokens=["many"])),
-    "a missing tensor": lambda h, d: h.pop("layers.3.positions") and d,
+    "a missing tensor": lambda h, d: h.pop("layers.3.columns") and d,
     "data beyond the tensors": lambda h, d: d + b"\0" * 8,
     "data cut short": lambda h, d: d[:-8],
     "a huge shape": entry_changed("layers.0.keys", shape=[2**40, 2**40, 2**40, 16]),
@@ -656,10 +656,10 @@ HOSTILE = {
     "another layer's bytes": lambda h, d: (
         h["layers.1.keys"].update(data_offsets=h["layers.2.keys"]["data_offsets"]) or d
     ),
-    "columns that are floats": entry_changed("layers.1.positions", dtype="F64"),
-    "columns beyond the prompt": tensor_changed("layers.1.positions", lambda b: struct.pack("<q", 2**40) + b[8:]),
-    "negative columns": tensor_changed("layers.1.positions", lambda b: struct.pack("<q", -1) + b[8:]),
-    "columns that do not ascend": tensor_changed("layers.1.positions", lambda b: b[8:16] + b[:8] + b[16:]),
+    "columns that are floats": entry_changed("layers.1.columns", dtype="F64"),
+    "columns beyond the prompt": tensor_changed("layers.1.columns", lambda b: struct.pack("<q", 2**40) + b[8:]),
+    "negative columns": tensor_changed("layers.1.columns", lambda b: struct.pack("<q", -1) + b[8:]),
+    "columns that do not ascend": tensor_changed("layers.1.columns", lambda b: b[8:16] + b[:8] + b[16:]),
     "token ids beyond all numbers": tensor_changed("token_ids", lambda b: struct.pack("<q", -(2**63)) + b[8:]),
     "an unknown name": lambda h, d: h.update(pickle=h.pop("token_ids")) or d,
 }

@@ -33,10 +33,10 @@ def window_mass_in_tiles(
     rule, repeats = AttentionSpec.from_text(spec), heads // groups
     mask = window_mask(query, key, rule, valid, positions, query_at)
     query = query.float() * rule.factor(dim)
-    mass = torch.empty(batch, heads, tokens, dtype=torch.float32)
+    mass = torch.empty(batch, heads, tokens, dtype=torch.float32, device="cpu")
     tile = min(repeats, max(1, TILE // (window * tokens)))
     # Two buffers for all tiles: fresh ones would cost as much as the softmax, in page faults.
-    room = torch.empty(2, batch, tile * window, tokens, dtype=torch.float32)
+    room = torch.empty(2, batch, tile * window, tokens, dtype=torch.float32, device="cpu")
     for group in range(groups):
         keys = key[:, group].float().transpose(-1, -2)
         for first in range(group * repeats, (group + 1) * repeats, tile):

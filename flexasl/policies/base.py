@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexasl.checks import shown
 from flexasl.config import SETTINGS, ASLConfig
 from flexasl.errors import ConfigError
-from flexasl.retention import Retention, top_k, top_p
-from flexasl.rows import Rows
-from flexasl.rows_attention import Scored
-from flexasl.selectors import LayerSelector, Selector
-from flexasl.selectors.base import Prompts
+
+if TYPE_CHECKING:  # torch is not imported before a prompt is read, so that a command line answers at once
+    from torch import Tensor
+
+    from flexasl.retention import Retention
+    from flexasl.rows import Rows
+    from flexasl.rows_attention import Scored
+    from flexasl.selectors import Selector
+    from flexasl.selectors.base import Prompts
 
 RULE = frozenset(
     ("tau", "min_layer", "max_layer", "observe_layers", "variance_reference", "select_on", "if_never"),
@@ -91,6 +93,8 @@ class Policy:
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
         """What decides which tokens of these prompts go on, and after which layers; config is resolved. By default
         adaptive selection, or none where `prunes_tokens` is False."""
+        from flexasl.selectors import LayerSelector, Selector
+
         if not self.prunes_tokens:
             return Selector(f"policy {self.name!r} lets every token through every layer")
         lengths, rows, tokens, _, ranking_layers, device = prompts
@@ -99,6 +103,8 @@ class Policy:
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
         """What decides which cache entries a layer keeps. By default `kv_budget` or `kv_top_p`."""
+        from flexasl.retention import Retention, top_k, top_p
+
         if config.kv_top_p is not None:
             return top_p(config.kv_top_p, lambda layer, tokens: config.token_budget(tokens))
         if config.kv_budget is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexasl.checks import integer
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.asl_two_pass import once_a_prompt
 from flexasl.policies.base import CACHE, SCORES, Policy
-from flexasl.selectors import ScheduledSelector, Selector
-from flexasl.selectors.base import Prompts
+
+if TYPE_CHECKING:
+    from flexasl.selectors import Selector
+    from flexasl.selectors.base import Prompts
 
 
 class PyramidInfer(Policy):
@@ -51,6 +53,8 @@ class PyramidInfer(Policy):
         return config.pooled().replace(min_layer=first, max_layer=last).resolve(num_layers)
 
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
+        from flexasl.selectors import ScheduledSelector
+
         first, last = self._ends(prompts.num_layers)
 
         def plan(prompt_tokens: int) -> dict[int, int]:

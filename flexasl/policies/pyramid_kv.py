@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from flexasl.checks import real
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
-from flexasl.retention import Retention, top_k
+
+if TYPE_CHECKING:
+    from flexasl.retention import Retention
 
 
 class PyramidKV(SnapKV):
@@ -33,6 +35,8 @@ class PyramidKV(SnapKV):
             raise ConfigError(f"beta={beta} would give the last layer more than the mean; give at least 1")
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
+        from flexasl.retention import top_k
+
         def limit(layer: int, prompt_tokens: int) -> int:
             budget = config.cache_budget(prompt_tokens)
             assert budget is not None

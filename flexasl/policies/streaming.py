@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from flexasl.checks import integer, renamed
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
 from flexasl.policies.snapkv import SnapKV
-from flexasl.retention import Retention, first_and_last
+
+if TYPE_CHECKING:
+    from flexasl.retention import Retention
 
 
 class Streaming(SnapKV):
@@ -31,12 +33,15 @@ class Streaming(SnapKV):
 
     def __init__(self, keep_first: int = 4, *, sinks: int | None = None) -> None:
         """sinks: deprecated name of keep_first."""
+        name = "keep_first" if sinks is None else "sinks"
         if sinks is not None:
             renamed("sinks", "keep_first")
             keep_first = sinks
-        self.keep_first = integer("keep_first", keep_first, error=ConfigError)
+        self.keep_first = integer(name, keep_first, error=ConfigError)
         if keep_first < 0:
-            raise ConfigError(f"keep_first={keep_first} is negative; give a number of entries")
+            raise ConfigError(f"{name}={keep_first} is negative; give a number of entries")
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
+        from flexasl.retention import first_and_last
+
         return first_and_last(self.keep_first, lambda layer, tokens: config.cache_budget(tokens))
