@@ -14,6 +14,7 @@ from flexasl import (
     Selection,
     UnsupportedError,
     Visibility,
+    kernels,
     masks,
     ops,
 )
@@ -296,6 +297,24 @@ def test_auto_takes_the_kernel_of_its_table():
         states = torch.randn(1, 4, count, 8), torch.randn(1, 2, 9, 8)
         assert plain.choose(*states) == slides.choose(*states) == "sdpa"
         assert capped.choose(*states) == plain.choose(*states, sinks=torch.randn(4)) == "eager"
+
+
+def test_a_new_token_goes_straight_to_sdpa_where_that_may_compute_it(monkeypatch):
+    taken = []
+    monkeypatch.setattr(kernels, "one_token", lambda *arguments: taken.append(arguments))
+    monkeypatch.setattr(kernels, "attend", lambda *arguments: None)
+    states = [torch.randn(1, heads, count, 8) for heads, count in ((4, 1), (2, 9), (2, 9))]
+    for asked, straight in (
+        ({}, True),
+        ({"kernel": "sdpa", "sliding_window": 9}, True),
+        ({"kernel": "eager"}, False),
+        ({"kernel": "flex"}, False),
+        ({"softcap": 2.0}, False),
+        ({"sliding_window": 8}, False),
+    ):
+        taken.clear()
+        FlexASLAttention(**asked)(*states)
+        assert bool(taken) == straight, asked
 
 
 # ---------------------------------------------------------------- compiled flex_attention and its traps
