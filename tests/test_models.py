@@ -156,9 +156,9 @@ and refuse the first image, video or sound before it is read.
 ## Layers with a sliding window
 
 A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
-them. Where a model has layers of both kinds, only those with full attention vote on the ranking of tokens, and only
-they can be the selection layer: `observe_layers` counts them, `min_layer` and `max_layer` move to the nearest of them.
-Where all layers slide, all vote, each for the tokens that it sees.
+them. Where a model has layers of both kinds, only those with full attention rank tokens, and only they can be the
+selection layer: `observe_layers` counts them, `min_layer` and `max_layer` move to the nearest of them. Where all layers
+slide, all rank, each the tokens that it sees.
 
 Caches of sliding layers keep no more than their window of a prompt. While an answer grows they keep some entries
 more, 64 or half the window, whichever is less, so that the last tokens can be cropped; with `compile=True` up to twice
