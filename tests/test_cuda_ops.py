@@ -50,7 +50,9 @@ def test_gradients_of_gathers_are_exact(number):
 def test_ops_are_what_they_are_defined_as(number):
     op, arguments = [*examples(), *DECISIONS][number]
     made, want = op(*there(arguments)), getattr(reference, name_of(op).rpartition("::")[2])(*arguments)
-    for mine, exact in zip(*((part,) if isinstance(part, torch.Tensor) else part for part in (made, want)), strict=True):
+    for mine, exact in zip(
+        *((part,) if isinstance(part, torch.Tensor) else part for part in (made, want)), strict=True
+    ):
         assert mine.device.type == torch.device(DEVICE).type
         torch.testing.assert_close(mine.cpu(), exact.to(mine.dtype), **CLOSE)
 
