@@ -1,5 +1,7 @@
 """Operations and attention on a GPU, against their definitions in `flexasl.ops.reference` on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 from on_device import DEVICE, needs_device, needs_gpu
@@ -124,19 +126,23 @@ SETTINGS = {
 }
 
 
-def attention_cases(dtype=torch.float32):
+SHAPES = [(300, 300), (140, 300), (90, 90), (1, 300), (1, 40)]
+FEW_SHAPES = [(300, 300), (90, 90), (1, 300)]
+"""Each is another graph to flex_attention."""
+
+
+def attention_cases(dtype=torch.float32, shapes=SHAPES):
     """Queries, keys, values and visibility of prompts and of decode, without gaps, padded, and by KV head."""
-    for count, total in ((300, 300), (140, 300), (1, 300), (40, 40), (1, 40)):
+    for count, total in shapes:
         states = [torch.randn(2, heads, many, 64).to(dtype) for heads, many in ((4, count), (2, total), (2, total))]
         at = torch.arange(total).expand(2, -1)
-        padded = at >= torch.tensor([[0], [total // 3]])
         yield states, None
-        yield states, (at[:, total - count :], at, padded)
-        yield states, (at[:, total - count :] * 3, at * 3, None)
+        yield states, (at[:, total - count :], at, at >= torch.tensor([[0], [total // 3]]))
+        if shapes is SHAPES:
+            yield states, (at[:, total - count :] * 3, at * 3, None)
         if count == 1:
-            gaps = torch.stack([torch.arange(total), torch.arange(total) * 2 - total + 1], 0).clamp(min=0)
-            own = gaps.sort(-1).values.expand(2, 2, -1)
-            yield states, (at[:, -1:], own, torch.rand(2, 2, total) < 0.8)
+            own = torch.rand(2, 2, total * 2).argsort(-1)[..., :total].sort(-1).values
+            yield states, (at[:, -1:] * 2, own, torch.rand(2, 2, total) < 0.8)
 
 
 def exact_attention(states, visible, settings):
@@ -148,19 +154,25 @@ def exact_attention(states, visible, settings):
     return reference.attention(*states, seen, **settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager", "flex"])
+DTYPES = {"sdpa": [torch.float32, torch.bfloat16, torch.float16], "flex": [torch.float32, torch.bfloat16]}
+DTYPES |= {"eager": DTYPES["sdpa"], "auto": [torch.bfloat16]}
+KERNELS = [
+    (kernel, name, dtype)
+    for kernel, dtypes in DTYPES.items()
+    for name, dtype in itertools.product(SETTINGS, dtypes)
+    if kernel != "sdpa" or not {"softcap", "sinks"} & set(SETTINGS[name])
+]
+
+
+@pytest.mark.parametrize(("kernel", "name", "dtype"), KERNELS, ids=str)
 def test_attention_is_what_it_is_defined_as(kernel, name, dtype):
     torch._dynamo.reset()
     given = dict(SETTINGS[name])
     sinks = torch.randn(4) if given.pop("sinks", False) else None
-    if kernel == "sdpa" and (sinks is not None or "softcap" in given):
-        pytest.skip("sdpa has neither")
     if kernel == "flex" and DEVICE == "cpu":
         pytest.skip("flex is there to compare with")
     module = FlexASLAttention(kernel=kernel, **given)
-    for states, visible in attention_cases(dtype):
+    for states, visible in attention_cases(dtype, SHAPES if kernel in ("sdpa", "eager") else FEW_SHAPES):
         want = exact_attention(states, visible, given | {"sinks": sinks})
         shown = None if visible is None else Visibility(*there(visible))
         got = module(*there(states), shown, sinks=there(sinks))
@@ -180,7 +192,7 @@ def test_scores_come_with_the_output_when_asked():
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["plain", "softcap and sliding", "sinks"])
 def test_flex_compiles_nothing_for_other_lengths(name):
     from torch._dynamo.utils import counters
 
