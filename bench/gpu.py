@@ -239,7 +239,7 @@ def _free(device: str) -> None:
 
 def _write(out: Path | None, results: dict[str, list[dict[str, Any]]], *, quiet: bool = False) -> None:
     prefill = [
-        [row["model"], row["batch"], row["tokens"], row["what"], row.get("layer")]
+        [row["model"], row["batch"], row["tokens"], row["what"], "" if row.get("layer") is None else row["layer"]]
         + [f"{statistics.median(row['seconds']) * 1e3:.1f}", f"{row['share']:.3f}"]
         + [f"{row['limit']:.3f}" if "limit" in row else "", len(row["seconds"])]
         + ["" if row["peak"] is None else f"{row['peak'] / 1e9:.1f}", "" if row["waits"] is None else row["waits"]]
@@ -262,7 +262,7 @@ def _write(out: Path | None, results: dict[str, list[dict[str, Any]]], *, quiet:
     if results["left_out"]:
         heads = ["model", "batch", "tokens", "part", "why"]
         parts += ["## Left out", table(heads, [[row[head] for head in heads] for row in results["left_out"]])]
-    write(out, "GPU", "\n\n".join(parts).replace(" None ", " "), results, quiet=quiet)
+    write(out, "GPU", "\n\n".join(parts), results, quiet=quiet)
 
 
 def _arguments() -> argparse.Namespace:
