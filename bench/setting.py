@@ -18,16 +18,15 @@ import transformers
 
 @functools.cache
 def setting() -> dict[str, str]:
-    """Command, hardware, versions and commit of this run, as they were when first asked for."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "flexasl"], capture_output=True, text=True, check=False)
+    """Command, hardware, versions and commit of this run, as they were when first asked for. The environment variable
+    FLEXASL_COMMIT names the commit where the code is no checkout."""
     torch_and_python = f"torch {torch.__version__}, Python {platform.python_version()}"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "command": _command(),
         "hardware": cuda or f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": f"{torch_and_python}, transformers {transformers.__version__}",
-        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+        "commit": os.environ.get("FLEXASL_COMMIT") or _commit(),
     }
 
 
@@ -48,11 +47,12 @@ def table(heads: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(out: Path | None, title: str, body: str, data: dict[str, Any]) -> None:
-    """Prints the result, and writes it to `out`.md and `out`.json where a path is given."""
+def write(out: Path | None, title: str, body: str, data: dict[str, Any], *, quiet: bool = False) -> None:
+    """Prints the result, unless quiet, and writes it to `out`.md and `out`.json where a path is given."""
     where = setting()
     text = f"# {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in where.items()) + f"\n\n{body}\n"
-    print(text)
+    if not quiet:
+        print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text)
@@ -64,6 +64,12 @@ def _command() -> str:
     program, *rest = sys.argv
     program = "pytest" if "pytest" in program else f"python {os.path.relpath(program)}"
     return " ".join([program, *(os.path.relpath(one) if os.path.isabs(one) else one for one in rest)])
+
+
+def _commit() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "flexasl"], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
 def _processor() -> str:
