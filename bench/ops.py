@@ -132,7 +132,7 @@ def test_select_tokens(benchmark: Any, which: str, tokens: int, speed: float) ->
     count = int(budget)
 
     def ours() -> torch.Tensor:
-        return ops.kept_slots(ops.select_tokens(ranks[-1], budget, WINDOW), count + WINDOW)[0]
+        return ops.kept_indices(ops.select_tokens(ranks[-1], budget, WINDOW), count + WINDOW)[0]
 
     run = (ours, lambda: published_selection(scores[-1], count, tokens))
     compare(benchmark, which, *run, speed, 5 * tokens, op="select_tokens", tokens=tokens, dtype="int32")

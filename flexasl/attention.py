@@ -120,8 +120,8 @@ class FlexASLAttention(nn.Module):
         groups, parts = key.shape[1], []
         rows = zip(query.chunk(groups, 1), key.split(1, 1), [None] * groups if sinks is None else sinks.chunk(groups))
         for group, (queries, keys, own) in enumerate(rows):
-            seen, at, asking = (_of_head(states, group, groups) for states in marks)
-            made = op(queries, keys, *how, seen, at, own, asking)
+            seen, at, scoring_tokens = (_of_head(states, group, groups) for states in marks)
+            made = op(queries, keys, *how, seen, at, own, scoring_tokens)
             parts.append(made if mass else (made,))
         joined = tuple(torch.cat(part, 1) for part in zip(*parts))
         return joined if mass else joined[0]

@@ -113,8 +113,8 @@ class AttentionSpec:
         """Settings of `flex_attention` for H heads under which it computes this."""
         capped = None
         if self.softcap is not None:
-            # A tensor, because on CPU a captured float does not compile for all lengths.
-            softcap = torch.tensor(self.softcap, dtype=torch.float32, device=visible.query_positions.device)
+            # A tensor, because on CPU a captured float does not compile for all lengths; an upload would wait.
+            softcap = torch.full((), self.softcap, dtype=torch.float32, device=visible.query_positions.device)
 
             def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return softcap * torch.tanh(score)

@@ -241,15 +241,15 @@ class LayerCache:
         made.seen, made.uncroppable = caches[0].seen, max(cache.uncroppable for cache in caches)
         return made
 
-    def keep(self, slots: Tensor, valid: Tensor | None) -> None:
-        """Keeps the entries at slots [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
-        rest. Slots and valid may also be [B, K], for all heads, where positions are."""
+    def keep(self, indices: Tensor, valid: Tensor | None) -> None:
+        """Keeps the entries at indices [B, G, K], of which valid [B, G, K] is False where a head has fewer; frees the
+        rest. Indices and valid may also be [B, K], for all heads, where positions are."""
         assert self.positions is not None
         stored, heads = self.stored, self._states[0].shape[1]
-        every = slots if slots.dim() == 3 else slots[:, None].expand(-1, heads, -1)
+        every = indices if indices.dim() == 3 else indices[:, None].expand(-1, heads, -1)
         pairs = (compact_kv(*pair, every) for pair in zip(stored[::2], stored[1::2]))
-        positions = self.positions if slots.dim() == self.positions.dim() else by_head(self.positions, heads)
-        self._hold(tuple(states for pair in pairs for states in pair), positions.gather(-1, slots), valid)
+        positions = self.positions if indices.dim() == self.positions.dim() else by_head(self.positions, heads)
+        self._hold(tuple(states for pair in pairs for states in pair), positions.gather(-1, indices), valid)
 
     def retain(self, wanted: Tensor) -> None:
         """Keeps the valid entries that are wanted, bool like `positions`; moves two numbers to the host."""
@@ -257,8 +257,8 @@ class LayerCache:
             wanted = wanted & self.valid
         counts = wanted.sum(-1)
         most, least = torch.stack([counts.max(), counts.min()]).tolist()
-        slots, valid = kept_indices(wanted, most)
-        self.keep(slots, None if most == least else valid)
+        indices, valid = kept_indices(wanted, most)
+        self.keep(indices, None if most == least else valid)
 
     def forget(self, sliding_window: int, spare: int = 0) -> None:
         """Drops the entries that no later token can see through the sliding window, even after a crop by `spare`

@@ -6,6 +6,7 @@ Shapes: B batch, M new tokens, N tokens so far, T tokens of all prompts at the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from flexasl.attention_spec import AttentionSpec
 from flexasl.cache import SPARE, LayerCache
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.layer_step import LayerStep
-from flexasl.masks import SettledMask, Visibility
+from flexasl.masks import FixedMask, Visibility
 from flexasl.policies import Policy, choose
 from flexasl.policies.contract import resolved
 from flexasl.prefill import Prefill
@@ -84,23 +86,30 @@ class ForwardPass:
         compiled: bool = False,
     ) -> ForwardPass:
         """The pass over new tokens after those that the caches, one a layer, hold: of prompts, padded on the left,
-        where they hold none. attention_mask [B, N] is 1 at all tokens of the sequences so far, the new ones at its
-        end, and 0 at padding. ranking_layers: those that see the whole prompt (default: all)."""
+        where they hold none, or of a later turn. attention_mask [B, N] is 1 at all tokens of the sequences so far, the
+        new ones at its end, and 0 at padding. ranking_layers: those that see the whole prompt (default: all). Raises
+        `FlexASLError` where these do not belong together."""
         from flexasl.prompt_pass import PromptPass
 
-        past, (batch, tokens) = caches[0].seen, attention_mask.shape
-        device = attention_mask.device
+        if not caches:
+            raise FlexASLError("caches is empty; give a LayerCache for each layer")
+        (batch, tokens), device = attention_mask.shape, attention_mask.device
+        past = positions_read(caches, batch)
+        if batch == 0 or tokens <= past:
+            raise FlexASLError(
+                f"attention_mask is {[batch, tokens]} where the caches have read {past} tokens; give "
+                "[rows, all tokens so far], new ones included"
+            )
+        valid = None if bool(attention_mask.all()) else attention_mask.bool()
         positions = torch.arange(past, tokens, dtype=torch.int64, device=device).expand(batch, -1)
-        if past > 0:
-            valid = attention_mask.bool()
-            return ForwardPass(caches, positions, None if bool(valid.all()) else valid, compiled=compiled)
         chosen, settings = choose(policy, config)
         rule = resolved(chosen, settings, len(caches), ranking_layers)
-        lengths = left_padded_lengths(attention_mask)
-        prefill = Prefill(
-            chosen, rule, len(caches), lengths, tokens=tokens, device=device, ranking_layers=ranking_layers
-        )
-        return PromptPass(caches, prefill, positions, compiled=compiled)
+        if not is_prompt(rule, past, tokens - past):
+            return ForwardPass(caches, positions, valid, compiled=compiled)
+        lengths = left_padded_lengths(attention_mask[:, past:])
+        where: dict[str, Any] = {"tokens": tokens - past, "device": device, "ranking_layers": ranking_layers}
+        prefill = Prefill(chosen, rule, len(caches), lengths, **where)
+        return PromptPass(caches, prefill, positions, valid if past > 0 else None, compiled=compiled)
 
     def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         """The layer's input, made of the model's own [B, M, C] or of what `after_layer` gave, and what its attention
@@ -166,7 +175,7 @@ class ForwardPass:
         # The same to a graph whatever lengths, sliding window and mask.
         if visible is not None:
             mask = visible.whole_mask(attention.spec)
-            visible = SettledMask(bare(mask.expand(-1, keys.shape[1], -1, -1).contiguous()))
+            visible = FixedMask(bare(mask.expand(-1, keys.shape[1], -1, -1).contiguous()))
         reach = None if window is None else count
         return LayerStep(attention, visible=visible, keys=bare(keys), values=bare(values), cut=True, reach=reach)
 
@@ -194,6 +203,23 @@ class ForwardPass:
                 valid = valid & (known if known.dim() == 2 else known[:, 0])
             made = self._masks[count] = Visibility(self.positions, at, valid)
         return made
+
+
+def positions_read(caches: Sequence[LayerCache], batch: int) -> int:
+    """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
+    seen, held = caches[0].seen, caches[0].positions
+    if caches[0].unfinished or any(cache.seen != seen for cache in caches):
+        raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
+    if held is not None and held.shape[0] != batch:
+        raise UnsupportedError(
+            f"the batch has {batch} rows where KV caches hold {held.shape[0]}; give as many, or new caches"
+        )
+    return seen
+
+
+def is_prompt(config: ASLConfig, past: int, count: int) -> bool:
+    """Whether so many new tokens after so many positions are read as a prompt, which may be pruned."""
+    return past == 0 or (count > 1 and config.later_turns == "prune")
 
 
 def look_up(valid: Tensor, positions: Tensor) -> Tensor:

@@ -121,31 +121,31 @@ class Visibility:
         )
 
     def _mask_mod(self, sliding_window: int | None, heads: int, key: Tensor, valid: Tensor) -> Any:
-        """Captures tensors only: flex_attention on CPU does not compile with an int that dynamo made dynamic."""
-        query, batch, groups = self.query_positions, self.query_positions.shape[0], key.shape[1]
-        device = query.device
-        group = None
+        """One function for all masks, whose differences are in the tensors that it captures, so that a compiler makes
+        no graph for each. Tensors only: flex_attention on CPU does not compile with an int that dynamo made dynamic."""
+        (rows, queries), (_, groups, keys), device = self.query_positions.shape, key.shape, key.device
+        # Copies, because a compiler makes other graphs for views.
+        query, seen, real = (states.flatten().clone() for states in (self.query_positions, key, valid))
+        lowest = torch.iinfo(query.dtype).min
+        oldest = torch.full_like(query, lowest) if sliding_window is None else query - sliding_window
+        own = torch.arange(keys - queries, keys, dtype=torch.int64, device=device)
+        heads_at = None
         if groups > 1:
-            group = torch.arange(groups, dtype=torch.int64, device=device).repeat_interleave(heads // groups)
-        oldest = None if sliding_window is None else query - sliding_window
-        own = torch.arange(key.shape[2] - query.shape[1], key.shape[2], dtype=torch.int64, device=device)
-        masked, batched = self.key_valid is not None, batch > 1
+            first_keys = torch.arange(0, groups * keys, keys, dtype=torch.int64, device=device)
+            heads_at = first_keys.repeat_interleave(heads // groups, output_size=heads)
+        query_step = torch.full((), queries if rows > 1 else 0, dtype=torch.int64, device=device)
+        key_step = torch.full((), groups * keys if key.shape[0] > 1 else 0, dtype=torch.int64, device=device)
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            row = b if batched else 0
-            head = 0 if group is None else group[h]
-            seen = key[row, head, k]
-            allowed = seen <= query[row, q]
-            if oldest is not None:
-                allowed = allowed & (seen > oldest[row, q])
-            if masked:
-                allowed = (allowed & valid[row, head, k]) | (own[q] == k)
-            return allowed
+            mine, at = b * query_step + q, b * key_step + k
+            if heads_at is not None:
+                at = at + heads_at[h]
+            return ((seen[at] <= query[mine]) & (seen[at] > oldest[mine]) & real[at]) | (own[q] == k)
 
         return sees
 
 
-class SettledMask(Visibility):
+class FixedMask(Visibility):
     """One bool mask [B, 1 or G, M, N], sliding window included, which a graph takes as the tensor that it is."""
 
     def __init__(self, mask: Tensor) -> None:

@@ -72,7 +72,9 @@ class Prefill:
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.device = torch.device(device)
         self.ranking_layers = ranking_layers
-        self.rows = self._asking(Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows)
+        self.rows = self._with_scoring_tokens(
+            Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
+        )
         """The tokens that the current layer runs on."""
         self.counts = list(self.rows.lengths)
         """Each row's tokens that go on from the current layer."""
@@ -176,7 +178,7 @@ class Prefill:
             else:
                 going.append(torch.arange(start, start + length, dtype=torch.int64, device=self.device))
         tokens = torch.cat(going)
-        self.rows = self._asking(Rows(self.counts, before.positions[tokens], contiguous=False))
+        self.rows = self._with_scoring_tokens(Rows(self.counts, before.positions[tokens], contiguous=False))
         return tokens
 
     @property
@@ -228,9 +230,9 @@ class Prefill:
         """Why the row was pruned where it was, or was not pruned: one sentence."""
         return self.selector.reason(row, self.selections.get(row, [None])[-1])
 
-    def _asking(self, rows: Rows) -> Rows:
-        if self.policy.asking is not None:
-            rows.asking = self.policy.asking(rows, self.config)
+    def _with_scoring_tokens(self, rows: Rows) -> Rows:
+        if self.policy.scoring_tokens is not None:
+            rows.scoring_tokens = self.policy.scoring_tokens(rows, self.config)
         return rows
 
     def _decides(self, layer: int) -> bool:

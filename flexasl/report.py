@@ -107,7 +107,7 @@ class Report:
     rows: tuple[RowReport, ...]
     """One entry per row of the batch."""
     kv_tokens: tuple[Count, ...]
-    """Slots stored after prefill, per row and KV head; one entry per layer."""
+    """Entries stored after prefill, per row and KV head; one entry per layer."""
     kv_bytes: Count
     """Bytes of keys and values stored after prefill, scales included, over all rows and layers."""
     kv_bytes_full: Count
@@ -160,7 +160,7 @@ class Report:
             f"({self.kv_share:.0%} of full)" + (f", kept in {kept_in}" if kept_in else "")
         )
         if self.kv_tokens:
-            lines += _wrap(f"KV slots per head: {_runs(self.kv_tokens)}", indent="  ")
+            lines += _wrap(f"KV entries per head: {_ranges(self.kv_tokens)}", indent="  ")
         lines.append(f"prefill: {self.prefill_seconds:.2f} s")
         return visible("\n".join(lines))
 
@@ -279,16 +279,16 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _runs(slots: tuple[int, ...]) -> str:
-    """Slots per layer, equal neighbours together: `layers 0-18: 512, 19-29: 480`."""
+def _ranges(entries: tuple[int, ...]) -> str:
+    """Entries per layer, equal neighbours together: `layers 0-18: 512, 19-29: 480`."""
     parts = []
     first = 0
-    for layer in range(1, len(slots) + 1):
-        if layer == len(slots) or slots[layer] != slots[first]:
+    for layer in range(1, len(entries) + 1):
+        if layer == len(entries) or entries[layer] != entries[first]:
             span = f"{first}-{layer - 1}" if layer - 1 > first else f"{first}"
-            parts.append(f"{span}: {slots[first]:,}")
+            parts.append(f"{span}: {entries[first]:,}")
             first = layer
-    return ("layers " if len(slots) > 1 else "layer ") + ", ".join(parts)
+    return ("layers " if len(entries) > 1 else "layer ") + ", ".join(parts)
 
 
 def _curve_lines(row: RowReport) -> list[str]:

@@ -68,7 +68,7 @@ class Rows:
         self.layout = layout
         """[1 + B] int64 on the host: contiguous, then lengths; a graph that takes these as a tensor is good for all."""
         self.batch_rows = batch_rows
-        self.asking: Sequence[Tensor] | None = None
+        self.scoring_tokens: Sequence[Tensor] | None = None
         """Of each row, the places [W] int64 among its tokens of those whose queries are scored; None: the last ones."""
         self.past: tuple[Tensor, Tensor | None, int] | None = None
         """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
@@ -94,13 +94,13 @@ class Rows:
     def masked(self, kept: Tensor) -> Rows:
         """The same tokens, of which some are masked out."""
         made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
-        made.asking = self.asking
+        made.scoring_tokens = self.scoring_tokens
         return made
 
     def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
         made = Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout)
-        made.asking, made.past = self.asking, (positions, valid, seen)
+        made.scoring_tokens, made.past = self.scoring_tokens, (positions, valid, seen)
         return made
 
     def of(self, row: int) -> slice:
@@ -157,12 +157,12 @@ class Rows:
         return tokens.where(real, ends[:, None] - 1), real
 
     def queries(self, window: int) -> Tensor:
-        """Where the tokens are whose queries are scored, those `asking` or each row's last `window`, all of a row that
-        has fewer: [K] int64."""
+        """Where the tokens are whose queries are scored, those `scoring_tokens` or each row's last `window`, all of a
+        row that has fewer: [K] int64."""
         made = self._queries.get(window)
         if made is None:
-            if self.asking is not None:
-                parts = [start + own for start, own in zip(self.starts, self.asking)]
+            if self.scoring_tokens is not None:
+                parts = [start + own for start, own in zip(self.starts, self.scoring_tokens)]
             else:
                 spans = [(start + max(0, n - window), start + n) for start, n in zip(self.starts, self.lengths)]
                 parts = [torch.arange(*span, dtype=torch.int64, device=self.positions.device) for span in spans]
@@ -216,7 +216,7 @@ class Rows:
         tokens = slice(self.starts[first], self.starts[first] + sum(lengths))
         kept = None if self.kept is None else self.kept[tokens].clone()
         made = Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
-        made.asking = None if self.asking is None else self.asking[first:stop]
+        made.scoring_tokens = None if self.scoring_tokens is None else self.scoring_tokens[first:stop]
         return tokens, made
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:

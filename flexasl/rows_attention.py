@@ -87,7 +87,7 @@ def scores(
     window, found = scoring.window, []
     for part in rows.parts:
         chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
-        for some in [chosen] if chosen and rows.asking is None else [[one] for one in chosen]:
+        for some in [chosen] if chosen and rows.scoring_tokens is None else [[one] for one in chosen]:
             if part.length <= window:
                 found.append([query.new_zeros(len(some), key.shape[1], 0, dtype=torch.float32)] * (1 + mass))
                 continue
@@ -95,7 +95,7 @@ def scores(
             if mass:
                 made = list(seen.window_scores(mass=True))
                 made[0] = made[0] if score is Scored.window_scores else score(seen)
-                made[1] = made[1] if rows.asking is None else made[1] * (window / seen.query.shape[2])
+                made[1] = made[1] if rows.scoring_tokens is None else made[1] * (window / seen.query.shape[2])
             else:
                 made = [score(seen)]
             found.append([states[..., rows.entries :] for states in made])
@@ -120,14 +120,14 @@ def _scored(
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:
         keys, at, valid = _padding_first(keys, at, valid)
-    if rows.asking is None:
+    if rows.scoring_tokens is None:
         before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
         queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
         return Scored(queries, keys, attention, scoring, valid, at, sinks, None)
     row = part.first + chosen[0]
-    counts = list(map(len, rows.asking))
+    counts = list(map(len, rows.scoring_tokens))
     queries = query.narrow(2, sum(counts[:row]), counts[row])
-    return Scored(queries, keys, attention, scoring, valid, at, sinks, (rows.asking[row] + rows.entries)[None])
+    return Scored(queries, keys, attention, scoring, valid, at, sinks, (rows.scoring_tokens[row] + rows.entries)[None])
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:

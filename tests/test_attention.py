@@ -254,9 +254,9 @@ def test_scores_by_queries_anywhere(by_head, mass):
     made = module.scores(query, key, scoring, positions=at, sinks=sinks, query_at=query_at, mass=mass)
     for head in range(2):
         own = slice(2 * head, 2 * head + 2)
-        asking = query_at[:, head] if by_head else query_at
+        scoring_tokens = query_at[:, head] if by_head else query_at
         arguments = query[:, own], key[:, head : head + 1], 3, "avgpool", module.spec.text, None, at[:, head]
-        want = reference.window_scores_and_mass(*arguments, sinks[own], asking)
+        want = reference.window_scores_and_mass(*arguments, sinks[own], scoring_tokens)
         for got, whole in zip(made if mass else (made,), want):
             assert got.shape == (2, 2, 20)
             torch.testing.assert_close(got[:, head].double(), whole[:, 0], rtol=1e-5, atol=1e-7)
@@ -345,8 +345,8 @@ def test_flex_compiles_apart_for_each_shape_and_as_a_whole_graph(monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **settings: made.append((function, settings)))
     flex._compiled.cache_clear()
-    for shapes in (None, (torch.Size([9]),), (torch.Size([8]),)):
-        flex._compiled(shapes)
+    for kind, dynamic in (("any",), True), ((torch.Size([9]),), False), ((torch.Size([8]),), False):
+        flex._compiled(kind, dynamic)
     flex._compiled.cache_clear()
     assert len({id(function.__code__) for function, _ in made}) == 3
     assert [settings for _, settings in made] == [

@@ -134,3 +134,43 @@ def test_the_example_runs(capsys):
     assert "64 kept from layer 4 of 6 on" in said
     apart = [float(line.split(": ")[1].split()[0]) for line in said.splitlines() if "apart" in line]
     assert apart[0] < 1e-4 < apart[1]
+
+
+def test_a_later_turn_of_a_decoder_of_ones_own_is_pruned_like_a_prompt_or_kept():
+    model, prompt, more = decoder(), torch.randint(257, (2, 60)), torch.randint(257, (2, 50))
+    mask = torch.ones(2, 110, dtype=torch.int64)
+    mask[0, :7] = 0
+    config = ASLConfig(select_tokens=24, window=8, min_layer=1, max_layer=1, observe_layers=1)
+    for later, kept in (("keep", 50), ("prune", 24)):
+        caches, config = [flexasl.LayerCache() for _ in model.blocks], config.replace(later_turns=later)
+        first = plain.read(model, prompt, caches, mask[:, :60], config)[1]
+        assert [row.kept_tokens for row in first.rows] == [24, 24] and [row.prompt_tokens for row in first.rows] == [
+            53,
+            60,
+        ]
+        second = plain.read(model, more, caches, mask, config)[1]
+        assert (second is None) == (later == "keep")
+        assert caches[5].keys.shape[2] == 24 + kept and caches[0].seen == 110
+
+
+def test_a_forward_pass_refuses_what_does_not_belong_together():
+    model, prompt = decoder(), torch.randint(257, (2, 60))
+    caches = [flexasl.LayerCache() for _ in model.blocks]
+    begin, ones = flexasl.ForwardPass.begin, torch.ones
+    with pytest.raises(flexasl.FlexASLError, match="caches is empty; give a LayerCache for each layer"):
+        begin([], ones(2, 60))
+    with pytest.raises(flexasl.FlexASLError, match=r"attention_mask is \[0, 60\] where the caches have read 0 tokens"):
+        begin(caches, ones(0, 60))
+    plain.read(model, prompt, caches, torch.ones_like(prompt), ASLConfig())
+    with pytest.raises(
+        flexasl.FlexASLError, match=r"attention_mask is \[2, 1\] where the caches have read 60 tokens; give"
+    ):
+        begin(caches, ones(2, 1))
+    with pytest.raises(flexasl.UnsupportedError, match="the batch has 3 rows where KV caches hold 2"):
+        begin(caches, ones(3, 61))
+    started = begin(caches, ones(2, 61))
+    hidden, step = started.before_layer(0, model.blocks[0].attention, torch.zeros(2, 1, 64).double())
+    cos, sin = plain.rotary_tables(started.positions, model.dim)
+    started.after_layer(0, step, model.blocks[0](hidden, cos, sin, step))
+    with pytest.raises(flexasl.UnsupportedError, match="half filled by a pass that failed"):
+        begin(caches, ones(2, 62))

@@ -382,9 +382,9 @@ def examples():
     yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at)
     yield ops.window_scores, (*states(), 3, "maxpool", spec, valid, at, None, query_at)
     yield ops.window_scores, (*states(tokens=4), 3, "avgpool")
-    for asking in (None, query_at):
-        yield ops.window_scores_and_mass, (*states(), 5, "avgpool", spec, valid, at, torch.randn(4), asking)
-        yield ops.window_mass, (*states(), spec, None, None, None, asking)
+    for scoring_tokens in (None, query_at):
+        yield ops.window_scores_and_mass, (*states(), 5, "avgpool", spec, valid, at, torch.randn(4), scoring_tokens)
+        yield ops.window_mass, (*states(), spec, None, None, None, scoring_tokens)
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)

@@ -516,3 +516,18 @@ def test_selections_are_checked(selections, message):
     model = tiny()
     with flexasl.patch(model, SMALL, Own()), pytest.raises(ConfigError, match=f"policy 'told': selection: {message}"):
         model(**left_padded(prompts(90, 61)))
+
+
+def test_other_tokens_can_score():
+    """As docs/policies.md shows it; tokens are ranked by what these queries attend to."""
+    names = documented("Other queries")
+    policy = next(kind for kind in names.values() if isinstance(kind, type) and kind.__module__ != "flexasl.policies")()
+    model, rows = tiny("llama", torch.float64), prompts(90, 20, 61)
+    config = counting(policy)
+    report = model_report(model, config, policy, rows)
+    usual = model_report(model, config, "asl", rows)
+    assert [row.kept_tokens for row in report.rows] == [24, 20, 24]
+    assert report.rows[0].kept_positions != usual.rows[0].kept_positions
+    for row, own in zip(report.rows, rows, strict=True):
+        alone = model_report(model, config, policy, [own]).rows[0]
+        assert (alone.selections, alone.kept_positions) == (row.selections, row.kept_positions)

@@ -190,7 +190,9 @@ def test_rows_as_a_padded_batch_and_back():
 def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past, sinks):
     rows, generator = Rows.left_padded(lengths, max(lengths), torch.device("cpu")), torch.Generator().manual_seed(seed)
     query, key, _ = states(rows.total, seed)
-    rows.asking = [torch.randperm(length, generator=generator)[: 1 + seed % length].sort().values for length in lengths]
+    rows.scoring_tokens = [
+        torch.randperm(length, generator=generator)[: 1 + seed % length].sort().values for length in lengths
+    ]
     held, joined = 0, key
     if past:
         held = 5
@@ -198,9 +200,9 @@ def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past
         before = torch.randn(len(lengths), GROUPS, 5, DIM, generator=generator, dtype=torch.float64)
         joined = rows.join(before, key)
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
-    asking = query[:, :, rows.queries(3)]
-    made, mass = scores(rows, attention, asking, joined, SCORING, range(len(lengths)), extra, mass=True)
-    alone = scores(rows, attention, asking, joined, SCORING, range(len(lengths)), extra)[0]
+    scoring_tokens = query[:, :, rows.queries(3)]
+    made, mass = scores(rows, attention, scoring_tokens, joined, SCORING, range(len(lengths)), extra, mass=True)
+    alone = scores(rows, attention, scoring_tokens, joined, SCORING, range(len(lengths)), extra)[0]
     assert torch.equal(alone, made)
     for row, length in enumerate(lengths):
         own = rows.of(row)
@@ -208,7 +210,7 @@ def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past
             assert not made[row].any()
             continue
         keys = torch.cat([before[row : row + 1], key[:, :, own]], 2) if past else key[:, :, own]
-        at = rows.asking[row]
+        at = rows.scoring_tokens[row]
         positions = torch.cat([torch.arange(held), rows.positions[own] + held])[None]
         marks = {"sinks": extra, "query_at": at[None] + held, "positions": positions}
         want, whole = attention.scores(query[:, :, own][:, :, at], keys, SCORING, **marks, mass=True)
@@ -218,7 +220,7 @@ def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past
 
 def test_groups_keep_the_tokens_that_score():
     rows = Rows.left_padded([4, 2, 3], 4, torch.device("cpu"))
-    rows.asking = [torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([0])]
+    rows.scoring_tokens = [torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([0])]
     assert rows.queries(1).tolist() == [0, 2, 5, 6]
     with pytest.MonkeyPatch.context() as context:
         context.setattr("flexasl.rows.GROUP", 4)

@@ -23,7 +23,7 @@ from flexasl.checks import instance
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
-from flexasl.forward_pass import ForwardPass
+from flexasl.forward_pass import ForwardPass, is_prompt
 from flexasl.integrations.hooks import ForeignHooks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
@@ -164,23 +164,6 @@ class BasePatch:
         if self._layers[0].training:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
 
-    def past(self, caches: Sequence[LayerCache] | None, batch: int) -> int:
-        """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
-        if not caches:
-            return 0
-        seen, held = caches[0].seen, caches[0].positions
-        if caches[0].unfinished or any(cache.seen != seen for cache in caches):
-            raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
-        if held is not None and held.shape[0] != batch:
-            raise UnsupportedError(
-                f"the batch has {batch} rows where KV caches hold {held.shape[0]}; give as many, or new caches"
-            )
-        return seen
-
-    def is_prompt(self, past: int, count: int) -> bool:
-        """Whether so many new tokens after so many positions are read as a prompt, which may be pruned."""
-        return past == 0 or (count > 1 and self.config.later_turns == "prune")
-
     def begin(
         self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
     ) -> ForwardPass:
@@ -191,7 +174,7 @@ class BasePatch:
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
         past = caches[0].seen if caches else 0
         positions = torch.arange(past, past + count, dtype=torch.int64, device=device).expand(batch, -1)
-        if not self.is_prompt(past, count):
+        if not is_prompt(self.config, past, count):
             assert caches is not None
             self._foreign.check_decode(self.compiled)
             return ForwardPass(caches, positions, valid, compiled=self.compiled)

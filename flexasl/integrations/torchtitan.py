@@ -34,7 +34,7 @@ from flexasl.cache import LayerCache
 from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
-from flexasl.forward_pass import ForwardPass
+from flexasl.forward_pass import ForwardPass, positions_read
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state, restart
 from flexasl.policies import Policy
 
@@ -74,7 +74,7 @@ class Patch(BasePatch):
         _refuse_call(decoder, positions, cache)
         batch, count = tokens.shape
         caches = cache.layers if isinstance(cache, KVCache) else None
-        past = self.past(caches, batch)
+        past = positions_read(caches, batch) if caches else 0
         given = cache.validity(past + count) if isinstance(cache, KVCache) else cache
         valid = padding(given, batch, past + count, tokens.device, self.MASK)
         forward_pass = self.begin(caches, valid, batch, count, tokens.device)

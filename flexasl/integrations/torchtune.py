@@ -18,7 +18,7 @@ from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
-from flexasl.forward_pass import ForwardPass
+from flexasl.forward_pass import ForwardPass, positions_read
 from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
 from flexasl.masks import Visibility
 from flexasl.policies import Policy
@@ -79,7 +79,7 @@ class Patch(BasePatch):
         if caches is not None and (mask is None or positions is None):
             return None  # which torchtune refuses
         batch, count = tokens.shape
-        past = self.past(caches, batch)
+        past = positions_read(caches, batch) if caches else 0
         _refuse_call(decoder, kwargs, tokens, caches)
         forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
         positions = forward_pass.positions if positions is None else positions.reshape(-1, count)

@@ -18,7 +18,7 @@ from flexasl.kernels import eager, flex, sdpa
 from flexasl.kernels.gradients import attention_gradients
 from flexasl.kernels.sdpa import one_token
 from flexasl.kernels.varlen import can_varlen, varlen_attention
-from flexasl.masks import SettledMask, Visibility
+from flexasl.masks import FixedMask, Visibility
 
 __all__ = ["attend", "attention_gradients", "can_varlen", "choose", "fastest", "one_token", "varlen_attention"]
 
@@ -67,7 +67,7 @@ def choose(
         )
     masked = visible is not None or spec.needs_positions(key.shape[2])
     chosen = fastest(spec, query.is_cuda, masked and query.shape[2] > 1, sinks is not None)
-    return "eager" if chosen == "flex" and isinstance(visible, SettledMask) else chosen
+    return "eager" if chosen == "flex" and isinstance(visible, FixedMask) else chosen
 
 
 def fastest(spec: AttentionSpec, cuda: bool, masked: bool, sinks: bool = False) -> Name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -20,12 +21,17 @@ def attend(
 ) -> Tensor:
     """Attention that computes no block of which nothing is seen. On CPU it compiles a graph for every length, and is
     there to compare with."""
-    keys = key.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
     if visible is None:
-        visible = Visibility.last(query.shape[2], keys, query.device)
+        visible = Visibility.last(queries, keys, query.device)
     settings = spec.flex(visible, query.shape[1], query.shape[3])
     if query.is_cuda:
-        run = flex_attention if torch.compiler.is_compiling() else _compiled(None)
+        if queries > 1:
+            # For fewer than 128 queries torch would take its decoding kernel, which has no tile for more than 128 rows
+            # of queries times heads: NoValidChoicesError in torch 2.11 to 2.13.
+            settings["kernel_options"] = {"BACKEND": "TRITON"}
+        compiling = torch.compiler.is_compiling()
+        run = flex_attention if compiling else _compiled(_kind(spec, query, key, value, visible, sinks), True)
     else:
         # torch 2.13 on CPU: graphs for any length often fail to build, and few keys give wrong results.
         if keys < BLOCK:
@@ -33,17 +39,28 @@ def attend(
                 f"kernel='flex' is wrong on {query.device.type} for fewer than {BLOCK} keys, here {keys}; "
                 "give kernel='auto'"
             )
-        run = _compiled((query.shape, key.shape, value.shape))
+        run = _compiled((query.shape, key.shape, value.shape), False)
     if sinks is None:
         return run(query, key, value, **settings, enable_gqa=True)
     out, logsumexp = run(query, key, value, **settings, enable_gqa=True, return_lse=True)
     return out * (logsumexp - sinks[:, None]).sigmoid()[..., None].to(out.dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(shapes: tuple[torch.Size, ...] | None) -> Any:
-    """`flex_attention` compiled for any lengths, or for these shapes alone. fullgraph: past the recompile limit a
-    compile without it runs the uncompiled function in silence, which reads no block lists."""
+def _kind(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, visible: Visibility, sinks: Tensor | None
+) -> Hashable:
+    """All that a graph for any lengths takes for granted."""
+    counts = query.shape[0], query.shape[2], key.shape[2], visible.query_positions.shape[0]
+    ones, one_block = [count == 1 for count in counts], [count <= BLOCK for count in counts[1:3]]
+    features = [spec.is_plain, sinks is None, visible.key_positions.dim()]
+    return query.dtype, query.shape[1], query.shape[3], key.shape[1], value.shape[3], *ones, *one_block, *features
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(kind: Hashable, dynamic: bool) -> Any:
+    """`flex_attention` compiled for one kind of inputs: a code object each, because torch makes 8 graphs of one at
+    most. fullgraph: past that a compile without it runs the uncompiled function in silence, which reads no block
+    lists."""
     own = types.FunctionType(flex_attention.__code__.replace(), flex_attention.__globals__, "flex_attention")
     own.__kwdefaults__, own.__defaults__ = flex_attention.__kwdefaults__, flex_attention.__defaults__
-    return torch.compile(own, fullgraph=True, dynamic=shapes is None)
+    return torch.compile(own, fullgraph=True, dynamic=dynamic)

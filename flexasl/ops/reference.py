@@ -127,15 +127,15 @@ def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | No
     return keep if valid is None else keep & valid
 
 
-def gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
-    """states [B or 1, N, ...], slots [B, K] → [B, K, ...]."""
-    return torch.stack([row[own] for row, own in zip(states.expand(len(slots), *states.shape[1:]), slots)])
+def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
+    """states [B or 1, N, ...], indices [B, K] → [B, K, ...]."""
+    return torch.stack([row[own] for row, own in zip(states.expand(len(indices), *states.shape[1:]), indices)])
 
 
-def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """keys [B or 1, G, N, D], values [B or 1, G, N, E], slots [B, G, K] → [B, G, K, D], [B, G, K, E]."""
-    heads = (states.expand(len(slots), *states.shape[1:]).flatten(0, 1) for states in (keys, values))
-    kept = (gather_tokens(states, slots.flatten(0, 1)).unflatten(0, slots.shape[:2]) for states in heads)
+def compact_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """keys [B or 1, G, N, D], values [B or 1, G, N, E], indices [B, G, K] → [B, G, K, D], [B, G, K, E]."""
+    heads = (states.expand(len(indices), *states.shape[1:]).flatten(0, 1) for states in (keys, values))
+    kept = (gather_tokens(states, indices.flatten(0, 1)).unflatten(0, indices.shape[:2]) for states in heads)
     return next(kept), next(kept)
 
 
@@ -143,8 +143,8 @@ def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """keep [N] bool → the places that stay, ascending, behind others up to `count`; and which of these stay."""
     kept = keep.nonzero()[:, 0]
     filler = (~keep).nonzero()[: count - len(kept), 0]
-    stays = torch.arange(count, dtype=torch.int64, device=keep.device) >= len(filler)
-    return torch.cat([filler, kept]), stays
+    kept = torch.arange(count, dtype=torch.int64, device=keep.device) >= len(filler)
+    return torch.cat([filler, kept]), kept
 
 
 def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """From ranks to the tokens that stay, and moving them together.
 
-Shapes: B batch, G KV heads, N slots, P = N - W prefix slots, W window, K kept slots, D head dim.
+Shapes: B batch, G KV heads, N indices, P = N - W prefix indices, W window, K kept indices, D head dim.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | No
     """Tokens that stay: those ranked within the budget, and the window.
 
     ranks [B, P] int32; budget [B] int counts prefix tokens; valid [B, P + window] bool is False at padding, which never
-    stays. → keep [B, P + window] bool.
+    kept. → keep [B, P + window] bool.
     """
     best = ranks <= budget[:, None]
     keep = torch.cat([best, best.new_ones(best.shape[0], window)], 1)
@@ -29,30 +29,31 @@ def _(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -
 
 
 @torch.library.custom_op("flexasl::gather_tokens", mutates_args=())
-def gather_tokens(states: Tensor, slots: Tensor) -> Tensor:
-    """The named slots of each row, in memory of their own: states [B or 1, N, ...], slots [B, K] int64 → [B, K, ...].
+def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
+    """The named indices of each row, in memory of their own: states [B or 1, N, ...], indices [B, K] int64 → [B, K,
+    ...].
 
     Rows are copied whole, near the speed of memory.
     """
-    rows = _count(slots.shape[0], slots)[:, None]
-    return states[rows if states.shape[0] > 1 else 0, slots]
+    rows = _count(indices.shape[0], indices)[:, None]
+    return states[rows if states.shape[0] > 1 else 0, indices]
 
 
 @gather_tokens.register_fake
-def _(states: Tensor, slots: Tensor) -> Tensor:
-    return states.new_empty(*slots.shape, *states.shape[2:])
+def _(states: Tensor, indices: Tensor) -> Tensor:
+    return states.new_empty(*indices.shape, *states.shape[2:])
 
 
 def _remember_states(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    states, slots = inputs
-    ctx.save_for_backward(slots)
+    states, indices = inputs
+    ctx.save_for_backward(indices)
     ctx.shape = states.shape
 
 
 def _scatter_tokens(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (slots,) = ctx.saved_tensors
+    (indices,) = ctx.saved_tensors
     rows, tokens = ctx.shape[:2]
-    places = slots if rows == 1 else slots + _count(rows, slots)[:, None] * tokens
+    places = indices if rows == 1 else indices + _count(rows, indices)[:, None] * tokens
     return _added(grad.flatten(0, 1), places, rows * tokens).view(ctx.shape), None
 
 
@@ -60,31 +61,31 @@ gather_tokens.register_autograd(_scatter_tokens, setup_context=_remember_states)
 
 
 @torch.library.custom_op("flexasl::compact_kv", mutates_args=())
-def compact_kv(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def compact_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The named entries of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
-    [B or 1, G, N, E], slots [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
-    rows, heads = _count(keys.shape[0], slots)[:, None, None], _count(slots.shape[1], slots)[:, None]
-    return keys[rows, heads, slots], values[rows, heads, slots]
+    [B or 1, G, N, E], indices [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
+    rows, heads = _count(keys.shape[0], indices)[:, None, None], _count(indices.shape[1], indices)[:, None]
+    return keys[rows, heads, indices], values[rows, heads, indices]
 
 
 @compact_kv.register_fake
-def _(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    return keys.new_empty(*slots.shape, keys.shape[-1]), values.new_empty(*slots.shape, values.shape[-1])
+def _(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return keys.new_empty(*indices.shape, keys.shape[-1]), values.new_empty(*indices.shape, values.shape[-1])
 
 
 def _remember_entries(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    keys, values, slots = inputs
-    ctx.save_for_backward(slots)
+    keys, values, indices = inputs
+    ctx.save_for_backward(indices)
     ctx.shapes = keys.shape, values.shape
 
 
 def _scatter_entries(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-    (slots,) = ctx.saved_tensors
+    (indices,) = ctx.saved_tensors
     rows, heads, entries = ctx.shapes[0][:3]
-    firsts = _count(heads, slots)[:, None] * entries
+    firsts = _count(heads, indices)[:, None] * entries
     if rows > 1:
-        firsts = firsts + _count(rows, slots)[:, None, None] * (heads * entries)
-    places = slots + firsts
+        firsts = firsts + _count(rows, indices)[:, None, None] * (heads * entries)
+    places = indices + firsts
     keys, values = (
         _added(grad.flatten(0, 2), places, rows * heads * entries).view(shape)
         for grad, shape in zip(grads, ctx.shapes, strict=True)
@@ -105,11 +106,11 @@ def _count(count: int, like: Tensor) -> Tensor:
 
 
 def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Slots that stay, ascending, at the right end of `count` positions.
+    """Indices of the kept tokens, ascending, at the right end of `count` positions.
 
-    keep [..., N] bool with at most `count` True in any row → slots [..., count] int64 and valid [..., count] bool,
-    which is False in the positions that a row with fewer does not need; those hold slots that do not stay.
+    keep [..., N] bool with at most `count` True in any row → indices [..., count] int64 and valid [..., count] bool,
+    which is False in the positions that a row with fewer does not need; those hold indices that do not stay.
     """
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
-    slots = order[..., order.shape[-1] - count :]
-    return slots, keep.gather(-1, slots)
+    indices = order[..., order.shape[-1] - count :]
+    return indices, keep.gather(-1, indices)

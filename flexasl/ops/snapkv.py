@@ -1,6 +1,6 @@
 """Which cache entries each KV head keeps, by count or by attention mass.
 
-Shapes: B batch, G KV heads, N slots, P = N - W prefix slots, W window.
+Shapes: B batch, G KV heads, N entries, P = N - W prefix entries, W window.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Policy:
     score: Callable[[Scored], Tensor] | None = None
     """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - W] float32. None: the
     window's attention."""
-    asking: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
+    scoring_tokens: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
     """Whose queries score, as a method: of each row, places [W] int64 among its tokens. None: those of the window."""
     takes_presets: ClassVar[bool] = False
     """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may

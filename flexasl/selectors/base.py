@@ -85,7 +85,9 @@ class Selector:
     gives the selections. A row may be selected from several times, each time from the tokens that it has left.
     """
 
-    def __init__(self, why: str = "nothing is pruned") -> None:
+    _why = "nothing is pruned"
+
+    def __init__(self, why: str = _why) -> None:
         """why: the reason for every row."""
         self._why = why
 

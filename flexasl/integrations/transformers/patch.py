@@ -16,7 +16,7 @@ from flexasl.calibrated import CalibratedFor
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
-from flexasl.forward_pass import ForwardPass
+from flexasl.forward_pass import ForwardPass, is_prompt, positions_read
 from flexasl.integrations.base import SLACK, BasePatch, padding, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
@@ -166,7 +166,7 @@ class Patch(BasePatch):
             kwargs["position_ids"] = _positions(kwargs["position_ids"], batch, count)
         cache = self._cache(decoder, kwargs)
         caches = None if cache is None else cache.layers
-        past = self.past(caches, batch)
+        past = positions_read(caches, batch) if caches else 0
         if past == 0:
             refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
@@ -210,7 +210,7 @@ class Patch(BasePatch):
                 "attention_mask pads a later turn of a model with sliding windows, which count positions; "
                 "give turns of equal length, or one row at a time"
             )
-        if not self.is_prompt(past, count):
+        if not is_prompt(self.config, past, count):
             return
         refuse_parts(position_ids)
         if valid is None and restart(position_ids):
