@@ -6,6 +6,7 @@ Shapes: B rows, T tokens of all rows together, H query heads, G KV heads, D head
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
@@ -55,12 +56,30 @@ def varlen_attention(
 def _knows(spec: AttentionSpec, query: Tensor, key: Tensor) -> bool:
     """Whether the installed function has an argument for all that is asked for."""
     asked = {"window_size"} if spec.sliding_window is not None else set()
-    if key.shape[1] != query.shape[1]:
+    if key.shape[1] != query.shape[1] and not _takes_groups(query.device):
         asked.add("enable_gqa")
     if spec.factor(query.shape[3]) != query.shape[3] ** -0.5:
         asked.add("scale")
     arguments = _arguments()
     return asked <= arguments and bool(arguments & {"window_size", "is_causal"})
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_groups(device: torch.device) -> bool:
+    """Whether the installed function takes fewer KV heads than heads without an argument that says so, as in torch
+    2.11: tried once on each device."""
+    if "enable_gqa" in _arguments() or not _has_flash(device):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    settings: dict[str, Any] = {"dtype": torch.float16, "device": device, "generator": generator}
+    query, key, value = (torch.randn(8, heads, 16, **settings) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    try:
+        grouped = varlen_attn(query, key, value, ends, ends, 8, 8)
+        whole = varlen_attn(query, *(part.repeat_interleave(2, 1) for part in (key, value)), ends, ends, 8, 8)
+    except RuntimeError:
+        return False
+    return torch.equal(grouped, whole)
 
 
 def _arguments() -> set[str]:
