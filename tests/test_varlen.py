@@ -59,14 +59,34 @@ def test_it_is_asked_for_causal_attention_of_each_row(window, scale, groups, mon
 def test_what_the_installed_one_has_no_argument_for_is_not_asked_of_it(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", older)
     monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "_takes_groups", lambda device: False)
     parts = states(groups=4)
     assert can_varlen(AttentionSpec(), *parts) and can_varlen(AttentionSpec(scale=8**-0.5), *parts)
     out = varlen_attention(AttentionSpec(), *parts, boundaries(), max(LENGTHS))
     torch.testing.assert_close(out, by_row(AttentionSpec(), *parts), rtol=0, atol=0.02)
     assert not can_varlen(AttentionSpec(scale=0.3), *parts) and not can_varlen(AttentionSpec(sliding_window=4), *parts)
     assert not can_varlen(AttentionSpec(), *states(groups=2))
+    monkeypatch.setattr(varlen, "_takes_groups", lambda device: True)
+    assert can_varlen(AttentionSpec(), *states(groups=2))
     monkeypatch.setattr(varlen, "varlen_attn", None)
     assert not can_varlen(AttentionSpec(), *parts)
+
+
+@pytest.mark.parametrize("takes", [True, False, None])
+def test_grouped_heads_are_tried_where_there_is_no_argument_for_them(takes, monkeypatch):
+    def function(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        if query.shape[1] != key.shape[1]:
+            if takes is None:
+                raise RuntimeError("heads")
+            key, value = (part.repeat_interleave(2, 1) if takes else part.repeat(1, 2, 1) for part in (key, value))
+        return as_loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **settings)
+
+    settings = {"scale": None, "window_size": (-1, 0), "enable_gqa": False}
+    monkeypatch.setattr(varlen, "varlen_attn", function)
+    monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
+    varlen._takes_groups.cache_clear()
+    assert varlen._takes_groups(torch.device("cpu")) == bool(takes)
+    varlen._takes_groups.cache_clear()
 
 
 def test_it_computes_plain_attention_in_half_precision_without_gradients(monkeypatch):
