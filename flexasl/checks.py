@@ -4,17 +4,20 @@ the value as the rest of the code takes it: an int of numpy as an int."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import numbers
 import operator
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from flexasl.errors import ConfigError, FlexASLError, UnsupportedError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LONGEST = 60
 """Characters of a value that an error shows."""
@@ -138,3 +141,19 @@ def path(name: str, value: Any) -> Path:
 def renamed(old: str, new: str) -> None:
     """Warns that a public name has another one now; it goes with the next release."""
     warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
+
+
+def renames(**names: str) -> Callable[[F], F]:
+    """Lets a function take keyword arguments by their old names, with a warning: old="new"."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                renamed(old, names[old])
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(F, called)
+
+    return wrap

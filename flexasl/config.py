@@ -141,6 +141,7 @@ class ASLConfig:
         except (ConfigError, stored.Unfit) as error:
             raise ConfigError(f"{os.fspath(path)} holds no settings of ASLConfig: {error!s:.300}") from error
 
+    @checks.renames(voters="ranking_layers")
     def resolve(self, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         """The same settings for a stack of `num_layers` layers, with every default filled in that depends on the
         model.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
-from flexasl.checks import article, instance
+from flexasl.checks import article, instance, renames
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.ops import token_ranks
@@ -103,6 +103,7 @@ def replay(
     return rows
 
 
+@renames(voters="ranking_layers")
 @torch.no_grad()
 def replay_scores(
     scores: Tensor, config: ASLConfig | None = None, *, ranking_layers: Sequence[int] | None = None

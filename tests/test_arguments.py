@@ -190,3 +190,19 @@ def test_one_config_is_replayed_under_several_policies() -> None:
     assert layers[1:] == [2, None]
     named = flexasl.replay(QUERY, KEY, SMALL, "fixed_layer:layer=4")[0]
     assert named.selected_layer == 4
+
+
+def test_old_names_work_with_a_warning():
+    rule = SMALL.resolve(6)
+    cases = (
+        ("voters", "ranking_layers", lambda: LayerSelector(rule, [90], voters=range(6)).needs(1)),
+        ("voters", "ranking_layers", lambda: SMALL.resolve(6, voters=range(6)) == rule),
+        ("voters", "ranking_layers", lambda: flexasl.policies.ASL().resolve(SMALL, 6, voters=range(6)) == rule),
+        ("sinks", "keep_first", lambda: flexasl.policies.Streaming(sinks=3).keep_first == 3),
+        ("sinks", "keep_first", lambda: flexasl.policies.choose("streaming:sinks=3")[0].keep_first == 3),
+        ("Selection.slots", "Selection.indices", lambda: flexasl.Selection(0, 1, torch.ones(3) > 0, 3).slots[2] == 2),
+        ("LayerCache.columns", "LayerCache.positions", lambda: flexasl.LayerCache().columns is None),
+    )
+    for old, new, used in cases:
+        with pytest.warns(DeprecationWarning, match=f"^{old} is deprecated; use {new}$"):
+            assert used()

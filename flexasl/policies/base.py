@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flexasl.checks import shown
+from flexasl.checks import renames, shown
 from flexasl.config import SETTINGS, ASLConfig
 from flexasl.errors import ConfigError
 
@@ -57,6 +57,7 @@ class Policy:
         `ConfigError` where they cannot work. By default those of adaptive selection."""
         return config.resolve(num_layers, ranking_layers)
 
+    @renames(voters="ranking_layers")
     def resolve(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         """The settings that this policy runs with on `num_layers` layers, of which ranking_layers can select (None:
         all).

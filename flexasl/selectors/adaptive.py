@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexasl.checks import instance, integer
+from flexasl.checks import instance, integer, renames
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import rank_variance, select_tokens, token_ranks
@@ -51,6 +51,7 @@ class LayerSelector(Selector):
 
     once = True
 
+    @renames(voters="ranking_layers")
     def __init__(
         self,
         config: ASLConfig,
