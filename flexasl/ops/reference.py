@@ -140,11 +140,12 @@ def compact_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, T
 
 
 def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """keep [N] bool → the places that stay, ascending, behind others up to `count`; and which of these stay."""
+    """keep [N] bool → the indices that are kept, ascending, behind others up to `count`; and which of these are
+    kept."""
     kept = keep.nonzero()[:, 0]
     filler = (~keep).nonzero()[: count - len(kept), 0]
-    kept = torch.arange(count, dtype=torch.int64, device=keep.device) >= len(filler)
-    return torch.cat([filler, kept]), kept
+    real = torch.arange(count, dtype=torch.int64, device=keep.device) >= len(filler)
+    return torch.cat([filler, kept]), real
 
 
 def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:

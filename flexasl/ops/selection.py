@@ -1,6 +1,6 @@
-"""From ranks to the tokens that stay, and moving them together.
+"""From ranks to the tokens that are kept, and moving them together.
 
-Shapes: B batch, G KV heads, N indices, P = N - W prefix indices, W window, K kept indices, D head dim.
+Shapes: B batch, G KV heads, N tokens, P = N - W prefix tokens, W window, K kept tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @torch.library.custom_op("flexasl::select_tokens", mutates_args=())
 def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
-    """Tokens that stay: those ranked within the budget, and the window.
+    """Tokens that are kept: those ranked within the budget, and the window.
 
-    ranks [B, P] int32; budget [B] int counts prefix tokens; valid [B, P + window] bool is False at padding, which never
-    kept. → keep [B, P + window] bool.
+    ranks [B, P] int32; budget [B] int counts prefix tokens; valid [B, P + window] bool is False at padding, which is
+    never kept. → keep [B, P + window] bool.
     """
     best = ranks <= budget[:, None]
     keep = torch.cat([best, best.new_ones(best.shape[0], window)], 1)
@@ -30,8 +30,8 @@ def _(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -
 
 @torch.library.custom_op("flexasl::gather_tokens", mutates_args=())
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
-    """The named indices of each row, in memory of their own: states [B or 1, N, ...], indices [B, K] int64 → [B, K,
-    ...].
+    """The tokens at these indices of each row, in memory of their own: states [B or 1, N, ...], indices [B, K] int64
+    → [B, K, ...].
 
     Rows are copied whole, near the speed of memory.
     """
@@ -62,7 +62,7 @@ gather_tokens.register_autograd(_scatter_tokens, setup_context=_remember_states)
 
 @torch.library.custom_op("flexasl::compact_kv", mutates_args=())
 def compact_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The named entries of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
+    """The entries at these indices of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
     [B or 1, G, N, E], indices [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
     rows, heads = _count(keys.shape[0], indices)[:, None, None], _count(indices.shape[1], indices)[:, None]
     return keys[rows, heads, indices], values[rows, heads, indices]
@@ -106,10 +106,10 @@ def _count(count: int, like: Tensor) -> Tensor:
 
 
 def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices of the kept tokens, ascending, at the right end of `count` positions.
+    """Indices of the kept tokens, ascending, at the right end of `count` places.
 
     keep [..., N] bool with at most `count` True in any row → indices [..., count] int64 and valid [..., count] bool,
-    which is False in the positions that a row with fewer does not need; those hold indices that do not stay.
+    which is False in the places that a row with fewer does not need; those hold indices that are not kept.
     """
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     indices = order[..., order.shape[-1] - count :]
