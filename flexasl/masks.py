@@ -118,6 +118,8 @@ class Visibility:
             BLOCK_SIZE=BLOCK,
             mask_mod=self._mask_mod(sliding_window, heads, key, valid),
             seq_lengths=(queries, keys),
+            # For gradients alone; inside an op of a graph torch cannot make them.
+            compute_q_blocks=torch.is_grad_enabled(),
         )
 
     def _mask_mod(self, sliding_window: int | None, heads: int, key: Tensor, valid: Tensor) -> Any:

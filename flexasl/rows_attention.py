@@ -57,7 +57,8 @@ def attend(
         visible = None if _is_one_plain_row(rows, attention) else rows.visible(rows.parts[0])
         out: Tensor = attention(query, key, value, visible, sinks=sinks)
         return out
-    if rows.follow_order(attention.spec) and can_varlen(attention.spec, query, key, value, sinks):
+    varlen = len(rows.parts) > 1 and rows.follow_order(attention.spec)
+    if varlen and can_varlen(attention.spec, query, key, value, sinks):
         return varlen_attention(attention.spec, query, key, value, rows.cu_seqlens, rows.width)
     made = []
     for part in rows.parts:
@@ -167,7 +168,8 @@ def rows_attention(
     """`attend` of rows without a past as one node of a graph, for any number of rows of any lengths, which
     `Rows.layout` tells."""
     attention = FlexASLAttention.of(AttentionSpec.from_text(spec))
-    out = attend(_rows(layout, positions, kept), attention, query, key, value, sinks)
+    with torch.no_grad():
+        out = attend(_rows(layout, positions, kept), attention, query, key, value, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

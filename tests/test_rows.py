@@ -226,3 +226,20 @@ def test_groups_keep_the_tokens_that_score():
         context.setattr("flexasl.rows.GROUP", 4)
         groups = [(tokens.start, group.queries(1).tolist()) for tokens, group in rows.groups()]
     assert groups == [(0, [0, 2]), (4, [1]), (6, [0])]
+
+
+@torch.library.custom_op("flexasl_tests::blocks", mutates_args=())
+def blocks(states: torch.Tensor) -> torch.Tensor:
+    visible = Visibility(torch.arange(300)[None], torch.arange(300)[None], torch.arange(300)[None] != 7)
+    with torch.no_grad():
+        return states + visible.block_mask(64).kv_num_blocks.sum()
+
+
+@blocks.register_fake
+def _(states):
+    return torch.empty_like(states)
+
+
+def test_an_op_of_a_graph_can_make_block_lists():
+    graph = torch.compile(lambda states: blocks(states), fullgraph=True)
+    assert torch.equal(graph(torch.zeros(1)), blocks(torch.zeros(1)))

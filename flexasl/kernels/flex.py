@@ -43,7 +43,7 @@ def attend(
     if sinks is None:
         return run(query, key, value, **settings, enable_gqa=True)
     out, logsumexp = run(query, key, value, **settings, enable_gqa=True, return_lse=True)
-    return out * (logsumexp - sinks[:, None]).sigmoid()[..., None].to(out.dtype)
+    return (out * (logsumexp - sinks[:, None].to(logsumexp)).sigmoid()[..., None]).to(query.dtype)
 
 
 def _kind(
