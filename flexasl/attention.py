@@ -26,6 +26,8 @@ class Scoring:
     window: int = 32
     kernel_size: int = 7
     pooling: str = "avgpool"
+    power: float = 1.0
+    """What each weight is raised to; infinity takes the highest weight in place of sums."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.window, int) or self.window < 1:
@@ -34,6 +36,8 @@ class Scoring:
             raise ConfigError(f"kernel_size={self.kernel_size!r} is no odd number of tokens; give 1, 3, 5, ...")
         if self.pooling not in ("avgpool", "maxpool"):
             raise ConfigError(f"pooling={self.pooling!r} is not known; give 'avgpool' or 'maxpool'")
+        if not isinstance(self.power, (int, float)) or not self.power >= 1:
+            raise ConfigError(f"power={self.power!r} is no power of weights; give a number of at least 1, or infinity")
 
 
 class FlexASLAttention(nn.Module):
@@ -116,12 +120,12 @@ class FlexASLAttention(nn.Module):
         op: Any = window_scores_and_mass if mass else window_scores
         how = (scoring.kernel_size, scoring.pooling, self.spec.text)
         if all(states is None or states.dim() == 2 for states in marks):
-            return op(query, key, *how, valid, positions, sinks, query_at)
+            return op(query, key, *how, valid, positions, sinks, query_at, scoring.power)
         groups, parts = key.shape[1], []
         rows = zip(query.chunk(groups, 1), key.split(1, 1), [None] * groups if sinks is None else sinks.chunk(groups))
         for group, (queries, keys, own) in enumerate(rows):
             seen, at, scoring_tokens = (_of_head(states, group, groups) for states in marks)
-            made = op(queries, keys, *how, seen, at, own, scoring_tokens)
+            made = op(queries, keys, *how, seen, at, own, scoring_tokens, scoring.power)
             parts.append(made if mass else (made,))
         joined = tuple(torch.cat(part, 1) for part in zip(*parts))
         return joined if mass else joined[0]

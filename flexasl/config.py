@@ -63,6 +63,9 @@ class ASLConfig:
         25 with `"peak"`, so that a token is kept together with what stands around it.
     pooling: How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in
         the paper; `"maxpool"` with `"peak"`.
+    score_power: What each attention weight is raised to before weights of several queries and heads are added up. 1 as
+        in the paper; with 2 or 4 few heads that look a token up count for more than many that look around; `"max"`
+        takes the highest weight.
     variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest one
         so far.
     select_on: Scores that tokens are selected on: the selection layer's (the paper), each token's best of the
@@ -89,6 +92,7 @@ class ASLConfig:
     window: int = 32
     kernel_size: int | None = None
     pooling: Literal["avgpool", "maxpool"] | None = None
+    score_power: float | Literal["max"] = 1
     variance_reference: Literal["initial", "peak"] = "peak"
     select_on: Literal["last", "max", "recent"] = "recent"
     if_never: Literal["select", "keep"] | None = None
@@ -194,6 +198,11 @@ class ASLConfig:
         return None if self.kv_budget is None else _amount(self.kv_budget, prompt_tokens, self.window)
 
     @property
+    def power(self) -> float:
+        """`score_power` as a number."""
+        return math.inf if self.score_power == "max" else float(self.score_power)
+
+    @property
     def compresses_cache(self) -> bool:
         """Whether any cache entry may be dropped by SnapKV."""
         return self.kv_budget is not None or self.kv_top_p is not None
@@ -253,6 +262,11 @@ class ASLConfig:
             value = getattr(self, name)
             if value is not None or name == "select_tokens":
                 self._set(name, amount(name, value, self.window))
+        if self.score_power != "max":
+            power = real("score_power", self.score_power, "a number of at least 1, or 'max'", error=ConfigError)
+            if power < 1:
+                raise ConfigError(f"score_power={power} is too small; give a number of at least 1, or 'max'")
+            self._set("score_power", power)
         for name in ("tau", "kv_top_p"):
             value = getattr(self, name)
             if value is not None:

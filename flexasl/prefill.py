@@ -6,6 +6,7 @@ M those of the longest row, W window, P = M - W scored tokens, K kept entries, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
-from flexasl.ops import kept_indices
+from flexasl.ops import kept_indices, over_heads
 from flexasl.policies.base import Policy
 from flexasl.policies.contract import check_selections, limits_of, selector_of
 from flexasl.rows import Rows
@@ -24,7 +25,8 @@ from flexasl.rows_attention import scores
 from flexasl.selectors.base import Prompts, Selection, Selector, budget_of
 
 Observer = Callable[[int, Tensor], None]
-
+Reduce = Callable[[Tensor, bool], Tensor]
+"""Of token scores, in place, their sum over processes or, where the second is True, the highest."""
 
 Entries = tuple[Tensor, Tensor | None]
 """Cache entries that a layer keeps: tokens [B, G, K] int64, ascending in each row; valid [B, G, K] bool, None for
@@ -49,13 +51,13 @@ class Prefill:
         tokens: int | None = None,
         device: torch.device | str = "cpu",
         ranking_layers: Sequence[int] | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
         observer: Observer | None = None,
         rows: Rows | None = None,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` positions;
-        ranking_layers are those whose ranks count (default: all). reduce sums token scores [R, P] over the processes
-        that hold a part of the heads each.
+        ranking_layers are those whose ranks count (default: all). reduce joins token scores [R, P] of the
+        processes that hold a part of the heads each.
 
         observer(layer, scores [B, G, P]), where given, sees the scores of every layer, and the rule then also runs in
         rows that are too short to lose a token. rows, where given, are tokens that were selected from these prompts and
@@ -136,8 +138,8 @@ class Prefill:
             if self._observer is not None:
                 self._observer(layer, made)
             if self._decides(layer):
-                totals = (made if len(wanted) == len(undecided) else made[list(undecided)]).sum(1)
-                self.selector.observe(layer, totals if self._reduce is None else self._reduce(totals))
+                own_rows = made if len(wanted) == len(undecided) else made[list(undecided)]
+                self.selector.observe(layer, self.over_heads(own_rows))
                 self._select(layer)
             share = None if mass is None else mass / (query.shape[1] // key.shape[1] * self.config.window)
         if not compresses:
@@ -145,8 +147,13 @@ class Prefill:
         seen = made if share is None else share
         if seen is not None and groups < key.shape[1]:
             heads = seen.unflatten(1, (groups, -1))
-            seen = heads.sum(2) if share is None else heads.mean(2)
+            seen = over_heads(heads, 2, self.config.power) if share is None else heads.mean(2)
         return self._entries(layer, seen, groups)
+
+    def over_heads(self, scores: Tensor) -> Tensor:
+        """Scores [R, G, P] of this process's KV heads as token scores [R, P] of all processes' heads."""
+        totals = over_heads(scores, 1, self.config.power)
+        return totals if self._reduce is None else self._reduce(totals, self.config.power == math.inf)
 
     @property
     def first_drop(self) -> int | None:
@@ -240,7 +247,7 @@ class Prefill:
 
     def _scoring(self) -> Scoring:
         assert self.config.kernel_size is not None and self.config.pooling is not None
-        return Scoring(self.config.window, self.config.kernel_size, self.config.pooling)
+        return Scoring(self.config.window, self.config.kernel_size, self.config.pooling, self.config.power)
 
     def _select(self, layer: int) -> None:
         if self._masks:

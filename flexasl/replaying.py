@@ -95,7 +95,7 @@ def replay(
             result.kept_indices.append(_kept_indices(prefill, row, scores.get(layer), entries, key.shape[2]))
         prefill.advance()
     for row, result in enumerate(rows):
-        totals = {layer: scores[layer][row].sum(0) for layer in result.scored_layers}
+        totals = {layer: prefill.over_heads(scores[layer])[row] for layer in result.scored_layers}
         _finish(result, prefill.selector.traces.get(row), totals, lengths[row] - rule.window)
         made = prefill.selections.get(row)
         if made:

@@ -59,6 +59,7 @@ def rules(draw, most=40, layers=LAYERS):
         window=window,
         kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
         pooling=draw(st.sampled_from(["avgpool", "maxpool"])),
+        score_power=draw(st.sampled_from([1, 1, 2, "max"])),
         variance_reference=draw(st.sampled_from(["initial", "peak"])),
         select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from([None, "select", "keep"])),
@@ -371,15 +372,17 @@ def layer_oracle(query, key, positions, config, sliding_window):
     last = torch.tensor(query[None, :, positions[-config.window :]])
     keys, at = torch.tensor(key[None, :, positions]), torch.tensor([positions])
     spec = AttentionSpec(sliding_window=sliding_window).text
-    scores, mass = reference.window_scores_and_mass(last, keys, config.kernel_size, config.pooling, spec, positions=at)
+    how = config.kernel_size, config.pooling, spec
+    scores, mass = reference.window_scores_and_mass(last, keys, *how, positions=at, power=config.power)
     share = mass / (len(query) // len(key) * config.window)
     return share[0].numpy(), scores[0].numpy()
 
 
-def distinct(scores):
+def distinct(scores, power=1):
     """Whether no two scores are closer than float32 can tell, but for exact ties."""
-    gaps = np.diff(np.sort(scores, axis=-1), axis=-1)
-    return bool(((gaps == 0) | (gaps > 1e-5 * scores.max())).all())
+    ordered = np.sort(scores, axis=-1)
+    gaps, near = np.diff(ordered, axis=-1), 1e-5 * scores.max() if power == 1 else 1e-4 * ordered[..., 1:]
+    return bool(((gaps == 0) | (gaps > near)).all())
 
 
 def entries_oracle(share, scores, config, tokens):
@@ -396,7 +399,7 @@ def entries_oracle(share, scores, config, tokens):
     if config.kv_budget is None:
         return everything
     budget = min(config.cache_budget(tokens), count) - window
-    assume(distinct(scores))
+    assume(distinct(scores, config.power))
     best = [sorted(range(count - window), key=lambda j: (-head[j], j))[:budget] for head in scores]
     return [head + list(range(count - window, count)) for head in best]
 
@@ -408,8 +411,8 @@ def replay_oracle(query, key, config, sliding_window=None):
     if tokens <= config.window:
         return Decision(), [[everything] * groups] * layers
     seen = [layer_oracle(query[layer], key[layer], everything, config, sliding_window) for layer in range(layers)]
-    scores = [by_head.sum(0) for _, by_head in seen]
-    assume(distinct(np.stack(scores)))
+    scores = [by_head.max(0) if config.score_power == "max" else by_head.sum(0) for _, by_head in seen]
+    assume(distinct(np.stack(scores), config.power))
     decision = decide(config, [row.tolist() for row in scores])
     kept = []
     for layer, states in enumerate(seen):

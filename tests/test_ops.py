@@ -1,5 +1,6 @@
 """Every op against its definition in `flexasl.ops.reference`."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -71,14 +72,29 @@ def plainest(spec, valid, positions):
     return spec, None if valid.all() else valid, None if contiguous else positions
 
 
-@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)))
-def test_window_mass_is_the_summed_softmax(case, sunk, kernel):
+POWERS = st.sampled_from([1.0, 2.0, 4.0, 2.5, math.inf])
+
+
+@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)), power=POWERS)
+def test_window_mass_is_the_summed_softmax(case, sunk, kernel, power):
     query, key, spec, valid, positions, query_at = case
     sinks = torch.randn(query.shape[1]) if sunk else None
-    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at)
-    want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at)
+    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at, power)
+    want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at, power)
     assert mass.dtype == torch.float32
-    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(mass.double(), want, rtol=3e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("power", [2.0, 4.0, math.inf])
+def test_powers_keep_what_is_not_a_number_and_drop_what_is_too_small(kernel, power):
+    query, key = torch.tensor([[[[1.0]]]]), torch.tensor([[[[-60.0], [-44.0], [-1.0], [0.0]]]])
+    mass = KERNELS[kernel](query, key, "scale=1.0", power=power)[0, 0]
+    want = reference.window_mass(query, key, "scale=1.0", power=power)[0, 0]
+    torch.testing.assert_close(mass.double(), want, rtol=1e-4, atol=0)
+    assert (mass[0] == 0) == (power != math.inf) and mass[2] > 0
+    key[0, 0, 1] = math.nan
+    assert KERNELS[kernel](query, key, power=power).isnan().all()
 
 
 @given(
@@ -87,13 +103,14 @@ def test_window_mass_is_the_summed_softmax(case, sunk, kernel):
     pooling=st.sampled_from(["avgpool", "maxpool"]),
     sunk=st.booleans(),
     tile=st.sampled_from([1, 30, 2**23]),
+    power=POWERS,
 )
 def test_window_scores_pool_each_query_head_over_the_scored_tokens_and_sum_the_group(
-    case, kernel_size, pooling, sunk, tile
+    case, kernel_size, pooling, sunk, tile, power
 ):
     query, key, *marks, query_at = case
     sinks = torch.randn(query.shape[1]) if sunk else None
-    arguments = query, key, kernel_size, pooling, *marks, sinks, query_at
+    arguments = query, key, kernel_size, pooling, *marks, sinks, query_at, power
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TILE", tile)
         scores = ops.window_scores(*arguments)
@@ -101,7 +118,7 @@ def test_window_scores_pool_each_query_head_over_the_scored_tokens_and_sum_the_g
     want, mass = reference.window_scores_and_mass(*arguments)
     assert scores.dtype == torch.float32 and torch.equal(both[0], scores)
     assert scores.shape[2] == key.shape[2] - (query.shape[2] if query_at is None else 0)
-    torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(scores.double(), want, rtol=3e-5, atol=1e-12)
     torch.testing.assert_close(both[1].double(), mass, rtol=1e-5, atol=1e-12)
 
 
@@ -385,6 +402,8 @@ def examples():
     for scoring_tokens in (None, query_at):
         yield ops.window_scores_and_mass, (*states(), 5, "avgpool", spec, valid, at, torch.randn(4), scoring_tokens)
         yield ops.window_mass, (*states(), spec, None, None, None, scoring_tokens)
+        yield ops.window_mass, (*states(), spec, None, None, None, scoring_tokens, 2.0)
+        yield ops.window_scores_and_mass, (*states(), 5, "maxpool", spec, None, None, None, scoring_tokens, math.inf)
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)

@@ -184,6 +184,7 @@ GIVEN = {
     "window": {"window": 20},
     "kernel_size": {"kernel_size": 3},
     "pooling": {"pooling": "maxpool", "variance_reference": "initial", "max_layer": 3},
+    "score_power": {"score_power": 4.0},
     "variance_reference": {"variance_reference": "initial", "if_never": "select", "tau": 0.95, "max_layer": 4},
     "select_on": {"select_on": "last", "kernel_size": 1},
     "if_never": {"if_never": "keep"},

@@ -20,6 +20,8 @@ CONFIGS = {
     "tokens_and_cache": SMALL.replace(kv_budget=16),
     "tokens_and_top_p": SMALL.replace(kv_top_p=0.7),
     "mask": SMALL.replace(propagate="mask"),
+    "squares": SMALL.replace(score_power=2, kv_budget=16),
+    "highest": SMALL.replace(score_power="max", pooling="maxpool"),
 }
 ROWS = (90, 61, 9, 33)
 

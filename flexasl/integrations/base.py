@@ -28,7 +28,7 @@ from flexasl.integrations.hooks import ForeignHooks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.policies.contract import resolved
-from flexasl.prefill import Observer, Prefill
+from flexasl.prefill import Observer, Prefill, Reduce
 from flexasl.presets import ModelKind, fill
 from flexasl.prompt_pass import PromptPass
 from flexasl.quantizing import primitives
@@ -65,7 +65,7 @@ class BasePatch:
         policy: Policy,
         *,
         ranking_layers: Sequence[int] | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Reduce | None = None,
         kind: ModelKind | None = None,
         foreign_hooks: str = "refuse",
     ) -> None:
@@ -89,7 +89,7 @@ class BasePatch:
         self.observer: Observer | None = None
         """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
         self.reduce = reduce
-        """Sums token scores [R, P] over the processes that hold a part of the heads each; None where one holds all."""
+        """Joins token scores [R, P] of the processes that hold a part of the heads each; None where one holds all."""
         self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[Any, Any, Any]] = []

@@ -50,7 +50,7 @@ class Patch(BasePatch):
         _refuse_model(model, kernel)
         layers = list(model.layers.values())
         attention = [FlexASLAttention(scale=layer.attention.scaling, kernel=kernel) for layer in layers]
-        reduce = functools.partial(_sum_over_ranks, model)
+        reduce = functools.partial(_over_ranks, model)
         super().__init__(model, layers, attention, config, policy, reduce=reduce, foreign_hooks=foreign_hooks)
         self._before = [layer.attention.inner_attention for layer in layers]
         for layer, inner in zip(layers, self._before, strict=True):
@@ -297,12 +297,12 @@ def _tensor_parallel(model: Decoder) -> DeviceMesh | None:
     return mesh["tp"] if mesh is not None and "tp" in names and mesh["tp"].size() > 1 else None
 
 
-def _sum_over_ranks(model: Decoder, scores: Tensor) -> Tensor:
+def _over_ranks(model: Decoder, scores: Tensor, highest: bool) -> Tensor:
     mesh = _tensor_parallel(model)
     if mesh is None:
         return scores
     scores = scores.contiguous()
-    dist.all_reduce(scores, group=mesh.get_group())
+    dist.all_reduce(scores, dist.ReduceOp.MAX if highest else dist.ReduceOp.SUM, mesh.get_group())
     return scores
 
 

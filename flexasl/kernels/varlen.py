@@ -71,8 +71,9 @@ def _takes_groups(device: torch.device) -> bool:
     if varlen_attn is None or "enable_gqa" in _arguments() or not _has_flash(device):
         return False
     generator = torch.Generator(device).manual_seed(0)
-    settings: dict[str, Any] = {"dtype": torch.float16, "device": device, "generator": generator}
-    query, key, value = (torch.randn(8, heads, 16, **settings) for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(8, heads, 16, dtype=torch.float16, device=device, generator=generator) for heads in (4, 2, 2)
+    )
     ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
     try:
         grouped = varlen_attn(query, key, value, ends, ends, 8, 8)

@@ -3,7 +3,7 @@
 
 from flexasl.ops import cpu  # noqa: F401 (its kernels are registered)
 from flexasl.ops.ranking import rank_variance, token_ranks
-from flexasl.ops.scoring import window_mass, window_scores, window_scores_and_mass
+from flexasl.ops.scoring import over_heads, window_mass, window_scores, window_scores_and_mass
 from flexasl.ops.selection import compact_kv, gather_tokens, kept_indices, select_tokens
 from flexasl.ops.snapkv import top_k_entries, top_p_entries
 
@@ -11,6 +11,7 @@ __all__ = [
     "compact_kv",
     "gather_tokens",
     "kept_indices",
+    "over_heads",
     "rank_variance",
     "select_tokens",
     "token_ranks",

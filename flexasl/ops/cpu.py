@@ -5,12 +5,14 @@ Shapes: B batch, H query heads, G KV heads, N keys, W scoring queries, P tokens,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from flexasl.attention_spec import AttentionSpec
 from flexasl.ops.ranking import finite, ranks_of, token_ranks
-from flexasl.ops.scoring import window_mask, window_mass, without_padding
+from flexasl.ops.scoring import powers_of, window_mask, window_mass, without_padding
 
 TILE = 2**23
 """Logits held at once, in elements per row of the batch, unless one query head alone has more."""
@@ -25,6 +27,7 @@ def window_mass_in_tiles(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """Beside inputs and output it holds two tiles of `TILE` logits (or of one head's W x N) in float32, and for inputs
     in half precision one [B, N, D]. With H 32, N 131,072, W 32: 80 MiB, in half precision 144 MiB; all logits at once
@@ -48,7 +51,11 @@ def window_mass_in_tiles(
             torch.softmax(logits, -1, out=weights)
             if sinks is not None:
                 weights.mul_((logits.logsumexp(-1) - sinks[some].float()[:, None]).sigmoid()[..., None])
-            torch.sum(without_padding(weights, valid, query_at), 2, out=mass[:, some])
+            weights = powers_of(without_padding(weights, valid, query_at), power)
+            if power == math.inf:
+                torch.amax(weights, 2, out=mass[:, some])
+            else:
+                torch.sum(weights, 2, out=mass[:, some])
     return mass
 
 

@@ -7,6 +7,7 @@ W window, P = N - W prefix keys, D and E head dims, K kept entries.
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
 from statistics import pvariance
 from typing import Any
@@ -68,14 +69,18 @@ def window_scores_and_mass(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`flexasl.ops.window_scores_and_mass`, in float64. Section 3 of arXiv 2601.07667."""
-    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
-    scores = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
+    marks = valid, positions, sinks, query_at
+    scores = window_mass(query, key, spec, *marks, power)
+    scores = scores if query_at is not None else scores[..., : key.shape[2] - query.shape[2]]
     if scores.shape[-1] > 0:
         pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
         scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    return tuple(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in (scores, mass))
+    by_group = scores.unflatten(1, (key.shape[1], -1))
+    mass = window_mass(query, key, spec, *marks).unflatten(1, (key.shape[1], -1)).sum(2)
+    return by_group.amax(2) if power == math.inf else by_group.sum(2), mass
 
 
 def window_mass(
@@ -86,6 +91,7 @@ def window_mass(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """`flexasl.ops.window_mass`, in float64."""
     batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
@@ -97,7 +103,10 @@ def window_mass(
     rule = AttentionSpec.from_text(spec)
     if rule.sliding_window is not None:
         seen = seen & (at.gather(1, query_at)[:, :, None] - at[:, None] < rule.sliding_window)
-    return attention_weights(query, key, seen[:, None], rule.scale, rule.softcap, sinks).sum(2)
+    weights = attention_weights(query, key, seen[:, None], rule.scale, rule.softcap, sinks)
+    if power == math.inf:
+        return weights.amax(2)
+    return weights.pow(power).where((power == 1) | (weights >= 1e-36 ** (1 / power)), 0).sum(2)
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -5,11 +5,16 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, N keys, W scoring queries
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.attention_spec import AttentionSpec
+
+LEAST = 1e-36
+"""Powers of weights below it count as 0."""
 
 
 @torch.library.custom_op("flexasl::window_scores", mutates_args=())
@@ -23,9 +28,11 @@ def window_scores(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> Tensor:
-    """Score of each scored token at each KV head: the attention that it gets from the scoring queries, pooled over
-    neighbouring tokens per query head, and summed over the head's queries.
+    """Score of each scored token at each KV head: the attention that it gets from the scoring queries, each weight to
+    this power, pooled over neighbouring tokens per query head, and summed over the head's queries; with power infinity
+    the highest weight.
 
     query [B, H, W, D], key [B, G, N, D], of any float dtype. query_at [B, W] int64 says which keys' queries these are,
     and then all N keys are scored; by default they are the last W, and the N - W before them are scored. A query sees
@@ -37,9 +44,8 @@ def window_scores(
 
     Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
-    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
-    scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
-    return _by_group(_pool(scored, kernel_size, pooling), key.shape[1])
+    mass = window_mass(query, key, spec, valid, positions, sinks, query_at, power)
+    return _pooled(mass, query, key, kernel_size, pooling, query_at, power)
 
 
 @torch.library.custom_op("flexasl::window_scores_and_mass", mutates_args=())
@@ -53,12 +59,15 @@ def window_scores_and_mass(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`window_scores` [B, G, P] float32, and from the same pass the attention that each of the N keys gets, not pooled:
-    [B, G, N] float32."""
-    mass = window_mass(query, key, spec, valid, positions, sinks, query_at)
-    scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
-    return _by_group(_pool(scored, kernel_size, pooling), key.shape[1]), _by_group(mass, key.shape[1])
+    """`window_scores` [B, G, P] float32, and the attention that each of the N keys gets, not pooled and to the power of
+    one: [B, G, N] float32. Where power is one too, from the same pass."""
+    marks = valid, positions, sinks, query_at
+    mass = window_mass(query, key, spec, *marks)
+    powers = mass if power == 1 else window_mass(query, key, spec, *marks, power)
+    scores = _pooled(powers, query, key, kernel_size, pooling, query_at, power)
+    return scores, over_heads(mass.unflatten(1, (key.shape[1], -1)), 2)
 
 
 @torch.library.custom_op("flexasl::window_mass", mutates_args=())
@@ -70,8 +79,10 @@ def window_mass(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
+    power: float = 1.0,
 ) -> Tensor:
-    """Each key's attention from each query head, summed over the scoring queries: [B, H, N] float32.
+    """Each key's attention from each query head, to this power, summed over the scoring queries, or with power infinity
+    the highest: [B, H, N] float32. Weights whose power would be below 1e-36 count as 0.
 
     KV heads are never expanded, and the logits of one at a time are held.
     """
@@ -85,13 +96,13 @@ def window_mass(
         if sinks is not None:
             own = sinks.float().chunk(groups)[group][:, None]
             weights *= (logits.logsumexp(-1) - own).sigmoid()[..., None]
-        mass.append(without_padding(weights, valid, query_at).sum(2))
+        mass.append(over_heads(powers_of(without_padding(weights, valid, query_at), power), 2, power))
     return torch.cat(mass, 1)
 
 
 @window_scores.register_fake
 def _scores_alone(query: Tensor, key: Tensor, *settings: object) -> Tensor:
-    whole = len(settings) == 7 and settings[6] is not None
+    whole = len(settings) > 6 and settings[6] is not None
     scored = key.shape[2] if whole else key.shape[2] - query.shape[2]
     return query.new_empty(*key.shape[:2], scored, dtype=torch.float32)
 
@@ -139,6 +150,22 @@ def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
     return pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
 
 
-def _by_group(states: Tensor, groups: int) -> Tensor:
-    """[B, H, N] → [B, G, N], summed over the heads of a group."""
-    return states.unflatten(1, (groups, -1)).sum(2)
+def _pooled(
+    mass: Tensor, query: Tensor, key: Tensor, kernel_size: int, pooling: str, query_at: Tensor | None, power: float
+) -> Tensor:
+    scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
+    return over_heads(_pool(scored, kernel_size, pooling).unflatten(1, (key.shape[1], -1)), 2, power)
+
+
+def powers_of(weights: Tensor, power: float) -> Tensor:
+    """Weights to this power, in their own memory."""
+    if power in (1, math.inf):
+        return weights
+    # What float32 has no power of would take a CPU many times as long.
+    weights.masked_fill_(weights < LEAST ** (1 / power), 0.0)
+    return weights.mul_(weights) if power == 2 else weights.pow_(power)
+
+
+def over_heads(scores: Tensor, dim: int, power: float = 1.0) -> Tensor:
+    """Scores of several heads, or queries, as those of all: their sum, or with power infinity the highest."""
+    return scores.amax(dim) if power == math.inf else scores.sum(dim)

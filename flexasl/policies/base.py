@@ -22,7 +22,7 @@ RULE = frozenset(
     ("tau", "min_layer", "max_layer", "observe_layers", "variance_reference", "select_on", "if_never"),
 )
 """Settings that say where adaptive selection selects, and on which scores."""
-SCORES = frozenset(("window", "kernel_size", "pooling"))
+SCORES = frozenset(("window", "kernel_size", "pooling", "score_power"))
 """Settings that say how tokens are scored."""
 CACHE = frozenset(("kv_budget", "kv_top_p", "kv_dtype"))
 """Settings of the cache."""

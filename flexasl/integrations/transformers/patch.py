@@ -27,7 +27,7 @@ from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
 from flexasl.integrations.transformers.media import refuse_media, refuse_merged, refuse_parts
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
-from flexasl.integrations.transformers.placement import input_device, sum_over_ranks
+from flexasl.integrations.transformers.placement import input_device, over_ranks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.presets import ModelKind
@@ -57,7 +57,7 @@ class Patch(BasePatch):
         stack = find_stack(model, kernel, compile)
         if compile:
             require_compiler(input_device(model))
-        reduce = sum_over_ranks(model)
+        reduce = over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
         settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce, "kind": kind}

@@ -49,17 +49,17 @@ def input_device(model: Any) -> torch.device:
     return devices[0] if devices else embeddings.weight.device
 
 
-def sum_over_ranks(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """A sum of token scores over the processes that have a part of the model's heads each, which gives all of them the
-    same numbers; None where one process has all."""
+def over_ranks(model: Any) -> Callable[[Tensor, bool], Tensor] | None:
+    """Token scores of the processes that have a part of the model's heads each as one: their sum or the highest, which
+    gives all of them the same numbers; None where one process has all."""
     if _ranks(model) == 1:
         return None
     mesh = model._device_mesh
     group = (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
-    def reduce(scores: Tensor) -> Tensor:
-        scores = scores.contiguous()
-        torch.distributed.all_reduce(scores, group=group)
+    def reduce(scores: Tensor, highest: bool) -> Tensor:
+        scores, how = scores.contiguous(), torch.distributed.ReduceOp
+        torch.distributed.all_reduce(scores, how.MAX if highest else how.SUM, group)
         return scores
 
     return reduce

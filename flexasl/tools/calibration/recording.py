@@ -5,6 +5,7 @@ Shapes: L layers, G KV heads, P prefix tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import flexasl
 from flexasl.errors import FlexASLError
+from flexasl.ops import over_heads
 from flexasl.policies.base import SCORES
 from flexasl.policies.full import Full
 from flexasl.tools.evaluation.samples import Sample
@@ -76,16 +78,17 @@ def locate(tokenizer: Any, sample: Sample) -> Prompt:
 def record(
     model: Any, prompts: Iterable[Prompt], config: flexasl.ASLConfig, on_run: Callable[[int], None]
 ) -> tuple[list[Recording], list[int] | None]:
-    """Reads each prompt once with its full cache; returns the scores under the config's `window`, `kernel_size` and
-    `pooling`, and the layers whose ranks count (None: all). on_run is called with the number of runs so far."""
+    """Reads each prompt once with its full cache; returns the scores under the config's `window`, `kernel_size`,
+    `pooling` and `score_power`, and the layers whose ranks count (None: all). on_run is called with the number of runs
+    so far."""
     scoring = flexasl.ASLConfig(**{name: getattr(config, name) for name in SCORES})
     recordings = []
     with flexasl.patch(model, scoring, policy=_Watched()) as patch, torch.no_grad():
         layers: dict[int, Tensor] = {}
 
         def note(layer: int, scores: Tensor) -> None:
-            totals = scores.sum(1)
-            layers[layer] = (totals if patch.reduce is None else patch.reduce(totals))[0]
+            totals = over_heads(scores, 1, config.power)
+            layers[layer] = (totals if patch.reduce is None else patch.reduce(totals, config.power == math.inf))[0]
 
         patch.observer = note
         for prompt in prompts:
