@@ -6,6 +6,7 @@ M those of the longest row, W window, P = M - W scored tokens, K kept entries, D
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +20,18 @@ from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import kept_indices, over_heads
 from flexasl.policies.base import Policy
-from flexasl.policies.contract import check_selections, limits_of, selector_of
+from flexasl.policies.contract import (
+    check_kept,
+    checked_entries,
+    checked_selections,
+    limits_of,
+    score_of,
+    scoring_tokens_of,
+    selector_of,
+)
 from flexasl.rows import Rows
 from flexasl.rows_attention import scores
-from flexasl.selectors.base import Prompts, Selection, Selector, budget_of
+from flexasl.selectors.base import Prompts, Selection, Selector
 
 Observer = Callable[[int, Tensor], None]
 Reduce = Callable[[Tensor, bool], Tensor]
@@ -131,7 +140,9 @@ class Prefill:
             undecided, by = self.selector.rows, self.retention.goes_by if compresses else "nothing"
             wanted = undecided if by == "nothing" and self._observer is None else range(len(self.lengths))
             own = self.rows if rows is None else rows
-            how: dict[str, Any] = {"score": self.policy.score} if self.policy.score is not None else {}
+            how: dict[str, Any] = (
+                {"score": functools.partial(score_of, self.policy)} if self.policy.score is not None else {}
+            )
             how["mass"] = by == "attention"
             made, mass = scores(own, attention, query, key, self._scoring(), wanted, sinks, **how)
             self.scored.append(layer)
@@ -211,10 +222,11 @@ class Prefill:
             return {}
         whole = self._padded(torch.ones(self.rows.total, dtype=torch.bool, device=self.device))
         last = None if self.rows.kept is None else self._padded(self.rows.kept)
+        counts = [] if last is None else last.sum(-1).tolist()
         for row, layer in enumerate(self._chosen.tolist()):
             if layer >= 0:
                 assert last is not None
-                self.counts[row] = budget_of(self.config, self.lengths[row])
+                self.counts[row] = counts[row]
                 self.selections[row] = [Selection(row, layer, last[row], self.counts[row])]
                 if row in self.selector.traces:
                     self.selector.traces[row].cut(layer)
@@ -235,11 +247,11 @@ class Prefill:
 
     def reason(self, row: int) -> str:
         """Why the row was pruned where it was, or was not pruned: one sentence."""
-        return self.selector.reason(row, self.selections.get(row, [None])[-1])
+        made: Any = self.selector.reason(row, self.selections.get(row, [None])[-1])
+        return str(instance(f"policy {self.policy.name!r}: reason", made, str, "a text", ConfigError))
 
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
-        if self.policy.scoring_tokens is not None:
-            rows.scoring_tokens = self.policy.scoring_tokens(rows, self.config)
+        rows.scoring_tokens = scoring_tokens_of(self.policy, rows, self.config)
         return rows
 
     def _decides(self, layer: int) -> bool:
@@ -253,8 +265,8 @@ class Prefill:
         if self._masks:
             self._mask_out(layer, self.selector.mask(layer))
             return
-        self._fresh = self.selector.select(layer)
-        check_selections(self.policy, self._fresh, self.rows, self.config.window)
+        first, made = self.selector.first_layer, self.selector.select(layer)
+        self._fresh = checked_selections(self.policy, made, layer, first, self.rows, self.config.window)
         for selection in self._fresh:
             self.selections.setdefault(selection.row, []).append(selection)
 
@@ -297,9 +309,11 @@ class Prefill:
         most = torch.tensor(limits, dtype=torch.int64, device=self.device)
         tokens, real = self.rows.as_batch()
         assert self.retention.keep is not None
-        keep = self.retention.keep(seen, most, self.config.window, self.rows).expand(-1, groups, -1)
+        keep = self.retention.keep(seen, most, self.config.window, self.rows)
+        keep = checked_entries(self.policy, keep, self.rows, groups)
         everything = keep.new_ones(keep.shape) if real is None else real[:, None]
-        keep = torch.where((self.rows.lengths_on_device > most)[:, None, None], keep, everything)
+        keep = everything & (keep | (self.rows.lengths_on_device <= most)[:, None, None])
+        check_kept(self.policy, keep, everything, most, self.config.window, self.retention.exact)
         if self.retention.exact:
             highest, lowest = max(limits), min(limits)
         else:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flexasl.checks import article, one_of, shown
+from flexasl.errors import ConfigError
 from flexasl.ops import top_k_entries, top_p_entries
 from flexasl.rows import Rows
 
@@ -32,6 +34,12 @@ class Retention:
     """What seen is: the policy's scores [B, G, P], each entry's share of the attention [B, G, M], or not there."""
     exact: bool = True
     """Whether a row that is over its limit keeps exactly so many entries; where not, each head keeps its own number."""
+
+    def __post_init__(self) -> None:
+        one_of("goes_by", self.goes_by, ("nothing", "scores", "attention"), error=ConfigError)
+        for name, value in (("limit", self.limit), ("keep", self.keep or self.limit)):
+            if not callable(value):
+                raise ConfigError(f"{name}={shown(value)} is {article(value)}; give a function")
 
 
 def top_k(limit: Limit) -> Retention:

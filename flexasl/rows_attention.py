@@ -22,7 +22,7 @@ class Scored(NamedTuple):
     """What scores are made of: a layer's queries and keys, after rotary, of rows of one length."""
 
     query: Tensor
-    """[B, H, W, D]: of the tokens that score the others."""
+    """[B, H, Q, D]: of the tokens that score the others, the window where the policy names none."""
     key: Tensor
     """[B, G, N, D]: of all tokens, cached ones first."""
     attention: FlexASLAttention
@@ -33,7 +33,7 @@ class Scored(NamedTuple):
     """[B, N] or [B, G, N] int64."""
     sinks: Tensor | None
     query_at: Tensor | None
-    """[B, W] int64: places of the queries among the keys; None for the last ones."""
+    """[B, Q] int64: places of the queries among the keys; None for the last ones."""
 
     def window_scores(self, mass: bool = False) -> Any:
         """Pooled attention that keys get from the queries, `flexasl.ops.window_scores`: [B, G, N - window] float32;

@@ -1,6 +1,7 @@
 """Each policy against its definition, against its neighbours, and in batches."""
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -501,22 +502,172 @@ def kept(tokens, *places):
         ([(2, kept(90, 1), 9)], "row=2 is too large; give from 0 to 1"),
         ([(0, kept(90, 1), 7)], "count of row 0, window=8 included=7 is too small; give from 8 to 90"),
         ([(1, kept(61, 1), 62)], "count of row 1, window=8 included=62 is too large; give from 8 to 61"),
-        ([(1, kept(60, 1), 9)], r"keep of row 1 is torch.bool \[60\]; give bool \[61\]"),
-        ([(1, kept(61, 1).int(), 9)], r"keep of row 1 is torch.int32 \[61\]; give bool \[61\]"),
+        ([(1, kept(60, 1), 9)], r"keep of row 1 is torch.bool \[60\] on cpu; give bool \[61\]"),
+        ([(1, kept(61, 1).int(), 9)], r"keep of row 1 is torch.int32 \[61\] on cpu; give bool \[61\]"),
         ([(1, kept(61, 1), 10)], "keep of row 1 is not 10 tokens with the last 8 among them"),
         ([(1, kept(61, 1, 2) & ~kept(61), 9)], "keep of row 1 is not 9 tokens with the last 8 among them"),
+        ([(1, [True] * 61, 61)], r"keep of row 1 is a list; give bool \[61\]"),
     ],
 )
 def test_selections_are_checked(selections, message):
-    class Own(policies.ASL):
-        name = "told"
+    refused_while_reading(Selecting(selections), f"policy 'own': selection: {message}")
 
-        def selector(self, config, prompts):
-            return Told(prompts, selections)
 
-    model = tiny()
-    with flexasl.patch(model, SMALL, Own()), pytest.raises(ConfigError, match=f"policy 'told': selection: {message}"):
-        model(**left_padded(prompts(90, 61)))
+class Selecting(policies.ASL):
+    """Selects what it is told to by a selector with these attributes."""
+
+    name = "own"
+
+    def __init__(self, selections=(), select=None, **attributes):
+        self.selections, self.select, self.attributes = selections, select, attributes
+
+    def selector(self, config, prompts):
+        made = Told(prompts, self.selections)
+        if self.select is not None:
+            made.select = self.select
+        vars(made).update(self.attributes)
+        return made
+
+
+def refused_while_reading(policy, message, config=SMALL):
+    """The model is as it was after the error."""
+    model, batch = tiny(), left_padded(prompts(90, 61))
+    before = model(**batch).logits
+    with flexasl.patch(model, config, policy), pytest.raises(ConfigError, match=message):
+        model(**batch)
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_selections_of_another_layer_or_type_are_refused():
+    one = policies.Selection(0, 1, kept(90, 1), 9)
+    for policy, message in (
+        (Selecting(select=lambda layer: None), "selection is None; return a list of Selection"),
+        (Selecting(select=lambda layer: (one for _ in "a")), "selection is a generator; return a list"),
+        (Selecting(select=lambda layer: [(0, 9)]), "selection is a tuple; return a list of Selection"),
+        (Selecting(select=lambda layer: [dataclasses.replace(one, layer=3)]), "layer=3 is given after layer 1"),
+        (Selecting([(0, kept(90, 1), 9)], first_layer=None), "after layer 1, with first_layer=None; give the earliest"),
+        (Selecting([(0, kept(90, 1), 9)], first_layer=2), "after layer 1, with first_layer=2; give the earliest"),
+        (Selecting(rows=[1, 0]), r"policy 'own', whose Told has rows=\[1, 0\]; give some of \[0, 1\], ascending"),
+        (Selecting(rows=[0, 2]), r"rows=\[0, 2\]; give some of"),
+        (Selecting(rows=None), "rows=None; give some of"),
+        (Selecting(reason=lambda row, selection: None), "policy 'own': reason is None; give a text"),
+    ):
+        refused_while_reading(policy, message)
+    for once, does in ((True, "has no mask"), (False, "selects several times")):
+        refused_while_reading(
+            Selecting(once=once), f"go with policy 'own', whose Told {does}", SMALL.replace(propagate="mask")
+        )
+
+
+@pytest.mark.parametrize(
+    ("score", "given"),
+    [
+        (lambda scores: None, "None"),
+        (lambda scores: scores.tolist(), "a list"),
+        (lambda scores: scores[..., 1:], r"torch.float32 \[1, 2, 81\] on cpu"),
+        (lambda scores: scores[:, :1], r"torch.float32 \[1, 1, 82\] on cpu"),
+        (lambda scores: scores[0], r"torch.float32 \[2, 82\] on cpu"),
+        (lambda scores: scores.long(), r"torch.int64 \[1, 2, 82\] on cpu"),
+        (lambda scores: scores.to("meta"), r"torch.float32 \[1, 2, 82\] on meta"),
+    ],
+)
+def test_scores_are_checked(score, given):
+    policy = Own(score=lambda seen: score(seen.window_scores()))
+    refused_while_reading(policy, rf"policy 'own': score is {given}; return float32 \[1, 2, 82\]")
+
+
+def test_scores_are_numbers_and_methods():
+    refused_while_reading(Own(score=lambda seen: seen.window_scores() / 0 * 0), "'own': score has NaN; return numbers")
+    for name in ("score", "scoring_tokens"):
+        with pytest.raises(ConfigError, match=f"policy 'own' has {name}=3; make it a method"):
+            flexasl.patch(tiny(), SMALL, Own(**{name: 3}))
+
+
+def test_wide_and_narrow_scores_rank_alike():
+    model, rows = tiny(), prompts(90, 61)
+    made = [
+        model_report(model, SMALL, Own(score=lambda seen, dtype=dtype: seen.window_scores().to(dtype)), rows)
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert made[0].rows == made[1].rows
+
+
+@pytest.mark.parametrize(
+    ("places", "given"),
+    [
+        ([], r"\[\]"),
+        ([90], r"\[90\]"),
+        ([-1, 3], r"\[-1, 3\]"),
+        ([2, 2], r"\[2, 2\]"),
+        ([5, 2], r"\[5, 2\]"),
+        ([[1, 2]], r"\[\[1, 2\]\]"),
+        ([1.0], r"torch.float32 \[1\] on cpu"),
+    ],
+)
+def test_scoring_tokens_are_checked(places, given):
+    dtype = torch.float32 if places == [1.0] else torch.int64
+    policy = Own(scoring_tokens=lambda rows, config: [torch.tensor(places, dtype=dtype)] * len(rows.lengths))
+    refused_while_reading(
+        policy, rf"policy 'own': scoring_tokens of row 0 is {given}; return int64 places from 0 to 89"
+    )
+
+
+def test_scoring_tokens_are_one_tensor_a_row():
+    for made, given in (([], r"\[\]"), (None, "None"), ([torch.tensor([1])] * 3, r"\[tensor\(.*")):
+        policy = Own(scoring_tokens=lambda rows, config, made=made: made)
+        refused_while_reading(policy, f"'own': scoring_tokens is {given}; return a tensor for each row")
+
+
+class Keeping(policies.ASL):
+    """Keeps the last 20 entries, or what `change` makes of that."""
+
+    name = "own"
+
+    def __init__(self, change, exact=True):
+        self.change, self.exact = change, exact
+
+    def retention(self, config, num_layers):
+        def keep(seen, limits, window, rows):
+            made = torch.arange(rows.width) >= rows.width - limits[:, None]
+            return self.change(made[:, None].repeat(1, 2, 1))
+
+        return policies.Retention(lambda layer, tokens: 20, keep, exact=self.exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda keep: None, r"is None; return bool \[2, 2, 90\]"),
+        (lambda keep: keep.int(), r"is torch.int32 \[2, 2, 90\] on cpu; return bool"),
+        (lambda keep: keep[..., 1:], r"is torch.bool \[2, 2, 89\] on cpu; return bool"),
+        (lambda keep: keep[:1], r"is torch.bool \[1, 2, 90\] on cpu; return bool"),
+        (lambda keep: keep[:, 0], r"is torch.bool \[2, 90\] on cpu; return bool"),
+        (lambda keep: torch.ones_like(keep), "is not as many entries as its limit with the last 8 among them"),
+        (lambda keep: keep & keep.roll(-1, -1), "is not as many entries as its limit"),
+        (lambda keep: keep.roll(-1, -1), "is not as many entries as its limit"),
+        (lambda keep: keep.roll(-30, -1), "is not as many entries as its limit"),
+    ],
+)
+def test_kept_entries_are_checked(change, message):
+    refused_while_reading(Keeping(change), f"policy 'own': keep of its retention {message}")
+
+
+def test_retentions_are_checked():
+    refused_while_reading(Keeping(lambda keep: keep.roll(-1, -1), exact=False), "is not entries with the last 8 among")
+    model, batch = tiny(), left_padded(prompts(90, 61))
+    with flexasl.patch(model, SMALL, Keeping(lambda keep: keep[:, :1])):  # one head stands for all
+        cache = model(**batch, use_cache=True).past_key_values
+    assert (cache.layers[0].positions[..., -20:] == torch.arange(70, 90)).all() and cache.layers[0].keys.shape[2] == 20
+    for given, message in (
+        ({"goes_by": "score"}, "goes_by='score' is not known; give 'nothing' or 'scores' or 'attention'"),
+        ({"limit": 20}, "limit=20 is an int; give a function"),
+        ({"keep": "all"}, "keep='all' is a str; give a function"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            policies.Retention(**given)
+    no_keep = Own()
+    no_keep.retention = lambda config, layers: policies.Retention(lambda layer, tokens: 20)
+    refused_while_reading(no_keep, "policy 'own' has a retention with limits and without keep; give it keep")
 
 
 def test_other_tokens_can_score():

@@ -38,10 +38,11 @@ class Policy:
     second_pass: ClassVar[bool] = False
     """Whether the layers up to the selection read the selected tokens again, alone, as if they were the prompt."""
     score: Callable[[Scored], Tensor] | None = None
-    """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - W] float32. None: the
-    window's attention."""
+    """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - window] float32. None:
+    the window's attention."""
     scoring_tokens: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
-    """Whose queries score, as a method: of each row, places [W] int64 among its tokens. None: those of the window."""
+    """Whose queries score, as a method: of each row, places [Q] int64 among its tokens, ascending. None: those of the
+    window."""
     takes_presets: ClassVar[bool] = False
     """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may
     fill them in."""

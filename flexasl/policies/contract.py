@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexasl.checks import article, integer, shown
 from flexasl.config import ASLConfig, refuse_open
@@ -12,6 +15,7 @@ from flexasl.errors import ConfigError
 from flexasl.policies.base import Policy
 from flexasl.retention import Retention
 from flexasl.rows import Rows
+from flexasl.rows_attention import Scored
 from flexasl.selectors.base import Prompts, Selection, Selector
 
 MODES = ("propagate", "later_turns", "kv_dtype")
@@ -34,6 +38,9 @@ def resolved(
     for name, instead in FORMER.items():
         if hasattr(policy, name):
             raise ConfigError(f"policy {policy.name!r} has {name}, which is not used any more; {instead}")
+    for name in ("score", "scoring_tokens"):
+        if getattr(policy, name) is not None and not callable(getattr(policy, name)):
+            raise ConfigError(f"policy {policy.name!r} has {name}={shown(getattr(policy, name))}; make it a method")
     if policy.second_pass:
         for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
             if getattr(config, name) != plain:
@@ -61,33 +68,111 @@ def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector
         raise ConfigError(f"policy {policy.name!r}: {error}") from error
     if not isinstance(made, Selector):
         raise ConfigError(f"policy {policy.name!r} returned {article(made)} as its selector; return a Selector")
+    who, several = f"policy {policy.name!r}, whose {type(made).__name__}", type(made).mask is Selector.mask
+    rows = range(len(prompts.lengths))
+    if not isinstance(made.rows, Sequence) or list(made.rows) != [row for row in rows if row in made.rows]:
+        raise ConfigError(f"{who} has rows={shown(made.rows)}; give some of {shown(list(rows))}, ascending")
     for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
-        if made.rows and not made.once and getattr(config, name) != plain:
+        if made.rows and getattr(config, name) != plain and (several or not made.once):
+            does = "has no mask" if made.once else "selects several times"
+            raise ConfigError(f"{name}={getattr(config, name)!r} does not go with {who} {does}; give {name}={plain!r}")
+    return made
+
+
+def checked_selections(
+    policy: Policy, made: Any, layer: int, first_layer: int | None, rows: Rows, window: int
+) -> list[Selection]:
+    """What the policy's selector gives after a layer, which must be selections from these rows."""
+    who, seen = f"policy {policy.name!r}: selection", set()
+    found = list(made) if isinstance(made, Sequence) else [made]
+    for place, one in enumerate(found):
+        if not isinstance(one, Selection):
+            raise ConfigError(f"{who} is {article(one)}; return a list of Selection")
+        if one.layer != layer:
+            raise ConfigError(f"{who}: layer={shown(one.layer)} is given after layer {layer}; give that")
+        if first_layer is None or layer < first_layer:
+            raise ConfigError(f"{who} is given after layer {layer}, with first_layer={first_layer}; give the earliest")
+        row = integer(f"{who}: row", one.row, 0, len(rows.lengths) - 1, error=ConfigError)
+        if row in seen:
+            raise ConfigError(f"{who}: row {row} is selected from twice at layer {layer}; give one selection")
+        seen.add(row)
+        left, keep = rows.lengths[row], one.keep
+        name = f"{who}: count of row {row}, window={window} included"
+        count = integer(name, one.count, window, left, error=ConfigError)
+        if not _is(keep, torch.bool, rows) or keep.dim() != 1 or len(keep) < left:
+            raise ConfigError(f"{who}: keep of row {row} is {_told(keep)}; give bool [{left}]")
+        if _can_look(keep) and [int(keep[-left:].sum()), int(keep[-window:].sum())] != [count, window]:
+            raise ConfigError(f"{who}: keep of row {row} is not {count} tokens with the last {window} among them")
+        found[place] = dataclasses.replace(one, row=row, count=count)
+    return found
+
+
+def score_of(policy: Policy, seen: Scored) -> Tensor:
+    """The policy's own score of what a layer's attention saw."""
+    assert policy.score is not None
+    made: Any = policy.score(seen)
+    shape = [*seen.key.shape[:2], max(0, seen.key.shape[2] - seen.scoring.window)]
+    floating = isinstance(made, Tensor) and made.is_floating_point()
+    if not floating or list(made.shape) != shape or made.device != seen.key.device:
+        raise ConfigError(f"policy {policy.name!r}: score is {_told(made)}; return float32 {shape}")
+    if _can_look(made) and bool(made.isnan().any()):
+        raise ConfigError(f"policy {policy.name!r}: score has NaN; return numbers")
+    return made.float()
+
+
+def scoring_tokens_of(policy: Policy, rows: Rows, config: ASLConfig) -> Sequence[Tensor] | None:
+    """The tokens of each row whose queries score under this policy; None for those of the window."""
+    if policy.scoring_tokens is None:
+        return None
+    made: Any = policy.scoring_tokens(rows, config)
+    if not isinstance(made, Sequence) or len(made) != len(rows.lengths):
+        raise ConfigError(f"policy {policy.name!r}: scoring_tokens is {shown(made)}; return a tensor for each row")
+    for row, (places, length) in enumerate(zip(made, rows.lengths)):
+        right = _is(places, torch.int64, rows) and places.dim() == 1 and len(places) > 0
+        if right and _can_look(places):
+            right = int(places[0]) >= 0 and int(places[-1]) < length and bool((places.diff() > 0).all())
+        if not right:
+            told = shown(places.tolist()) if _is(places, torch.int64, rows) else _told(places)
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} does not go with policy {policy.name!r}, whose "
-                f"{type(made).__name__} selects several times; give {name}={plain!r}"
+                f"policy {policy.name!r}: scoring_tokens of row {row} is {told}; return int64 places from 0 to "
+                f"{length - 1}, ascending, one at least"
             )
     return made
 
 
-def check_selections(policy: Policy, made: Sequence[Selection], rows: Rows, window: int) -> None:
-    """Raises `ConfigError` where what the policy's selector gives is no selection from these rows."""
-    who, seen = f"policy {policy.name!r}: selection", set()
-    for one in made:
-        row = integer(f"{who}: row", one.row, 0, len(rows.lengths) - 1, error=ConfigError)
-        if row in seen:
-            raise ConfigError(f"{who}: row {row} is selected from twice at layer {one.layer}; give one selection")
-        seen.add(row)
-        left = rows.lengths[row]
-        name = f"{who}: count of row {row}, window={window} included"
-        count, keep = integer(name, one.count, window, left, error=ConfigError), one.keep
-        if keep.dtype != torch.bool or keep.dim() != 1 or len(keep) < left:
-            raise ConfigError(f"{who}: keep of row {row} is {keep.dtype} {list(keep.shape)}; give bool [{left}]")
-        if keep.is_cpu:  # a look at the numbers, which on another device would have to be waited for
-            found = torch.stack([keep[-left:].sum(), keep[-window:].sum()])
-            if torch.equal(found, torch.tensor([count, window], dtype=torch.int64, device="cpu")):
-                continue
-            raise ConfigError(f"{who}: keep of row {row} is not {count} tokens with the last {window} among them")
+def checked_entries(policy: Policy, made: Any, rows: Rows, groups: int) -> Tensor:
+    """The cache entries [B, G, M] bool that the policy's retention says to keep."""
+    shapes = [[len(rows.lengths), heads, rows.width] for heads in (groups, 1)]
+    if not _is(made, torch.bool, rows) or list(made.shape) not in shapes:
+        raise ConfigError(f"policy {policy.name!r}: keep of its retention is {_told(made)}; return bool {shapes[0]}")
+    kept: Tensor = made.expand(-1, groups, -1)
+    return kept
+
+
+def check_kept(policy: Policy, keep: Tensor, real: Tensor, limits: Tensor, window: int, exact: bool) -> None:
+    """Raises `ConfigError` where of the entries keep [B, G, M], which are among those that are real, a window's is
+    missing, or where they are not as many as limits [B] say, if these are exact."""
+    if not _can_look(keep):
+        return
+    whole = bool((keep | ~real)[..., -window:].all())
+    if not whole or (exact and not bool((keep.sum(-1) == limits[:, None]).all())):
+        few = "as many entries as its limit" if exact else "entries"
+        raise ConfigError(
+            f"policy {policy.name!r}: keep of its retention is not {few} with the last {window} among them"
+        )
+
+
+def _is(value: Any, dtype: torch.dtype, rows: Rows) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype and value.device == rows.positions.device
+
+
+def _told(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else article(value)
+
+
+def _can_look(values: Tensor) -> bool:
+    """Whether a look at the numbers waits for no device and breaks no graph."""
+    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def limits_of(
@@ -97,12 +182,15 @@ def limits_of(
     where it keeps all."""
     if not isinstance(retention, Retention):
         raise ConfigError(f"policy {policy.name!r} returned {article(retention)} as its retention; return a Retention")
-    limits = [[retention.limit(layer, tokens) for tokens in prompts] for layer in range(num_layers)]
+    name = f"policy {policy.name!r}: limit of layer {{}}, window={config.window} included"
+    asked_for = [[retention.limit(layer, tokens) for tokens in prompts] for layer in range(num_layers)]
+    limits = [
+        [one if one is None else integer(name.format(layer), one, config.window, error=ConfigError) for one in of_layer]
+        for layer, of_layer in enumerate(asked_for)
+    ]
     given = {limit for of_layer in limits for limit in of_layer} - {None}
-    for layer, of_layer in enumerate(limits):
-        for limit in filter(lambda one: one is not None, of_layer):
-            name = f"policy {policy.name!r}: limit of layer {layer}, window={config.window} included"
-            integer(name, limit, config.window, error=ConfigError)
+    if given and retention.keep is None:
+        raise ConfigError(f"policy {policy.name!r} has a retention with limits and without keep; give it keep")
     asked = next((name for name in ("kv_budget", "kv_top_p") if getattr(config, name) is not None), None)
     if given and config.propagate == "mask":
         raise ConfigError(f"propagate='mask' does not go with policy {policy.name!r}, which drops cache entries")
