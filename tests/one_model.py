@@ -18,6 +18,8 @@ SETTINGS = flexasl.ASLConfig(select_tokens=160)
 class Want(NamedTuple):
     prompts: torch.Tensor
     """[B, N], padded on the left with `PAD`, which no prompt contains."""
+    config: flexasl.ASLConfig
+    """`SETTINGS` with no default left open: the model's preset, which other frameworks do not look up, filled in."""
     layers: list[int | None]
     kept: list[tuple[int, ...]]
     logits: torch.Tensor
@@ -50,6 +52,7 @@ def want() -> Want:
     assert all(row.pruned for row in decided)
     return Want(
         prompts,
+        patch.config,
         [row.selected_layer for row in decided],
         [row.kept_positions for row in decided],
         logits,

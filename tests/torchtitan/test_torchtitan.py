@@ -422,7 +422,7 @@ def test_the_embedded_model_does_what_it_does_under_transformers():
     model = embedded_model(embedded.model_path())
     with flexasl.patch(model, policy="full"):
         torch.testing.assert_close(model(want.prompts[:1])[0], want.logits, rtol=0, atol=5e-3)
-    with flexasl.patch(model, one_model.SETTINGS) as patch:
+    with flexasl.patch(model, want.config) as patch:
         out = generate(model, want.prompts, max_new_tokens=one_model.NEW_TOKENS, pad_id=one_model.PAD)
     assert [row.selected_layer for row in patch.report.rows] == want.layers
     assert [row.kept_positions for row in patch.report.rows] == want.kept

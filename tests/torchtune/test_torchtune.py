@@ -425,7 +425,7 @@ def test_the_embedded_model_does_what_it_does_under_transformers():
     model.load_state_dict(hf_to_tune(weights, num_heads=9, num_kv_heads=3, dim=576))
     model.eval().requires_grad_(False)
     torch.testing.assert_close(model(want.prompts[:1])[0], want.logits, rtol=0, atol=5e-3)
-    with flexasl.patch(model, one_model.SETTINGS) as patch:
+    with flexasl.patch(model, want.config) as patch:
         out = greedy(model, want.prompts, one_model.NEW_TOKENS, room=1024)[0]
     assert [row.selected_layer for row in patch.report.rows] == want.layers
     assert [row.kept_positions for row in patch.report.rows] == want.kept
