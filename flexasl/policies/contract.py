@@ -101,7 +101,8 @@ def checked_selections(
         count = integer(name, one.count, window, left, error=ConfigError)
         if not _is(keep, torch.bool, rows) or keep.dim() != 1 or len(keep) < left:
             raise ConfigError(f"{who}: keep of row {row} is {_told(keep)}; give bool [{left}]")
-        if _can_look(keep) and [int(keep[-left:].sum()), int(keep[-window:].sum())] != [count, window]:
+        wanted = torch.tensor([count, window], dtype=torch.int64, device="cpu")
+        if _can_look(keep) and not torch.equal(torch.stack([keep[-left:].sum(), keep[-window:].sum()]), wanted):
             raise ConfigError(f"{who}: keep of row {row} is not {count} tokens with the last {window} among them")
         found[place] = dataclasses.replace(one, row=row, count=count)
     return found

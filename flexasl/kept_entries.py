@@ -1,0 +1,47 @@
+"""Which entries of a layer the cache keeps, by a retention.
+
+Shapes: B rows, G KV heads, M tokens of the longest row, P = M - W scored tokens, W window, K kept entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexasl.ops import kept_indices
+from flexasl.policies.base import Policy
+from flexasl.policies.contract import check_kept, checked_entries
+from flexasl.retention import Retention
+from flexasl.rows import Rows
+
+Entries = tuple[Tensor, Tensor | None]
+"""Cache entries that a layer keeps: tokens [B, G, K] int64, ascending in each row; valid [B, G, K] bool, None for
+all."""
+
+
+def kept_entries(
+    retention: Retention,
+    policy: Policy,
+    seen: Tensor | None,
+    limits: Sequence[int],
+    window: int,
+    rows: Rows,
+    groups: int,
+) -> Entries:
+    """By scores [B, G, P] or shares of attention [B, G, M], and each row's limit."""
+    most = torch.tensor(limits, dtype=torch.int64, device=rows.positions.device)
+    tokens, real = rows.as_batch()
+    assert retention.keep is not None
+    keep = checked_entries(policy, retention.keep(seen, most, window, rows), rows, groups)
+    everything = keep.new_ones(keep.shape) if real is None else real[:, None]
+    keep = everything & (keep | (rows.lengths_on_device <= most)[:, None, None])
+    check_kept(policy, keep, everything, most, window, retention.exact)
+    if retention.exact:
+        highest, lowest = max(limits), min(limits)
+    else:
+        count = keep.sum(-1)
+        highest, lowest = torch.stack([count.max(), count.min()]).tolist()
+    indices, valid = kept_indices(keep, highest)
+    return tokens[:, None].expand(-1, groups, -1).gather(2, indices), None if lowest == highest else valid
