@@ -330,11 +330,11 @@ def masses(draw):
     rng = arrays(draw(SEEDS))
     window, groups = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
     lengths = draw(st.lists(st.integers(window + 1, 50), min_size=1, max_size=2))
-    flat = draw(st.booleans())
+    flat, whole = draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 4]))  # the rest goes to cached entries, to sinks
     rows = []
     for length in lengths:
         odds = np.ones(length) if flat else rng.dirichlet(np.full(length, 0.4)) + 1e-9
-        rows.append(rng.multinomial(256, odds / odds.sum(), (groups,)) / 256)
+        rows.append(rng.multinomial(256, odds / odds.sum(), (groups,)) / 256 / whole)
     top_p = draw(st.integers(1, 256)) / 256
     return rows, lengths, top_p, window
 

@@ -32,9 +32,11 @@ def top_p_entries(share: Tensor, top_p: float, window: int, valid: Tensor | None
     padding. → keep [B, G, N] bool.
     """
     batch, groups, tokens = share.shape
+    # Padding comes after real entries without attention.
+    share = share if valid is None else share.masked_fill(~valid[:, None], -1.0)
     ordered, order = share.sort(dim=-1, descending=True, stable=True)
     real = torch.full_like(order[..., :1], tokens) if valid is None else valid.sum(-1)[:, None, None]
-    reached = torch.minimum((ordered.cumsum(-1) < top_p).sum(-1, keepdim=True) + 1, real)
+    reached = torch.minimum((ordered.clamp(min=0).cumsum(-1) < top_p).sum(-1, keepdim=True) + 1, real)
     within = torch.arange(tokens, dtype=torch.int64, device=share.device) < reached // 8 * 8
     keep = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, within)
     keep[..., tokens - window :] = True
