@@ -6,12 +6,14 @@ M those of the longest row, W window, P = M - W scored tokens, K kept entries, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexasl.asking import Questions, spans
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
@@ -52,6 +54,8 @@ class Prefill:
         reduce: Callable[[Tensor], Tensor] | None = None,
         observer: Observer | None = None,
         rows: Rows | None = None,
+        question: Sequence[Tensor | None] | None = None,
+        question_texts: Sequence[str | None] | None = None,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` positions;
         ranking_layers are those whose ranks count (default: all). reduce sums token scores [R, P] over the processes
@@ -60,6 +64,10 @@ class Prefill:
         observer(layer, scores [B, G, P]), where given, sees the scores of every layer, and the rule then also runs in
         rows that are too short to lose a token. rows, where given, are tokens that were selected from these prompts and
         are read alone; none of them is dropped.
+
+        question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask: their
+        queries score, in the place of the window's, and they are kept. None for a row whose window scores.
+        question_texts: what the report says of these, or why a row has none.
         """
         instance("policy", policy, Policy, "an instance of a policy")
         refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
@@ -72,6 +80,10 @@ class Prefill:
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.device = torch.device(device)
         self.ranking_layers = ranking_layers
+        self.questions = None
+        if question is not None and any(own is not None and len(own) for own in question):
+            self.questions = Questions(question, self.lengths, self.tokens, config)
+        self.question_texts = list(question_texts or [None] * len(self.lengths))
         self.rows = self._with_scoring_tokens(
             Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
         )
@@ -93,8 +105,9 @@ class Prefill:
         self._kept: Tensor | None = None
         self._chosen = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=self.device)
         least = config.window if observer else None
-        over = [row for row, n in enumerate(self.lengths) if n > (config.token_budget(n) if least is None else least)]
-        prompts = Prompts(self.lengths, over, self.tokens, num_layers, ranking_layers, self.device)
+        enough = [config.token_budget(n) if least is None else least for n in self.lengths]
+        self._over = [row for row, n in enumerate(self.lengths) if n > enough[row]]
+        prompts = Prompts(self.lengths, self._over, self.tokens, num_layers, ranking_layers, self.device)
         self.selector = selector_of(policy, config, prompts) if rows is None else Selector()
         self.retention = policy.retention(config, num_layers)
         self._most = limits_of(policy, config, self.retention, num_layers, self.lengths)
@@ -137,7 +150,12 @@ class Prefill:
                 self._observer(layer, made)
             if self._decides(layer):
                 totals = (made if len(wanted) == len(undecided) else made[list(undecided)]).sum(1)
-                self.selector.observe(layer, totals if self._reduce is None else self._reduce(totals))
+                totals = totals if self._reduce is None else self._reduce(totals)
+                if self.questions is not None:
+                    budgets = [budget_of(self.config, length) for length in self.lengths]
+                    asking = self.questions.kept(self.rows, budgets)[list(undecided), : totals.shape[1]]
+                    totals = totals.masked_fill(asking, math.inf)
+                self.selector.observe(layer, totals)
                 self._select(layer)
             share = None if mass is None else mass / (query.shape[1] // key.shape[1] * self.config.window)
         if not compresses:
@@ -230,9 +248,28 @@ class Prefill:
         """Why the row was pruned where it was, or was not pruned: one sentence."""
         return self.selector.reason(row, self.selections.get(row, [None])[-1])
 
+    def ranked_by(self, row: int) -> str:
+        """Whose queries ranked the row's tokens: the question's text, its positions, or the last tokens; empty where
+        nothing was ranked."""
+        length, window = self.lengths[row], self.config.window
+        limited = any(most[row] is not None and length > most[row] for most in self._most)
+        if not self.scored or length <= window or not (row in self._over or limited):
+            return ""
+        if self.policy.scoring_tokens is not None:
+            return f"tokens that policy {self.policy.name!r} names"
+        asked = None if self.questions is None else self.questions.rows[row]
+        text = self.question_texts[row]
+        if asked is not None and asked.ranking:
+            return text or spans(asked.ranking)
+        why = "more text than the budget stands behind the question" if asked is not None else text
+        last = f"the last {window} tokens" if window > 1 else "the last token"
+        return f"{last}; {why}" if why else last
+
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
         if self.policy.scoring_tokens is not None:
             rows.scoring_tokens = self.policy.scoring_tokens(rows, self.config)
+        elif self.questions is not None:
+            rows.scoring_tokens = self.questions.scoring_tokens(rows)
         return rows
 
     def _decides(self, layer: int) -> bool:
@@ -290,7 +327,12 @@ class Prefill:
         most = torch.tensor(limits, dtype=torch.int64, device=self.device)
         tokens, real = self.rows.as_batch()
         assert self.retention.keep is not None
+        asking = None if self.questions is None else self.questions.kept(self.rows, limits)[:, None]
+        if asking is not None and seen is not None and self.retention.goes_by == "scores":
+            seen = seen.masked_fill(asking[..., : seen.shape[2]], math.inf)
         keep = self.retention.keep(seen, most, self.config.window, self.rows).expand(-1, groups, -1)
+        if asking is not None and not self.retention.exact:
+            keep = keep | asking
         everything = keep.new_ones(keep.shape) if real is None else real[:, None]
         keep = torch.where((self.rows.lengths_on_device > most)[:, None, None], keep, everything)
         if self.retention.exact:

@@ -210,6 +210,7 @@ def _row_report(prefill: Prefill, row: int) -> RowReport:
         selected_layer=made[-1].layer if made else None,
         selections=tuple(SelectionReport(layer=one.layer, kept_tokens=one.count) for one in made),
         reason=prefill.reason(row),
+        ranked_by=prefill.ranked_by(row),
         scored_layers=tuple(prefill.scored),
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
