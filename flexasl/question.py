@@ -28,11 +28,11 @@ _QUOTES = "\"'“”‘’«»「」『』"
 _CLOSING = r"[\"'”’»」』)\]*_]"
 _BREAK = re.compile(
     # A line break, unless it is one inside of a sentence.
-    rf"\n\s*\n\s*|(?<=[.!?:。！？：]|[*_)\"'”])\n\s*|\n(?!\s*[a-z])\s*"
+    rf"\n\s*\n\s*|(?<=[.!?:。！？：*_)\"'”])[ \t]*\n\s*|\n(?!\s*[a-z])\s*"
     rf"|(?<=[?!])\s+|(?<=[。！？])|(?<=[.!?…]{_CLOSING})\s+(?=[A-Z])|(?<=[.…])\s+(?=[{_QUOTES}(\[*_]*[A-Z0-9¿¡])"
 )
 _ABBREVIATED = re.compile(
-    r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|No|Nos|Fig|Figs|Art|Sec|Eq|Vol|vs|cf|e\.g|i\.e|approx|[A-Z])\.$"
+    r"(?:^|[\s(])(?:\d{1,2}|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|No|Nos|Fig|Figs|Art|Sec|Eq|Vol|vs|cf|e\.g|i\.e|approx|[A-Z])\.$"
 )
 _MARKUP = re.compile(rf"^[\s>#*_\-•–{_QUOTES}(\[]*(?:(?:\d{{1,2}}|[a-hA-H])[.)]\s+)?[*_]*")
 _LABEL = re.compile(
@@ -127,47 +127,51 @@ def text_of(tokenizer: Any, ids: Sequence[int], spans: Iterable[Span]) -> str:
 def asking(turn: str) -> list[tuple[int, int]]:
     """The characters of a user's message that ask, ascending, as (start, stop)."""
     tail = max(0, len(turn) - EDGE)
-    late = _late(_sentences(turn[tail:]))
-    found = [one._replace(start=one.start + tail, stop=one.stop + tail) for one in late[0]]
-    early = _early(_sentences(turn[:EDGE]))
-    if not found or (early and not late[1]):
-        found = early
-    elif _plain(turn, early) and all(one.stop < found[0].start for one in early):
-        same = (_plain(turn, early), _plain(turn, found))
-        found = early + found if same[0] in same[1] or same[1] in same[0] else found
-    return [(one.start, one.stop) for one in found]
+    early, late = _sentences(turn[:EDGE]), _sentences(turn[tail:])
+    late = [one._replace(start=one.start + tail, stop=one.stop + tail) for one in late]
+    kinds: tuple[Kind, ...] = ("asks", "may ask")
+    for kind in kinds:
+        before, (found, sure) = _early(early, kind), _late(late, kind)
+        if not found or (before and not sure):
+            found = before
+        elif before and before[-1].stop < found[0].start:
+            one, other = _plain(turn, before), _plain(turn, found)
+            found = before + found if one in other or other in one else found
+        if found:
+            return [(one.start, one.stop) for one in found]
+    return []
 
 
-def _late(sentences: list[_Sentence]) -> tuple[list[_Sentence], bool]:
-    """The sentences near the end that ask, and whether they surely are no part of a document."""
-    words, weak = 0, None
+def _late(sentences: list[_Sentence], kind: Kind) -> tuple[list[_Sentence], bool]:
+    """The sentences near the end of this kind, and whether they surely are no part of a document."""
+    words = 0
     for place in range(len(sentences) - 1, -1, -1):
         one = sentences[place]
-        if one.kind == "asks":
+        if one.kind == kind:
             return _with_those_before(sentences, place), words == 0 or one.opens
-        if one.kind == "may ask" and weak is None and words == 0:
-            weak = one
         words += one.words
         if words > NEAR:
             break
-    return ([] if weak is None else [weak]), True
+    return [], False
 
 
 def _with_those_before(sentences: list[_Sentence], place: int) -> list[_Sentence]:
+    """A sentence that asks, after those that ask right before it. One in the middle of a line that ends there may be a
+    document's."""
     found = [sentences[place]]
     for one in reversed(sentences[:place]):
         if one.kind == "text" or (one.kind == "asks" and found[0].opens and not one.opens):
             break
-        if one.kind == "asks":
+        if one.kind == found[0].kind:
             found.insert(0, one)
     return found
 
 
-def _early(sentences: list[_Sentence]) -> list[_Sentence]:
-    """The sentences near the beginning that ask."""
+def _early(sentences: list[_Sentence], kind: Kind) -> list[_Sentence]:
+    """The sentences near the beginning of this kind."""
     words, found = 0, []
     for one in sentences:
-        if one.kind == "asks":
+        if one.kind == kind:
             found.append(one)
         elif found and one.kind != "rule":
             break
@@ -200,7 +204,7 @@ def _sentences(text: str) -> list[_Sentence]:
 
 def _kind(sentence: str) -> Kind:
     bare = sentence[_MARKUP.match(sentence).end() :]  # type: ignore[union-attr]
-    label = _LABEL.match(bare)
+    label = _LABEL.match(bare) or _LABEL.fullmatch(f"{bare.rstrip('*_ ')}:")
     if label is not None:
         return "asks" if bare[label.end() :].strip(" *_") else "label"
     quoted = sentence[0] in _QUOTES and sentence[-1] in _QUOTES
