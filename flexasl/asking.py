@@ -25,16 +25,18 @@ MOST_QUERIES = 512
 class Asked:
     """The question of one prompt. Positions count from the row's first real token.
 
-    A token sees only what stands before it. So the tokens of a question rank unless more other tokens stand behind them
-    than the budget: that is a text, which they have not seen. Where none ranks, the window does.
+    A token sees only what stands before it. So the tokens of a question rank unless the other tokens behind them are
+    more than the budget, or than a third of the prompt: those are a text, which they have not seen. Where none ranks,
+    the window does.
     """
 
     def __init__(self, question: Sequence[int], tokens: int, budget: int, window: int) -> None:
         """question is ascending; tokens are the prompt's; budget is what goes on of it, window included."""
         others = [tokens - len(question) - (at - place) for place, at in enumerate(question)]
-        self.ranking = [at for at, behind in zip(question, others) if behind <= budget][-MOST_QUERIES:]
+        most = min(budget, tokens // 3)
+        self.ranking = [at for at, behind in zip(question, others) if behind <= most][-MOST_QUERIES:]
         """Whose queries rank; none where a text stands behind the question."""
-        tail = range(tokens - 1, question[-1], -1) if others[-1] <= budget else ()
+        tail = range(tokens - 1, question[-1], -1) if others[-1] <= most else ()
         self._order = [at for at in (*reversed(question), *tail) if at < tokens - window]
         self._tokens, self._window = tokens, window
 

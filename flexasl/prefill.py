@@ -252,7 +252,7 @@ class Prefill:
         """Whose queries ranked the row's tokens: the question's text, its positions, or the last tokens; empty where
         nothing was ranked."""
         length, window = self.lengths[row], self.config.window
-        limited = any(most[row] is not None and length > most[row] for most in self._most)
+        limited = any(length > most for of_layer in self._most if (most := of_layer[row]) is not None)
         if not self.scored or length <= window or not (row in self._over or limited):
             return ""
         if self.policy.scoring_tokens is not None:
@@ -261,7 +261,7 @@ class Prefill:
         text = self.question_texts[row]
         if asked is not None and asked.ranking:
             return text or spans(asked.ranking)
-        why = "more text than the budget stands behind the question" if asked is not None else text
+        why = "too much text stands behind the question" if asked is not None else text
         last = f"the last {window} tokens" if window > 1 else "the last token"
         return f"{last}; {why}" if why else last
 

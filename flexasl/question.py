@@ -71,12 +71,13 @@ _FORMAT = re.compile(
     re.IGNORECASE,
 )
 _RULE = re.compile(
-    r"^(?:answer|respond|reply|do not|don't|never|always|avoid|keep|use|write|be|limit|format|ensure|make sure|only|no|"
-    r"note|start|begin|end|cite|include|exclude|think|take|stick|remember|refer|your (?:final |short )?(?:answer|response|"
-    r"reply|output)|(?:the |an? )?(?:final )?(?:answer|response|reply|output|language|tone)s?\b.{0,40}\b(?:should|must|is|"
-    r"are|has|have|needs?)|if (?:you|the|there|it|no|not|unsure|in doubt)|when (?:in doubt|unsure|you)|say|mention|"
-    r"you (?:must|should|may|can|will|are|need)|it is|this is|it must|let's think|"
-    r"[\w ,'-]{0,40}:$)(?:\W|$)|^(?:[A-J]|\d{1,2})[.)]\s|^\W*$",
+    r"^(?:answer|respond|reply|do not|don't|never|always|avoid|keep|use|write|be|limit|format|ensure|make sure|note|"
+    r"cite|include|exclude|think step|stick|remember|say|mention|let's think|if (?:you|unsure|in doubt)|"
+    r"if (?:the|there) .{0,30}\b(?:answer|information|text|context)|when (?:in doubt|unsure)|you (?:must|should|may)|"
+    r"(?:start|begin|end) (?:your|the answer|with)|only|no (?:explanation|prose|other|extra|additional|need)s?|"
+    r"your (?:final |short )?(?:answer|response|reply|output)|it must|"
+    r"(?:the |an? )?(?:final )?(?:answer|response|reply|output|language|tone)s?\b.{0,40}\b(?:should|must|is|are|has|"
+    r"have|needs?)|[\w ,'-]{0,40}:$)(?:\W|$)|^(?:[A-J]|\d{1,2})[.)]\s|^\W*$",
     re.IGNORECASE,
 )
 

@@ -6,9 +6,11 @@ Shapes: B batch, M new tokens, C width of hidden states, T tokens of all prompts
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,7 @@ from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt
+from flexasl.integrations import questions
 from flexasl.integrations.hooks import ForeignHooks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
@@ -38,6 +41,8 @@ from flexasl.second_pass import RecordedLayers
 
 SLACK = 128
 """Cache entries that decode makes room for at a time, where it writes them in place."""
+_OF_A_CALL: ContextVar[tuple[Any, Any] | None] = ContextVar("flexasl_question", default=None)
+"""A patch and the question of the prompts that it reads now, in this thread."""
 
 
 class BasePatch:
@@ -90,6 +95,9 @@ class BasePatch:
         """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
         self.reduce = reduce
         """Sums token scores [R, P] over the processes that hold a part of the heads each; None where one holds all."""
+        self.tokenizer: Any = None
+        """What finds the question in each prompt; None: prompts are ranked by their last tokens."""
+        self._question: Any = None
         self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[Any, Any, Any]] = []
@@ -111,6 +119,27 @@ class BasePatch:
         if made.kv_dtype is not None:
             primitives(made.kv_dtype)
         self._config, self.preset = made, preset
+
+    @property
+    def question(self) -> Any:
+        """The question of the prompts from now on, as `flexasl.patch` takes it; None: the tokenizer finds it. Raises
+        `FlexASLError` for what is none."""
+        return self._question
+
+    @question.setter
+    def question(self, given: Any) -> None:
+        questions.check(given, self.tokenizer)
+        self._question = given
+
+    @contextlib.contextmanager
+    def asking(self, question: Any) -> Iterator[None]:
+        """Prompts that are read inside have this question, in this thread."""
+        questions.check(question, self.tokenizer)
+        before = _OF_A_CALL.set((self, question))
+        try:
+            yield
+        finally:
+            _OF_A_CALL.reset(before)
 
     def refuse_calibrated(self, model: CalibratedFor) -> None:
         """Raises `ConfigError` where settings were calibrated for another model than this one."""
@@ -165,10 +194,17 @@ class BasePatch:
             raise UnsupportedError("the patched model is in training mode; call model.eval() first")
 
     def begin(
-        self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
+        self,
+        caches: Sequence[LayerCache] | None,
+        valid: Tensor | None,
+        batch: int,
+        count: int,
+        device: torch.device,
+        ids: Tensor | None = None,
     ) -> ForwardPass:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
-        bool is False at padding, None where there is none."""
+        bool is False at padding, None where there is none. ids [B, count] are the new tokens, None where they are not
+        known."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
@@ -178,16 +214,24 @@ class BasePatch:
             assert caches is not None
             self._foreign.check_decode(self.compiled)
             return ForwardPass(caches, positions, valid, compiled=self.compiled)
+        lengths = [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK)
+        call = _OF_A_CALL.get()
+        asked = self.question if call is None or call[0] is not self else call[1]
+        found = None
+        if asked is not None or self.tokenizer is not None:
+            found = questions.find(asked, self.tokenizer, ids, lengths, count)
         prefill = Prefill(
             self.policy,
             self.config,
             len(self._layers),
-            [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK),
+            lengths,
             tokens=count,
             device=device,
             ranking_layers=self.ranking_layers,
             reduce=self.reduce,
             observer=self.observer,
+            question=None if found is None else found.positions,
+            question_texts=None if found is None else found.texts,
         )
         rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)

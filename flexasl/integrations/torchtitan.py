@@ -77,7 +77,7 @@ class Patch(BasePatch):
         past = positions_read(caches, batch) if caches else 0
         given = cache.validity(past + count) if isinstance(cache, KVCache) else cache
         valid = padding(given, batch, past + count, tokens.device, self.MASK)
-        forward_pass = self.begin(caches, valid, batch, count, tokens.device)
+        forward_pass = self.begin(caches, valid, batch, count, tokens.device, tokens)
         if positions is None:
             positions = forward_pass.positions
             if valid is not None:

@@ -81,7 +81,7 @@ class Patch(BasePatch):
         batch, count = tokens.shape
         past = positions_read(caches, batch) if caches else 0
         _refuse_call(decoder, kwargs, tokens, caches)
-        forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
+        forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device, tokens)
         positions = forward_pass.positions if positions is None else positions.reshape(-1, count)
         return (tokens,), {"mask": forward_pass, "input_pos": positions}
 

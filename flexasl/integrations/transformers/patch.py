@@ -171,7 +171,9 @@ class Patch(BasePatch):
             refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[PASS] = forward_pass = self.begin(caches, valid, batch, count, tokens.device)
+        kwargs[PASS] = forward_pass = self.begin(
+            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens
+        )
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
             outer.forward_pass = forward_pass
