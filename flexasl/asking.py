@@ -30,15 +30,16 @@ class Asked:
     the window does.
     """
 
-    def __init__(self, question: Sequence[int], tokens: int, budget: int, window: int) -> None:
-        """question is ascending; tokens are the prompt's; budget is what goes on of it, window included."""
+    def __init__(self, question: Sequence[int], tokens: int, budget: int, window: int, past: int = 0) -> None:
+        """question is ascending; tokens are the prompt's, which past ones stand before; budget is what goes on of it,
+        window included."""
         others = [tokens - len(question) - (at - place) for place, at in enumerate(question)]
-        most = min(budget, tokens // 3)
+        most = min(budget, (past + tokens) // 3)
         self.ranking = [at for at, behind in zip(question, others) if behind <= most][-MOST_QUERIES:]
         """Whose queries rank; none where a text stands behind the question."""
         tail = range(tokens - 1, question[-1], -1) if others[-1] <= most else ()
         self._order = [at for at in (*reversed(question), *tail) if at < tokens - window]
-        self._tokens, self._window = tokens, window
+        self._tokens, self._window, self._budget = tokens, window, budget
 
     def kept(self, limit: int) -> list[int]:
         """Positions before the window that are kept whatever they score, of a budget of so many, window included: those
@@ -46,9 +47,9 @@ class Asked:
         most = min(int(limit * SHARE), limit - self._window)
         return self._order[: max(0, most)]
 
-    def left_to_rank(self, limit: int) -> list[int]:
-        """Those of `ranking` that are sure to be there when so many tokens have been kept."""
-        sure = {*self.kept(limit), *range(self._tokens - self._window, self._tokens)}
+    def left_to_rank(self) -> list[int]:
+        """Those of `ranking` that are sure to be there when tokens have been dropped."""
+        sure = {*self.kept(self._budget), *range(self._tokens - self._window, self._tokens)}
         return [position for position in self.ranking if position in sure]
 
 
@@ -56,13 +57,15 @@ class Questions:
     """The questions of a batch of prompts, some of which have one."""
 
     def __init__(
-        self, questions: Sequence[Tensor | None], lengths: Sequence[int], tokens: int, config: ASLConfig
+        self, questions: Sequence[Tensor | None], lengths: Sequence[int], tokens: int, config: ASLConfig, past: int = 0
     ) -> None:
         """questions: of each row, positions [W] int64 in the padded batch of so many tokens, ascending; None or none
-        where it has no question. Raises FlexASLError for positions that the row does not have."""
+        where it has no question. past: positions that were read before. Raises FlexASLError for positions that the row
+        does not have."""
         if len(questions) != len(lengths):
             raise FlexASLError(f"question has {len(questions)} rows where the batch has {len(lengths)}; give as many")
-        self.config, self._lengths, self._window = config, list(lengths), config.window
+        self._lengths, self._window = list(lengths), config.window
+        self._budgets = [config.token_budget(length) for length in lengths]
         self._firsts = [tokens - length for length in lengths]
         self.given = list(questions)
         self.rows: list[Asked | None] = []
@@ -72,8 +75,8 @@ class Questions:
                 integer(f"question of row {row}: position", at, 0, length - 1)
             if any(one >= other for one, other in pairwise(positions)):
                 raise FlexASLError(f"question of row {row}: positions do not ascend; give each once, in order")
-            asked = Asked(positions, length, config.token_budget(length), config.window) if positions else None
-            self.rows.append(asked)
+            sizes = length, self._budgets[row], config.window, past
+            self.rows.append(Asked(positions, *sizes) if positions else None)
         self._masks: tuple[Rows | None, dict[tuple[int, ...], Tensor]] = None, {}
 
     def scoring_tokens(self, rows: Rows) -> list[Tensor]:
@@ -83,7 +86,7 @@ class Questions:
             last = torch.arange(max(0, length - self._window), length, dtype=torch.int64, device=device)
             ranking = [] if asked is None else asked.ranking
             if asked is not None and length < self._lengths[row]:
-                ranking = asked.left_to_rank(self.config.token_budget(self._lengths[row]))
+                ranking = asked.left_to_rank()
             found.append(self._places(rows, row, ranking) if ranking else last)
         return found
 
@@ -96,6 +99,8 @@ class Questions:
         if tuple(limits) not in made:
             mask = torch.zeros(len(rows.lengths), rows.width, dtype=torch.bool, device=rows.positions.device)
             for row, (asked, limit) in enumerate(zip(self.rows, limits)):
+                if rows.lengths[row] < self._lengths[row]:  # what was kept before
+                    limit = min(limit, self._budgets[row])
                 positions = [] if asked is None else sorted(asked.kept(limit))
                 if positions:
                     places = self._places(rows, row, positions) + (rows.width - rows.lengths[row])

@@ -56,6 +56,7 @@ class Prefill:
         rows: Rows | None = None,
         question: Sequence[Tensor | None] | None = None,
         question_texts: Sequence[str | None] | None = None,
+        past: int = 0,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` positions;
         ranking_layers are those whose ranks count (default: all). reduce sums token scores [R, P] over the processes
@@ -67,7 +68,7 @@ class Prefill:
 
         question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask: their
         queries score, in the place of the window's, and they are kept. None for a row whose window scores.
-        question_texts: what the report says of these, or why a row has none.
+        question_texts: what the report says of these, or why a row has none. past: positions that came before.
         """
         instance("policy", policy, Policy, "an instance of a policy")
         refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
@@ -82,7 +83,7 @@ class Prefill:
         self.ranking_layers = ranking_layers
         self.questions = None
         if question is not None and any(own is not None and len(own) for own in question):
-            self.questions = Questions(question, self.lengths, self.tokens, config)
+            self.questions = Questions(question, self.lengths, self.tokens, config, past)
         self.question_texts = list(question_texts or [None] * len(self.lengths))
         self.rows = self._with_scoring_tokens(
             Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows

@@ -251,7 +251,8 @@ class _Prompt:
         counts = range(len(self._ids) + 1)
         made = []
         for first, last in parts:
-            start = bisect_right(counts, first, key=self._length) - 1
+            start = bisect_left(counts, first, key=self._length)
+            start -= self._length(start) > first
             made.append(Span(start, bisect_left(counts, last, key=self._length)))
         return tuple(made)
 

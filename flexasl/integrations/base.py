@@ -232,6 +232,7 @@ class BasePatch:
             observer=self.observer,
             question=None if found is None else found.positions,
             question_texts=None if found is None else found.texts,
+            past=past,
         )
         rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)
