@@ -5,6 +5,7 @@ Shapes: B rows, G KV heads, M tokens of the longest row, P = M - W scored tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,12 +30,18 @@ def kept_entries(
     window: int,
     rows: Rows,
     groups: int,
+    always: Tensor | None,
 ) -> Entries:
-    """By scores [B, G, P] or shares of attention [B, G, M], and each row's limit."""
+    """By scores [B, G, P] or shares of attention [B, G, M], and each row's limit. always [B, M] bool are entries that
+    are kept whatever they score."""
     most = torch.tensor(limits, dtype=torch.int64, device=rows.positions.device)
     tokens, real = rows.as_batch()
     assert retention.keep is not None
+    if always is not None and seen is not None and retention.goes_by == "scores":
+        seen = seen.masked_fill(always[:, None, : seen.shape[2]], math.inf)
     keep = checked_entries(policy, retention.keep(seen, most, window, rows), rows, groups)
+    if always is not None and not retention.exact:
+        keep = keep | always[:, None]
     everything = keep.new_ones(keep.shape) if real is None else real[:, None]
     keep = everything & (keep | (rows.lengths_on_device <= most)[:, None, None])
     check_kept(policy, keep, everything, most, window, retention.exact)

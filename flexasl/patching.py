@@ -27,6 +27,8 @@ def patch(
     kernel: Literal["auto", "flex", "sdpa", "eager"] = "auto",
     compile: bool = False,
     foreign_hooks: Literal["refuse", "packed"] = "refuse",
+    tokenizer: Any = None,
+    question: Any = None,
 ) -> BasePatch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
@@ -42,6 +44,12 @@ def patch(
     dropped. `"refuse"`: a prompt that a hook would see otherwise is refused; `"packed"`: hooks see prompts as they run,
     [1, tokens that are left of all rows, C]. See docs/loading.md.
 
+    tokenizer: the model's; with it, prompts are ranked by the queries of their question, which is looked for in the
+    user's last turn, and the question is kept. question: which it is, where that is known: a text of the prompt, a span
+    (start, stop) of positions (0 is the prompt's first token), a list of these for each row, or None; it can be set
+    later on the patch, or given to one call of `generate`. Without both, and where nothing is found, the last `window`
+    tokens rank. See docs/question.md.
+
     Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be
     patched and `ConfigError` for settings that do not fit it, that the policy would ignore, or that were calibrated for
     another model; the model is then untouched.
@@ -53,11 +61,21 @@ def patch(
         raise UnsupportedError(
             "model is the result of torch.compile; patch the model itself, with compile=True to compile its layers"
         )
-    model = without_peft(model)
+    from flexasl.integrations import questions
+
+    questions.check(question, tokenizer)
+    made = _patched(without_peft(model), settings, chosen, kernel, compile, foreign_hooks)
+    made.tokenizer, made.question = tokenizer, question
+    return made
+
+
+def _patched(
+    model: Any, settings: ASLConfig, policy: Policy, kernel: str, compile: bool, foreign_hooks: str
+) -> BasePatch:
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
 
-        return Patch(model, settings, chosen, kernel=kernel, compile=compile, foreign_hooks=foreign_hooks)
+        return Patch(model, settings, policy, kernel=kernel, compile=compile, foreign_hooks=foreign_hooks)
     others = {
         "torchtune": ("torchtune.modules", "TransformerDecoder"),
         "torchtitan": ("torchtitan.models.common.decoder", "Decoder"),
@@ -71,7 +89,7 @@ def patch(
     if compile:
         raise UnsupportedError(f"compile=True is not available for {framework} models; give compile=False")
     adapter: Any = importlib.import_module(f"flexasl.integrations.{framework}")
-    patched: BasePatch = adapter.Patch(model, settings, chosen, kernel=kernel, foreign_hooks=foreign_hooks)
+    patched: BasePatch = adapter.Patch(model, settings, policy, kernel=kernel, foreign_hooks=foreign_hooks)
     return patched
 
 

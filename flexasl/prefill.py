@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexasl.asking import Questions
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
@@ -28,7 +29,7 @@ from flexasl.selectors.base import Prompts, Selection, Selector
 
 Observer = Callable[[int, Tensor], None]
 Reduce = Callable[[Tensor, bool], Tensor]
-"""Of token scores, in place, their sum over processes or, where the second is True, the highest."""
+"""Of token scores their sum over processes or, where the second is True, the highest."""
 
 
 class Prefill:
@@ -52,6 +53,9 @@ class Prefill:
         reduce: Reduce | None = None,
         observer: Observer | None = None,
         rows: Rows | None = None,
+        question: Sequence[Tensor | None] | None = None,
+        question_texts: Sequence[str | None] | None = None,
+        past: int = 0,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` positions;
         ranking_layers are those whose ranks count (default: all). reduce joins token scores [R, P] of the
@@ -60,6 +64,10 @@ class Prefill:
         observer(layer, scores [B, G, P]), where given, sees the scores of every layer, and the rule then also runs in
         rows that are too short to lose a token. rows, where given, are tokens that were selected from these prompts and
         are read alone; none of them is dropped.
+
+        question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask: their
+        queries score, in the place of the window's, and they are kept. None for a row whose window scores.
+        question_texts: what the report says of these, or why a row has none. past: positions that came before.
         """
         instance("policy", policy, Policy, "an instance of a policy")
         refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
@@ -72,6 +80,10 @@ class Prefill:
         self.tokens = max(self.lengths) if tokens is None else tokens
         self.device = torch.device(device)
         self.ranking_layers = ranking_layers
+        self.questions = None
+        if question is not None and any(own is not None and len(own) for own in question):
+            self.questions = Questions(question, self.lengths, self.tokens, config, past)
+        self.question_texts = list(question_texts or [None] * len(self.lengths))
         self.rows = self._with_scoring_tokens(
             Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
         )
@@ -93,11 +105,12 @@ class Prefill:
         self._kept: Tensor | None = None
         self._chosen = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=self.device)
         least = config.window if observer else None
-        over = [row for row, n in enumerate(self.lengths) if n > (config.token_budget(n) if least is None else least)]
-        prompts = Prompts(self.lengths, over, self.tokens, num_layers, ranking_layers, self.device)
+        enough = [config.token_budget(n) if least is None else least for n in self.lengths]
+        self.over = [row for row, n in enumerate(self.lengths) if n > enough[row]]
+        prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device)
         self.selector = contract.selector_of(policy, config, prompts) if rows is None else Selector()
         self.retention = policy.retention(config, num_layers)
-        self._most = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
+        self.limits = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
 
     def needs(self, layer: int) -> bool:
         """Whether `observe` needs the queries of each row's window at this layer."""
@@ -137,8 +150,11 @@ class Prefill:
             if self._observer is not None:
                 self._observer(layer, made)
             if self._decides(layer):
-                own_rows = made if len(wanted) == len(undecided) else made[list(undecided)]
-                self.selector.observe(layer, self.over_heads(own_rows))
+                totals = self.over_heads(made if len(wanted) == len(undecided) else made[list(undecided)])
+                if self.questions is not None:
+                    asking = self.questions.kept(self.rows)[list(undecided), : totals.shape[1]]
+                    totals = totals.masked_fill(asking, math.inf)
+                self.selector.observe(layer, totals)
                 self._select(layer)
             share = None if mass is None else mass / (query.shape[1] // key.shape[1] * self.config.window)
         if not compresses:
@@ -147,9 +163,9 @@ class Prefill:
         if seen is not None and groups < key.shape[1]:
             heads = seen.unflatten(1, (groups, -1))
             seen = over_heads(heads, 2, self.config.power) if share is None else heads.mean(2)
-        return kept_entries(
-            self.retention, self.policy, seen, self._limits(layer), self.config.window, self.rows, groups
-        )
+        limits = self._limits(layer)
+        always = None if self.questions is None else self.questions.kept(self.rows, limits)
+        return kept_entries(self.retention, self.policy, seen, limits, self.config.window, self.rows, groups, always)
 
     def over_heads(self, scores: Tensor) -> Tensor:
         """Scores [R, G, P] of this process's KV heads as token scores [R, P] of all processes' heads."""
@@ -188,12 +204,6 @@ class Prefill:
         tokens = torch.cat(going)
         self.rows = self._with_scoring_tokens(Rows(self.counts, before.positions[tokens], contiguous=False))
         return tokens
-
-    @property
-    def dropped(self) -> Tensor | None:
-        """[T] bool: tokens that the last layer ran on although their row had dropped them; None where there are
-        none."""
-        return None if self.rows.kept is None else ~self.rows.kept
 
     def gone(self) -> Tensor | None:
         """[B, N] bool: tokens that do not come out of the last layer; None where all do."""
@@ -235,13 +245,11 @@ class Prefill:
             positions = positions[self.rows.kept[own]]
         return positions - (self.tokens - self.lengths[row])
 
-    def reason(self, row: int) -> str:
-        """Why the row was pruned where it was, or was not pruned: one sentence."""
-        made: Any = self.selector.reason(row, self.selections.get(row, [None])[-1])
-        return str(instance(f"policy {self.policy.name!r}: reason", made, str, "a text", ConfigError))
-
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
-        rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)
+        if self.policy.scoring_tokens is not None or self.questions is None:
+            rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)
+        else:
+            rows.scoring_tokens = self.questions.scoring_tokens(rows)
         return rows
 
     def _decides(self, layer: int) -> bool:
@@ -287,7 +295,7 @@ class Prefill:
     def _limits(self, layer: int) -> list[int]:
         """Cache entries up to which each row keeps all at this layer."""
         limits = []
-        for row, (count, most) in enumerate(zip(self.counts, self._most[layer], strict=True)):
+        for row, (count, most) in enumerate(zip(self.counts, self.limits[layer], strict=True)):
             # What is read again after the selection is stored then.
             later = self.policy.second_pass and row in self.selector.rows
             limits.append(count if most is None or later else min(most, count))

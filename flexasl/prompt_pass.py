@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexasl.asking import spans
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
-from flexasl.errors import UnsupportedError
+from flexasl.checks import instance
+from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
 from flexasl.ops import compact_kv, gather_tokens
@@ -166,8 +169,9 @@ class PromptPass(ForwardPass):
     def _finish(self, hidden: Tensor) -> Tensor:
         if self.prefill.rows.batch_rows is not None:
             return hidden
-        if self.prefill.dropped is not None:
-            hidden = hidden.masked_fill(self.prefill.dropped[:, None], self.blank)
+        kept = self.prefill.rows.kept
+        if kept is not None:  # the last layer ran on tokens that their row had dropped
+            hidden = hidden.masked_fill(~kept[:, None], self.blank)
         return self._unpack(hidden, self.prefill.rows)
 
     def _unpack(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -209,7 +213,8 @@ def _row_report(prefill: Prefill, row: int) -> RowReport:
         kept_tokens=kept,
         selected_layer=made[-1].layer if made else None,
         selections=tuple(SelectionReport(layer=one.layer, kept_tokens=one.count) for one in made),
-        reason=prefill.reason(row),
+        reason=_reason(prefill, row),
+        ranked_by=_ranked_by(prefill, row),
         scored_layers=tuple(prefill.scored),
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
@@ -218,6 +223,29 @@ def _row_report(prefill: Prefill, row: int) -> RowReport:
         layer_tokens=tuple(layer[row] for layer in prefill.ran),
         reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
     )
+
+
+def _reason(prefill: Prefill, row: int) -> str:
+    """Why the row was pruned where it was, or was not pruned: one sentence."""
+    made: Any = prefill.selector.reason(row, prefill.selections.get(row, [None])[-1])
+    return str(instance(f"policy {prefill.policy.name!r}: reason", made, str, "a text", ConfigError))
+
+
+def _ranked_by(prefill: Prefill, row: int) -> str:
+    """Whose queries ranked the row's tokens: the question's text, its positions, or the last tokens; empty where
+    nothing was ranked."""
+    length, window = prefill.lengths[row], prefill.config.window
+    limited = any(length > most for of_layer in prefill.limits if (most := of_layer[row]) is not None)
+    if not prefill.scored or length <= window or not (row in prefill.over or limited):
+        return ""
+    if prefill.policy.scoring_tokens is not None:
+        return f"tokens that policy {prefill.policy.name!r} names"
+    asked, text = None if prefill.questions is None else prefill.questions.rows[row], prefill.question_texts[row]
+    if asked is not None and asked.ranking:
+        return text or spans(asked.ranking)
+    why = "too much text stands behind the question" if asked is not None else text
+    last = f"the last {window} tokens" if window > 1 else "the last token"
+    return f"{last}; {why}" if why else last
 
 
 def _clock(device: torch.device) -> float:

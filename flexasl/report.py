@@ -23,6 +23,9 @@ MIB = 2**20
 WIDTH = 100
 ROWS_IN_FULL = 8
 CURVE_COLUMNS = 11
+LONGEST_TEXT = 300
+"""Characters of the text that ranked, as a report prints it."""
+TITLE_TEXT = 80
 POSITION_BINS = 100
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#666666"
 
@@ -82,6 +85,9 @@ class RowReport:
     """All selections, in order of layers; where none is given, the one that `selected_layer` and `kept_tokens` tell."""
     reread_layers: Count = 0
     """How many layers, from the first on, ran a second time, on the kept tokens alone."""
+    ranked_by: str = ""
+    """Whose queries ranked the tokens: `the last 32 tokens`, the text of the prompt's question, or `tokens 1,990 to
+    2,011`; empty where nothing was ranked."""
 
     def __post_init__(self) -> None:
         if not self.selections and self.selected_layer is not None:
@@ -137,8 +143,9 @@ class Report:
         if isinstance(data, dict):
             data = {"preset": None} | data  # of a report that was written before there were presets
             data.pop("kv_share", None)
-            if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row could have several selections
-                data["rows"] = [{"selections": ()} | row if isinstance(row, dict) else row for row in data["rows"]]
+            if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
+                since = {"selections": (), "ranked_by": ""}
+                data["rows"] = [since | row if isinstance(row, dict) else row for row in data["rows"]]
         report: Report = fit(cls, data)
         fit(_Shown, report.config, "config")
         for index, row in enumerate(report.rows):
@@ -180,7 +187,10 @@ class Report:
             head += f" (selected at {_layers(row)})"
         else:
             head += f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
-        return [head, *_wrap(f"why: {row.reason}", indent="  "), *_curve_lines(row)]
+        lines = [head, *_wrap(f"why: {row.reason}", indent="  ")]
+        if row.ranked_by:
+            lines += _wrap(f"ranked by: {textwrap.shorten(row.ranked_by, LONGEST_TEXT)}", indent="  ")
+        return [*lines, *_curve_lines(row)]
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
         """Picture of one row: variance ratio by layer, and where in the prompt the kept tokens lie.
@@ -202,7 +212,8 @@ class Report:
         _draw_positions(below, chosen)
         figure.suptitle(
             f"{visible(self.policy)}, row {row}: {chosen.kept_tokens:,} of {chosen.prompt_tokens:,} tokens kept, "
-            f"KV cache {self.kv_share:.0%} of full",
+            f"KV cache {self.kv_share:.0%} of full"
+            + (f"\nranked by: {visible(textwrap.shorten(chosen.ranked_by, TITLE_TEXT))}" if chosen.ranked_by else ""),
             fontsize=11,
             parse_math=False,
         )

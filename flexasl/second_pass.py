@@ -80,6 +80,7 @@ def _prefill_of(prefill: Prefill, rows: list[int]) -> Prefill:
     own = [prefill.rows.positions[prefill.rows.of(row)] for row in rows]
     selected = Rows(list(map(len, own)), torch.cat(own), contiguous=False, batch_rows=rows)
     prompts = [prefill.lengths[row] for row in rows]
+    question = None if prefill.questions is None else [prefill.questions.given[row] for row in rows]
     return Prefill(
         prefill.policy,
         prefill.config,
@@ -88,4 +89,5 @@ def _prefill_of(prefill: Prefill, rows: list[int]) -> Prefill:
         tokens=prefill.tokens,
         device=prefill.device,
         rows=selected,
+        question=question,
     )

@@ -70,14 +70,16 @@ def refused(outcome: Outcome) -> str:
     return outcome.err
 
 
-def test_ask_prints_answer_then_report(ask, model: str, document: str) -> None:
-    status, out, err = ask()
+@pytest.mark.parametrize(("options", "asked"), [((), "Why?"), (("--no-rank-by-question",), None)])
+def test_ask_prints_answer_then_report(ask, model: str, document: str, options, asked) -> None:
+    status, out, err = ask(*options)
     assert (status, err) == (0, "")
     loaded, tokenizer = run.load_model(model)
     ids = run.question_ids(tokenizer, Path(document).read_text(), "Why?")
     config = flexasl.ASLConfig(select_tokens=SELECT)
-    expected = run.answer(loaded, tokenizer, ids, max_new_tokens=8, config=config, policy="asl")
+    expected = run.answer(loaded, tokenizer, ids, max_new_tokens=8, config=config, policy="asl", question=asked)
     answer, report = out.split("policy asl")
+    assert f"ranked by: {asked or 'the last 32 tokens'}\n" in report
     assert answer.strip() == expected.text != ""
     assert f"{len(ids)} tokens in, {SELECT} kept" in report
 

@@ -24,6 +24,7 @@ from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt
+from flexasl.integrations import questions
 from flexasl.integrations.hooks import ForeignHooks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
@@ -90,6 +91,9 @@ class BasePatch:
         """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
         self.reduce = reduce
         """Joins token scores [R, P] of the processes that hold a part of the heads each; None where one holds all."""
+        self.tokenizer: Any = None
+        """What finds the question in each prompt; None: prompts are ranked by their last tokens."""
+        self._question: Any = None
         self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[Any, Any, Any]] = []
@@ -111,6 +115,17 @@ class BasePatch:
         if made.kv_dtype is not None:
             primitives(made.kv_dtype)
         self._config, self.preset = made, preset
+
+    @property
+    def question(self) -> Any:
+        """The question of the prompts from now on, as `flexasl.patch` takes it; None: the tokenizer finds it. Raises
+        `FlexASLError` for what is none."""
+        return self._question
+
+    @question.setter
+    def question(self, given: Any) -> None:
+        questions.check(given, self.tokenizer)
+        self._question = given
 
     def refuse_calibrated(self, model: CalibratedFor) -> None:
         """Raises `ConfigError` where settings were calibrated for another model than this one."""
@@ -159,16 +174,18 @@ class BasePatch:
         state = "active" if self._handles else "removed"
         return f"<flexasl.Patch {self.policy.name} on {type(self._model).__name__}, {state}>"
 
-    def refuse_training(self) -> None:
-        """Raises `UnsupportedError` where the model has been put into training mode since."""
-        if self._layers[0].training:
-            raise UnsupportedError("the patched model is in training mode; call model.eval() first")
-
     def begin(
-        self, caches: Sequence[LayerCache] | None, valid: Tensor | None, batch: int, count: int, device: torch.device
+        self,
+        caches: Sequence[LayerCache] | None,
+        valid: Tensor | None,
+        batch: int,
+        count: int,
+        device: torch.device,
+        ids: Tensor | None = None,
     ) -> ForwardPass:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
-        bool is False at padding, None where there is none."""
+        bool is False at padding, None where there is none. ids [B, count] are the new tokens, None where they are not
+        known."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
@@ -178,16 +195,21 @@ class BasePatch:
             assert caches is not None
             self._foreign.check_decode(self.compiled)
             return ForwardPass(caches, positions, valid, compiled=self.compiled)
+        lengths = [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK)
+        asked = questions.of_prompts(self, ids, lengths, count)
         prefill = Prefill(
             self.policy,
             self.config,
             len(self._layers),
-            [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK),
+            lengths,
             tokens=count,
             device=device,
             ranking_layers=self.ranking_layers,
             reduce=self.reduce,
             observer=self.observer,
+            question=asked.positions,
+            question_texts=asked.texts,
+            past=past,
         )
         rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)
@@ -280,35 +302,3 @@ class BasePatch:
 
 def _rows(table: Any, tokens: slice) -> Any:
     return tuple(_rows(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])
-
-
-def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "patch it before") -> None:
-    """Raises `UnsupportedError` where a model of any framework cannot be patched as it is now; instead is what to do
-    with one that is compiled."""
-    kind = type(model).__name__
-    if hasattr(model, "flexasl_patch"):
-        raise UnsupportedError(f"{kind} is patched already; call model.flexasl_patch.remove() first")
-    if model.training:
-        raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
-    if kernel == "flex" and device.type == "cpu":
-        raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedError(f"{kind} is compiled already (its compile() was called); {instead}")
-
-
-def padding(mask: Any, batch: int, tokens: int, device: torch.device, name: str) -> Tensor | None:
-    """A mask [batch, tokens], 0 at padding, as bool; None where there is no padding. name is the argument's."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.shape != (batch, tokens):
-        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(
-            f"{name} is {given}; a patched model takes [batch, tokens so far], here {[batch, tokens]}"
-        )
-    valid = mask.to(device=device, dtype=torch.bool)
-    return None if bool(valid.all()) else valid
-
-
-def restart(positions: Tensor | None) -> bool:
-    """Whether positions [..., M] begin again within a row, as where several documents are packed into one."""
-    return positions is not None and bool((positions.diff(dim=-1) != 1).any())

@@ -35,7 +35,8 @@ from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state, restart
+from flexasl.integrations.arguments import padding, refuse_state, refuse_training, restart
+from flexasl.integrations.base import SLACK, BasePatch
 from flexasl.policies import Policy
 
 
@@ -68,7 +69,7 @@ class Patch(BasePatch):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.refuse_training()
+        refuse_training(self._layers[0])
         kwargs = dict(zip(("tokens", "positions", "attention_masks"), args, strict=False)) | kwargs
         tokens, positions, cache = kwargs["tokens"], kwargs.get("positions"), kwargs.get("attention_masks")
         _refuse_call(decoder, positions, cache)
@@ -77,7 +78,7 @@ class Patch(BasePatch):
         past = positions_read(caches, batch) if caches else 0
         given = cache.validity(past + count) if isinstance(cache, KVCache) else cache
         valid = padding(given, batch, past + count, tokens.device, self.MASK)
-        forward_pass = self.begin(caches, valid, batch, count, tokens.device)
+        forward_pass = self.begin(caches, valid, batch, count, tokens.device, tokens)
         if positions is None:
             positions = forward_pass.positions
             if valid is not None:

@@ -19,7 +19,8 @@ from flexasl.cache import LayerCache
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
+from flexasl.integrations.arguments import padding, refuse_state, refuse_training
+from flexasl.integrations.base import SLACK, BasePatch
 from flexasl.masks import Visibility
 from flexasl.policies import Policy
 
@@ -72,7 +73,7 @@ class Patch(BasePatch):
     def _enter(
         self, decoder: TransformerDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.refuse_training()
+        refuse_training(self._layers[0])
         tokens = args[0] if args else kwargs["tokens"]
         mask, positions = kwargs.get("mask"), kwargs.get("input_pos")
         caches = [layer.attn.kv_cache for layer in self._layers] if decoder.caches_are_enabled() else None
@@ -81,7 +82,7 @@ class Patch(BasePatch):
         batch, count = tokens.shape
         past = positions_read(caches, batch) if caches else 0
         _refuse_call(decoder, kwargs, tokens, caches)
-        forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device)
+        forward_pass = self.begin(caches, _validity(mask, batch, past, count), batch, count, tokens.device, tokens)
         positions = forward_pass.positions if positions is None else positions.reshape(-1, count)
         return (tokens,), {"mask": forward_pass, "input_pos": positions}
 

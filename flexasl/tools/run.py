@@ -1,9 +1,9 @@
 """One answer from one model, measured: make the prompt, generate with or without pruning, at once or later."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import flexasl
 from flexasl.errors import FlexASLError
 from flexasl.integrations.transformers.fingerprint import fingerprint
 from flexasl.integrations.transformers.models import decoder_layers
+from flexasl.question import question_tokens
 from flexasl.report import Report
 from flexasl.tools.loading import GREEDY
 from flexasl.tools.loading import load_model as load_model
@@ -111,16 +112,24 @@ def answer(
     max_new_tokens: int,
     config: flexasl.ASLConfig | None = None,
     policy: str | flexasl.policies.Policy | None = None,
+    question: str | None = None,
     on_text: Callable[[str], None] = _nothing,
     on_layer: Callable[[], None] = _nothing,
 ) -> Answer:
     """Greedy answer to a prompt, pruned by the policy, or not pruned where it is None.
 
+    question: the text of the prompt whose queries rank the others, None for the last tokens; where the tokenizer writes
+    it in another way, the last tokens rank as well.
     `on_text` gets the answer piece by piece, `on_layer` is called after each decoder layer of the prefill.
     """
     if policy is None:
         return _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
-    with flexasl.patch(model, config, policy=policy) as patch:
+    asking: dict[str, Any] = {}
+    if question is not None:
+        with contextlib.suppress(FlexASLError):
+            question_tokens(tokenizer, ids, question)
+            asking = {"tokenizer": tokenizer, "question": question}
+    with flexasl.patch(model, config, policy=policy, **asking) as patch:
         plain = _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
         report = patch.report
     assert report is not None  # a prefill has just run
@@ -235,7 +244,7 @@ class _Stream(TextStreamer):
         self._on_text(text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _layers_watched(
     model: PreTrainedModel, is_over: Callable[[], bool], on_layer: Callable[[], None]
 ) -> Iterator[None]:

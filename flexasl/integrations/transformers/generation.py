@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.questions import asking, repeated
 from flexasl.integrations.transformers.adapters import forgetting_rows
 from flexasl.integrations.transformers.cache import PrunedCache
 
@@ -45,9 +46,11 @@ def guard_generation(model: PreTrainedModel) -> list[str]:
 
 
 def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
+    patch = model.flexasl_patch
+    question = kwargs.pop("question", patch.question)
     given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
     with forgetting_rows(model):
-        model.flexasl_patch.refuse_media(given)
+        patch.refuse_media(given)
         settings = {name: value for name, value in given.items() if name != "generation_config"}
         # As `generate` itself does: what the user leaves open is taken from the model's own configuration.
         merged, _ = model._prepare_generation_config(given.get("generation_config"), **settings)
@@ -57,7 +60,9 @@ def _generate(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
             cache = given.get("cache") if given.get("past_key_values") is None else given["past_key_values"]
             _refuse_other_beginning(ids, cache)
         _refuse_guessed_mask(ids, given.get("attention_mask"), merged.pad_token_id, merged.eos_token_id)
-        return generate(*args, **kwargs)
+        copies = max(merged.num_beams or 1, merged.num_return_sequences or 1)
+        with asking(patch, repeated(question, copies)):
+            return generate(*args, **kwargs)
 
 
 def _refuse_settings(settings: Any, assistant: Any) -> None:

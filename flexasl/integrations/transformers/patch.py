@@ -17,7 +17,8 @@ from flexasl.compiling import compile_region, kind_of, require_compiler, run_lay
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, restart
+from flexasl.integrations.arguments import padding, refuse_training, restart
+from flexasl.integrations.base import SLACK, BasePatch
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
@@ -152,7 +153,7 @@ class Patch(BasePatch):
                 f"the attention implementation of the patched model was set to {kind!r}; "
                 f"call {self._named}.set_attn_implementation({NAME!r}), or patch.remove() first"
             )
-        self.refuse_training()
+        refuse_training(self._layers[0])
         embeds = kwargs.get("inputs_embeds")
         tokens = kwargs["input_ids"] if embeds is None else embeds
         batch, count = tokens.shape[:2]
@@ -171,7 +172,9 @@ class Patch(BasePatch):
             refuse_likelihoods(self.policy, self.config, count)
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
-        kwargs[PASS] = forward_pass = self.begin(caches, valid, batch, count, tokens.device)
+        kwargs[PASS] = forward_pass = self.begin(
+            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens
+        )
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
             outer.forward_pass = forward_pass

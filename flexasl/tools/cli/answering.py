@@ -39,6 +39,7 @@ def answered(
     policy: Policy | None = None,
     config: ASLConfig | None = None,
     *,
+    question: str | None = None,
     title: str = "",
     begin: str = "",
     quiet: bool = False,
@@ -55,6 +56,7 @@ def answered(
             max_new_tokens=max_new_tokens,
             config=config,
             policy=policy,
+            question=question,
             on_text=show,
             on_layer=advance,
         )

@@ -31,7 +31,17 @@ from flexasl.tools.extras import need
 from flexasl.writing import check_file, replaced
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-OF_A_PROMPT = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy", "compare")
+OF_A_PROMPT = (
+    "file",
+    "select_tokens",
+    "kv_budget",
+    "kv_dtype",
+    "tau",
+    "config",
+    "policy",
+    "compare",
+    "rank_by_question",
+)
 """Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
 
 
@@ -54,6 +64,10 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 128,
     as_json: AsJson = False,
     plot: Annotated[Path | None, path_option("Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    rank_by_question: Annotated[
+        bool,
+        typer.Option(help="Rank the text by the question's own tokens, and keep these; else by the last tokens."),
+    ] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the model without pruning.")] = False,
 ) -> None:
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
@@ -76,8 +90,9 @@ def ask(
     if compare:
         with progress_bar("warming up"):
             run.warm_up(loaded, tokenizer, ids, config=settings, policy=rule)
+    asking, title = question if rank_by_question else None, policy if compare else ""
     pruned = answered(
-        loaded, tokenizer, ids, max_new_tokens, rule, settings, quiet=as_json, title=policy if compare else ""
+        loaded, tokenizer, ids, max_new_tokens, rule, settings, question=asking, quiet=as_json, title=title
     )
     plain = None
     try:

@@ -1,0 +1,126 @@
+"""The tokens of prompts that ask: their queries rank the other tokens, and they are kept.
+
+Shapes: B rows, T tokens of all rows at the current layer, M tokens of the longest row, W scoring tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flexasl.checks import integer
+from flexasl.config import ASLConfig
+from flexasl.errors import FlexASLError
+from flexasl.rows import Rows
+
+SHARE = 0.5
+"""The part of a budget that the question and what stands behind it take for sure; beyond it they must score."""
+MOST_QUERIES = 512
+"""Tokens of a question whose queries rank, at most: the last ones. Their logits are held for one KV head at a time."""
+
+
+class Asked:
+    """The question of one prompt. Positions count from the row's first real token.
+
+    A token sees only what stands before it. So the tokens of a question rank unless the other tokens behind them are
+    more than the budget, or than a third of the prompt: those are a text, which they have not seen. Where none ranks,
+    the window does.
+    """
+
+    def __init__(self, question: Sequence[int], tokens: int, budget: int, window: int, past: int = 0) -> None:
+        """question is ascending; tokens are the prompt's, which past ones stand before; budget is what goes on of it,
+        window included."""
+        others = [tokens - len(question) - (at - place) for place, at in enumerate(question)]
+        most = min(budget, (past + tokens) // 3)
+        self.ranking = [at for at, behind in zip(question, others) if behind <= most][-MOST_QUERIES:]
+        """Whose queries rank; none where a text stands behind the question."""
+        tail = range(tokens - 1, question[-1], -1) if others[-1] <= most else ()
+        self._order = [at for at in (*reversed(question), *tail) if at < tokens - window]
+        self._tokens, self._window, self._budget = tokens, window, budget
+
+    def kept(self, limit: int) -> list[int]:
+        """Positions before the window that are kept whatever they score, of a budget of so many, window included: those
+        of the question, then those behind it, the last ones first."""
+        most = min(int(limit * SHARE), limit - self._window)
+        return self._order[: max(0, most)]
+
+    def left_to_rank(self) -> list[int]:
+        """Those of `ranking` that are sure to be there when tokens have been dropped."""
+        sure = {*self.kept(self._budget), *range(self._tokens - self._window, self._tokens)}
+        return [position for position in self.ranking if position in sure]
+
+
+class Questions:
+    """The questions of a batch of prompts, some of which have one."""
+
+    def __init__(
+        self, questions: Sequence[Tensor | None], lengths: Sequence[int], tokens: int, config: ASLConfig, past: int = 0
+    ) -> None:
+        """questions: of each row, positions [W] int64 in the padded batch of so many tokens, ascending; None or none
+        where it has no question. past: positions that were read before. Raises FlexASLError for positions that the row
+        does not have."""
+        if len(questions) != len(lengths):
+            raise FlexASLError(f"question has {len(questions)} rows where the batch has {len(lengths)}; give as many")
+        self._lengths, self._window = list(lengths), config.window
+        self._budgets = [config.token_budget(length) for length in lengths]
+        self._firsts = [tokens - length for length in lengths]
+        self.given = list(questions)
+        self.rows: list[Asked | None] = []
+        for row, (question, length) in enumerate(zip(questions, lengths)):
+            positions = [] if question is None else [at - self._firsts[row] for at in question.tolist()]
+            for at in positions[:1] + positions[-1:]:
+                integer(f"question of row {row}: position", at, 0, length - 1)
+            if any(one >= other for one, other in pairwise(positions)):
+                raise FlexASLError(f"question of row {row}: positions do not ascend; give each once, in order")
+            sizes = length, self._budgets[row], config.window, past
+            self.rows.append(Asked(positions, *sizes) if positions else None)
+        self._masks: tuple[Rows | None, dict[tuple[int, ...], Tensor]] = None, {}
+
+    def scoring_tokens(self, rows: Rows) -> list[Tensor]:
+        """Of each row, the places [W] int64, among the tokens that it has left, of those whose queries rank."""
+        found, device = [], rows.positions.device
+        for row, (asked, length) in enumerate(zip(self.rows, rows.lengths)):
+            last = torch.arange(max(0, length - self._window), length, dtype=torch.int64, device=device)
+            ranking = [] if asked is None else asked.ranking
+            if asked is not None and length < self._lengths[row]:
+                ranking = asked.left_to_rank()
+            found.append(self._places(rows, row, ranking) if ranking else last)
+        return found
+
+    def kept(self, rows: Rows, limits: Sequence[int] | None = None) -> Tensor:
+        """Which of the tokens that are left are kept whatever they score, of so many in each row (None: of what goes
+        on): [B, M] bool, each row at the right end."""
+        limits = list(map(min, self._budgets, self._lengths)) if limits is None else limits
+        known, made = self._masks
+        if known is not rows:
+            known, made = self._masks = rows, {}
+        if tuple(limits) not in made:
+            mask = torch.zeros(len(rows.lengths), rows.width, dtype=torch.bool, device=rows.positions.device)
+            for row, (asked, limit) in enumerate(zip(self.rows, limits)):
+                if rows.lengths[row] < self._lengths[row]:  # what was kept before
+                    limit = min(limit, self._budgets[row])
+                positions = [] if asked is None else sorted(asked.kept(limit))
+                if positions:
+                    places = self._places(rows, row, positions) + (rows.width - rows.lengths[row])
+                    mask[row].index_fill_(0, places, True)
+            made[tuple(limits)] = mask
+        return made[tuple(limits)]
+
+    def _places(self, rows: Rows, row: int, positions: Sequence[int]) -> Tensor:
+        """The places [W] int64 of positions among the tokens that the row has left."""
+        wanted = torch.tensor(positions, dtype=torch.int64, device=rows.positions.device)
+        if rows.lengths[row] == self._lengths[row]:
+            return wanted
+        left = rows.positions[rows.of(row)].contiguous()
+        return torch.searchsorted(left, wanted + self._firsts[row]).clamp(max=rows.lengths[row] - 1)
+
+
+def spans(positions: Sequence[int]) -> str:
+    """Positions in words: `tokens 1,990 to 2,011`, or several such."""
+    ends = [place for place in range(1, len(positions)) if positions[place] > positions[place - 1] + 1]
+    parts = [positions[start:stop] for start, stop in pairwise([0, *ends, len(positions)])]
+    words = [f"{part[0]:,} to {part[-1]:,}" if len(part) > 1 else f"{part[0]:,}" for part in parts]
+    return f"token{'s' if len(positions) > 1 else ''} {' and '.join(words)}"

@@ -1,0 +1,327 @@
+"""Which tokens of a prompt ask, by its text alone: sentences with a question mark, or that open like a question or a
+task, near the end of the user's last turn, or else near its beginning.
+
+The rules, in order: the last turn is found by the chat template. Of its sentences, what says how to answer ("Answer in
+one short sentence.") does not ask. The last sentence that asks is taken, with those that ask right before it, where at
+most `NEAR` words of other text stand behind it; one in the middle of a line that is not at the very end, as a document
+may have it, gives way to one at the beginning. A question that is there at both ends counts at both.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from flexasl.checks import shown
+from flexasl.errors import FlexASLError
+
+NEAR = 80
+"""Words of other text that may stand between the question and the end, or the beginning, of the turn."""
+EDGE = 6000
+"""Characters at either end of the turn in which a question is looked for."""
+
+Kind = Literal["asks", "may ask", "label", "rule", "text"]
+
+_QUOTES = "\"'“”‘’«»「」『』"
+_CLOSING = r"[\"'”’»」』)\]*_]"
+_BREAK = re.compile(
+    # A line break, unless it is one inside of a sentence.
+    rf"\n\s*\n\s*|(?<=[.!?:。！？：*_)\"'”])[ \t]*\n\s*|\n(?!\s*[a-z])\s*"
+    rf"|(?<=[?!])\s+|(?<=[。！？])|(?<=[.!?…]{_CLOSING})\s+(?=[A-Z])|(?<=[.…])\s+(?=[{_QUOTES}(\[*_]*[A-Z0-9¿¡])"
+)
+_ABBREVIATED = re.compile(
+    r"(?:^|[\s(])(?:\d{1,2}|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|No|Nos|Fig|Figs|Art|Sec|Eq|Vol|vs|cf|e\.g|i\.e|approx|[A-Z])\.$"
+)
+_MARKUP = re.compile(rf"^[\s>#*_\-•–{_QUOTES}(\[]*(?:(?:\d{{1,2}}|[a-hA-H])[.)]\s+)?[*_]*")
+_LABEL = re.compile(
+    r"^(?:the |my |user |your )?(?:questions?|query|q|task|request|problem|frage|aufgabe|pregunta|问题|問題|质问)"
+    r"[*_]*\s*\d*[*_]*\s*(?:[:：)]|-(?=\s))[*_]*\s*",
+    re.IGNORECASE,
+)
+_OPENING = re.compile(
+    r"^(?:(?:now|then|next|finally|lastly|also|so|and|please|kindly|first|second|third|ok|okay|hi|hello|thanks)\b[,!]?\s+"
+    r"|(?:based on|using|according to|from|given|with|in|after reading|for|by|considering)\b[^,.?\n]{0,90},\s+)+",
+    re.IGNORECASE,
+)
+_QUESTION = re.compile(
+    r"^(?:(?:in|at|on|of|for|to|by|from|with|under|about)\s+)?(?:what|who|whom|whose|where|when|why|which|how)(?:'s|\b)"
+    r"(?:\s+\S+){0,4}?\s*\b(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|shall|may|might|much|"
+    r"many|long|often|old|far)\b|^(?:what|who|where|how)'s\b",
+    re.IGNORECASE,
+)
+_TASK = re.compile(
+    r"^(?:summari[sz]e|explain|describe|list|find|name|identify|tell|give|extract|compare|contrast|translate|count|"
+    r"determine|calculate|compute|complete|continue|discuss|outline|classify|rewrite|paraphrase|quote|state|show|"
+    r"retrieve|locate|report|select|choose|decide|evaluate|analy[sz]e|assess|review|infer|predict|provide|return|output|"
+    r"print|recall|repeat|solve|fix|debug|draft|compose|generate|create|search|look up|point out|pick|rank|sort|"
+    r"what about|how about|"
+    r"write (?:me |us |down )?(?:a|an|the|some|down|two|three|\d+)\s+(?!sentence|word|plain|number)|"
+    r"make (?:me |us )?(?:a|an|the) (?:list|table|summary|outline|overview)|"
+    r"i(?:'d| would)? (?:want|need|like|wish|have a question)\b|i am (?:looking for|interested in)\b|"
+    r"(?:can|could|would|will) you\b|let me know\b|help me\b)",
+    re.IGNORECASE,
+)
+_FORMAT = re.compile(
+    r"\b(?:only|alone|nothing else|no other|letter of|format(?:ted)?|json|markdown|bullet|comma|separated|digits|"
+    r"(?:one|a single|two|three|\d+) (?:short )?(?:word|sentence|line|paragraph|phrase)s?|briefly|concise(?:ly)?|"
+    r"without (?:any|further|other)|explanations?|your (?:answer|response|reply|reasoning)|"
+    r"(?:the|an?|one) (?:final |short |direct |exact )?(?:answer|response|reply))\b",
+    re.IGNORECASE,
+)
+_RULE = re.compile(
+    r"^(?:answer|respond|reply|do not|don't|never|always|avoid|keep|use|write|be|limit|format|ensure|make sure|note|"
+    r"cite|include|exclude|think step|stick|remember|say|mention|let's think|if (?:you|unsure|in doubt)|"
+    r"if (?:the|there) .{0,30}\b(?:answer|information|text|context)|when (?:in doubt|unsure)|you (?:must|should|may)|"
+    r"(?:start|begin|end) (?:your|the answer|with)|only|no (?:explanation|prose|other|extra|additional|need)s?|"
+    r"your (?:final |short )?(?:answer|response|reply|output)|it must|"
+    r"(?:the |an? )?(?:final )?(?:answer|response|reply|output|language|tone)s?\b.{0,40}\b(?:should|must|is|are|has|"
+    r"have|needs?)|[\w ,'-]{0,40}:$)(?:\W|$)|^(?:[A-J]|\d{1,2})[.)]\s|^\W*$",
+    re.IGNORECASE,
+)
+
+
+class Span(NamedTuple):
+    """Tokens of a prompt."""
+
+    start: int
+    stop: int
+    """One behind the last."""
+
+
+class _Sentence(NamedTuple):
+    start: int
+    stop: int
+    """Its characters in the turn."""
+    kind: Kind
+    words: int
+    """Those of it that are other text."""
+    opens: bool
+    """Whether it begins a line."""
+
+
+def find_question(tokenizer: Any, ids: Sequence[int]) -> tuple[Span, ...]:
+    """The tokens of a prompt that ask, ascending, by the rules above; none where nothing is found."""
+    prompt = _Prompt(tokenizer, ids)
+    first, last = _last_turn(tokenizer, prompt.text)
+    return prompt.tokens((first + start, first + stop) for start, stop in asking(prompt.text[first:last]))
+
+
+def question_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> Span:
+    """The tokens of a prompt that have a part in the last occurrence of a text; raises `FlexASLError` where the prompt
+    does not contain it."""
+    if not isinstance(text, str) or not text.strip():
+        raise FlexASLError(f"question={shown(text)} has no text; give the question as it stands in the prompt")
+    prompt, wanted = _Prompt(tokenizer, ids), text.strip()
+    start = prompt.text.rfind(wanted)
+    if start < 0:
+        raise FlexASLError(f"question={shown(text)} is not in the prompt; give it as it stands there, or as positions")
+    return prompt.tokens([(start, start + len(wanted))])[0]
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], spans: Iterable[Span]) -> str:
+    """What these tokens say."""
+    return " … ".join(" ".join(_decode(tokenizer, ids[start:stop]).split()) for start, stop in spans)
+
+
+def asking(turn: str) -> list[tuple[int, int]]:
+    """The characters of a user's message that ask, ascending, as (start, stop)."""
+    tail = max(0, len(turn) - EDGE)
+    early, late = _sentences(turn[:EDGE]), _sentences(turn[tail:])
+    late = [one._replace(start=one.start + tail, stop=one.stop + tail) for one in late]
+    kinds: tuple[Kind, ...] = ("asks", "may ask")
+    for kind in kinds:
+        before, (found, sure) = _early(early, kind), _late(late, kind)
+        if not found or (before and not sure):
+            found = before
+        elif before and before[-1].stop < found[0].start:
+            one, other = _plain(turn, before), _plain(turn, found)
+            found = before + found if one in other or other in one else found
+        if found:
+            return [(one.start, one.stop) for one in found]
+    return []
+
+
+def _late(sentences: list[_Sentence], kind: Kind) -> tuple[list[_Sentence], bool]:
+    """The sentences near the end of this kind, and whether they surely are no part of a document."""
+    words = 0
+    for place in range(len(sentences) - 1, -1, -1):
+        one = sentences[place]
+        if one.kind == kind:
+            return _with_those_before(sentences, place), words == 0 or one.opens
+        words += one.words
+        if words > NEAR:
+            break
+    return [], False
+
+
+def _with_those_before(sentences: list[_Sentence], place: int) -> list[_Sentence]:
+    """A sentence that asks, after those that ask right before it. One in the middle of a line that ends there may be a
+    document's."""
+    found = [sentences[place]]
+    for one in reversed(sentences[:place]):
+        if one.kind == "text" or (one.kind == "asks" and found[0].opens and not one.opens):
+            break
+        if one.kind == found[0].kind:
+            found.insert(0, one)
+    return found
+
+
+def _early(sentences: list[_Sentence], kind: Kind) -> list[_Sentence]:
+    """The sentences near the beginning of this kind."""
+    words, found = 0, []
+    for one in sentences:
+        if one.kind == kind:
+            found.append(one)
+        elif found and one.kind != "rule":
+            break
+        words += one.words
+        if words > NEAR:
+            break
+    return found
+
+
+def _sentences(text: str) -> list[_Sentence]:
+    ends = [found.span() for found in _BREAK.finditer(text)]
+    ends = [(a, b) for a, b in ends if "\n" in text[a:b] or not _ABBREVIATED.search(text[max(0, a - 12) : a])]
+    made: list[_Sentence] = []
+    start, opens, labelled = 0, True, False
+    for stop, after in [*ends, (len(text), len(text))]:
+        words = text[start:stop].strip()
+        if words:
+            first = start + text[start:stop].index(words[0])
+            kind = _kind(words)
+            if labelled and kind in ("text", "may ask"):
+                kind = "asks"
+            labelled = kind == "label"
+            count = len(words.split()) if kind == "text" else 0
+            made.append(_Sentence(first, first + len(words), kind, count, opens))
+            opens = False
+        opens = opens or "\n" in text[stop:after]
+        start = after
+    return made
+
+
+def _kind(sentence: str) -> Kind:
+    bare = sentence[_MARKUP.match(sentence).end() :]  # type: ignore[union-attr]
+    label = _LABEL.match(bare) or _LABEL.fullmatch(f"{bare.rstrip('*_ ')}:")
+    if label is not None:
+        return "asks" if bare[label.end() :].strip(" *_") else "label"
+    quoted = sentence[0] in _QUOTES and sentence[-1] in _QUOTES
+    if re.search(rf"[?？؟]{_CLOSING}*$", sentence):
+        return "text" if quoted else "asks"
+    if quoted:
+        return "text"
+    while (opening := _OPENING.match(bare)) is not None:
+        bare = bare[opening.end() :]
+    if _TASK.match(bare):
+        return "may ask" if _FORMAT.search(bare) else "asks"
+    if _RULE.match(bare) or _RULE.match(sentence):
+        return "rule"
+    return "asks" if _QUESTION.match(bare) else "text"
+
+
+def _plain(turn: str, sentences: list[_Sentence]) -> str:
+    """What sentences say, for comparing: letters and digits alone."""
+    said = " ".join(turn[one.start + len(_opening(turn[one.start : one.stop])) : one.stop] for one in sentences)
+    return re.sub(r"\W+", " ", said).strip().lower()
+
+
+def _opening(sentence: str) -> str:
+    """Its markup and label."""
+    rest = sentence[_MARKUP.match(sentence).end() :]  # type: ignore[union-attr]
+    return sentence[: len(sentence) - len(_LABEL.sub("", rest))]
+
+
+class _Prompt:
+    """A prompt's text, and where its tokens are in it."""
+
+    def __init__(self, tokenizer: Any, ids: Sequence[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, list(ids)
+        self.text = _decode(tokenizer, self._ids)
+        self._offsets = _offsets(tokenizer, self.text, self._ids)
+
+    def tokens(self, parts: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
+        """The tokens that have a part in these characters."""
+        if self._offsets is not None:
+            starts, stops = [start for start, _ in self._offsets], [stop for _, stop in self._offsets]
+            return tuple(Span(bisect_right(stops, first), bisect_left(starts, last)) for first, last in parts)
+        # So many first tokens as do not reach a character, by decoding them.
+        counts = range(len(self._ids) + 1)
+        made = []
+        for first, last in parts:
+            start = bisect_left(counts, first, key=self._length)
+            start -= self._length(start) > first
+            made.append(Span(start, bisect_left(counts, last, key=self._length)))
+        return tuple(made)
+
+    def _length(self, count: int) -> int:
+        """Characters of the first tokens, without the beginning of a letter that the next one ends."""
+        return len(_decode(self._tokenizer, self._ids[:count]).rstrip("\ufffd"))
+
+
+def _offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]] | None:
+    """The characters of each token, ascending, where the tokenizer can tell."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if list(made["input_ids"]) != ids:
+        return None
+    return [tuple(pair) for pair in made["offset_mapping"]]
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    try:
+        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except TypeError:  # of another library
+        text = tokenizer.decode(list(ids))
+    return str(text)
+
+
+def _last_turn(tokenizer: Any, text: str) -> tuple[int, int]:
+    """The characters of the user's last message; all where the prompt has none by the chat template."""
+    found = _marks(tokenizer)
+    if found is None:
+        return 0, len(text)
+    before, after = found
+    start = text.rfind(before)
+    if start < 0:
+        return 0, len(text)
+    start += len(before)
+    stop = text.find(after, start)
+    return start, len(text) if stop < 0 else stop
+
+
+def _marks(tokenizer: Any) -> tuple[str, str] | None:
+    """What stands before a user's message, and what ends it; None without a chat template that says so."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    said = ("qaone", "qatwo", "qathree")
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, said)]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template is a program, which can raise anything
+        return None
+    places = [whole.find(content) for content in said]
+    if -1 in places or places != sorted(places):
+        return None
+    opening, answering = whole[: places[0]], whole[places[0] + len(said[0]) : places[1]]
+    again = whole[places[1] + len(said[1]) : places[2]]
+    same = next((at for at in range(min(len(opening), len(again))) if opening[-1 - at] != again[-1 - at]), None)
+    before = again[len(again) - (min(len(opening), len(again)) if same is None else same) :]
+    special = sorted({*map(str, _special(tokenizer))} - {""}, key=len, reverse=True)
+    parts = [found.span() for found in re.finditer("|".join(map(re.escape, special)), before)] if special else []
+    # The shortest end of it that begins with a special token and does not open an answer as well.
+    shorter = [before[start:] for start, _ in parts if not answering.endswith(before[start:])]
+    before = shorter[-1] if shorter else before
+    ends = re.search("|".join(map(re.escape, special)), answering) if special else None
+    after = answering[: ends.end()] if ends is not None else answering.rstrip()
+    return (before, after) if before.strip() and after.strip() else None
+
+
+def _special(tokenizer: Any) -> Iterable[str]:
+    known = set(getattr(tokenizer, "all_special_tokens", ()))
+    added = getattr(tokenizer, "get_added_vocab", dict)
+    return known | set(added())
