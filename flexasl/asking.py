@@ -64,7 +64,7 @@ class Questions:
         does not have."""
         if len(questions) != len(lengths):
             raise FlexASLError(f"question has {len(questions)} rows where the batch has {len(lengths)}; give as many")
-        self._lengths, self._window = list(lengths), config.window
+        self._lengths = list(lengths)
         self._budgets = [config.token_budget(length) for length in lengths]
         self._firsts = [tokens - length for length in lengths]
         self.given = list(questions)
@@ -79,15 +79,15 @@ class Questions:
             self.rows.append(Asked(positions, *sizes) if positions else None)
         self._masks: tuple[Rows | None, dict[tuple[int, ...], Tensor]] = None, {}
 
-    def scoring_tokens(self, rows: Rows) -> list[Tensor]:
-        """Of each row, the places [W] int64, among the tokens that it has left, of those whose queries rank."""
-        found, device = [], rows.positions.device
-        for row, (asked, length) in enumerate(zip(self.rows, rows.lengths)):
-            last = torch.arange(max(0, length - self._window), length, dtype=torch.int64, device=device)
+    def scoring_tokens(self, rows: Rows) -> list[Tensor | None]:
+        """Of each row, the places [W] int64, among the tokens that it has left, of those whose queries rank; None where
+        the window's do."""
+        found: list[Tensor | None] = []
+        for row, asked in enumerate(self.rows):
             ranking = [] if asked is None else asked.ranking
-            if asked is not None and length < self._lengths[row]:
+            if asked is not None and rows.lengths[row] < self._lengths[row]:
                 ranking = asked.left_to_rank()
-            found.append(self._places(rows, row, ranking) if ranking else last)
+            found.append(self._places(rows, row, ranking) if ranking else None)
         return found
 
     def kept(self, rows: Rows, limits: Sequence[int] | None = None) -> Tensor:

@@ -68,8 +68,9 @@ class Rows:
         self.layout = layout
         """[1 + B] int64 on the host: contiguous, then lengths; a graph that takes these as a tensor is good for all."""
         self.batch_rows = batch_rows
-        self.scoring_tokens: Sequence[Tensor] | None = None
-        """Of each row, the places [W] int64 among its tokens of those whose queries are scored; None: the last ones."""
+        self.scoring_tokens: Sequence[Tensor | None] | None = None
+        """Of each row, the places [W] int64 among its tokens of those whose queries are scored; None, for a row or for
+        all: the last ones."""
         self.past: tuple[Tensor, Tensor | None, int] | None = None
         """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
         [B, G, E], and how many positions of the padded sequence came before."""
@@ -161,11 +162,10 @@ class Rows:
         row that has fewer: [K] int64."""
         made = self._queries.get(window)
         if made is None:
-            if self.scoring_tokens is not None:
-                parts = [start + own for start, own in zip(self.starts, self.scoring_tokens)]
-            else:
-                spans = [(start + max(0, n - window), start + n) for start, n in zip(self.starts, self.lengths)]
-                parts = [torch.arange(*span, dtype=torch.int64, device=self.positions.device) for span in spans]
+            device, parts = self.positions.device, []
+            for own, start, n in zip(self.scoring_tokens or [None] * len(self.lengths), self.starts, self.lengths):
+                span = start + max(0, n - window), start + n
+                parts.append(torch.arange(*span, dtype=torch.int64, device=device) if own is None else start + own)
             made = self._queries[window] = torch.cat(parts)
         return made
 

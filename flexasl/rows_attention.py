@@ -96,7 +96,7 @@ def scores(
             if mass:
                 made = list(seen.window_scores(mass=True))
                 made[0] = made[0] if score is Scored.window_scores else score(seen)
-                made[1] = made[1] if rows.scoring_tokens is None else made[1] * (window / seen.query.shape[2])
+                made[1] = made[1] if seen.query_at is None else made[1] * (window / seen.query.shape[2])
             else:
                 made = [score(seen)]
             found.append([states[..., rows.entries :] for states in made])
@@ -126,9 +126,12 @@ def _scored(
         queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
         return Scored(queries, keys, attention, scoring, valid, at, sinks, None)
     row = part.first + chosen[0]
-    counts = list(map(len, rows.scoring_tokens))
+    own, last = rows.scoring_tokens[row], scoring.window
+    each = zip(rows.scoring_tokens, rows.lengths)
+    counts = [min(length, last) if tokens is None else len(tokens) for tokens, length in each]
     queries = query.narrow(2, sum(counts[:row]), counts[row])
-    return Scored(queries, keys, attention, scoring, valid, at, sinks, (rows.scoring_tokens[row] + rows.entries)[None])
+    places = None if own is None else (own + rows.entries)[None]
+    return Scored(queries, keys, attention, scoring, valid, at, sinks, places)
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:
