@@ -57,17 +57,15 @@ class Prefill:
         question_texts: Sequence[str | None] | None = None,
         past: int = 0,
     ) -> None:
-        """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens` positions;
-        ranking_layers are those whose ranks count (default: all). reduce joins token scores [R, P] of the
-        processes that hold a part of the heads each.
+        """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens`
+        positions; ranking_layers are those whose ranks count (default: all). reduce joins token scores [R, P] of the
+        processes that hold a part of the heads each. observer(layer, scores [B, G, P]), where given, sees the scores
+        of every layer, and the rule then also runs in rows that are too short to lose a token. rows, where given, are
+        tokens that were selected from these prompts and are read alone; none of them is dropped.
 
-        observer(layer, scores [B, G, P]), where given, sees the scores of every layer, and the rule then also runs in
-        rows that are too short to lose a token. rows, where given, are tokens that were selected from these prompts and
-        are read alone; none of them is dropped.
-
-        question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask: their
-        queries score, in the place of the window's, and they are kept. None for a row whose window scores.
-        question_texts: what the report says of these, or why a row has none. past: positions that came before.
+        question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask, which
+        score the others and are kept; None: the window's. question_texts: what the report says of these. past:
+        positions that came before.
         """
         instance("policy", policy, Policy, "an instance of a policy")
         refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)

@@ -15,6 +15,7 @@ import flexasl
 from flexasl import ASLConfig, FlexASLAttention, FlexASLError, Report, embedded
 from flexasl.asking import MOST_QUERIES, SHARE, Asked, spans
 from flexasl.compiling import with_fused_rows
+from flexasl.integrations.questions import asking
 from flexasl.ops import reference
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
@@ -322,7 +323,7 @@ def test_a_question_for_each_row_and_beam(chat):
 
 def test_a_call_in_another_thread_has_its_own_question():
     model, ids, seen = tiny(), prompts(80)[0][None], {}
-    with flexasl.patch(model, SMALL, question=(60, 70)) as patch, patch.asking((50, 55)):
+    with flexasl.patch(model, SMALL, question=(60, 70)) as patch, asking(patch, (50, 55)):
         model(ids)
         seen["here"] = patch.report.rows[0].ranked_by
 

@@ -92,7 +92,7 @@ class BasePatch:
         self.reduce = reduce
         """Joins token scores [R, P] of the processes that hold a part of the heads each; None where one holds all."""
         self.tokenizer: Any = None
-        """What finds the question in each prompt; None: prompts are ranked by their last tokens."""
+        """What finds the question in each prompt; None: their last tokens rank them."""
         self._question: Any = None
         self._foreign = ForeignHooks(model, self._layers, foreign_hooks)
         self._handles: list[RemovableHandle] = []
@@ -118,8 +118,7 @@ class BasePatch:
 
     @property
     def question(self) -> Any:
-        """The question of the prompts from now on, as `flexasl.patch` takes it; None: the tokenizer finds it. Raises
-        `FlexASLError` for what is none."""
+        """The question of the prompts from now on, as `flexasl.patch` takes it; None: the tokenizer finds it."""
         return self._question
 
     @question.setter
@@ -184,8 +183,7 @@ class BasePatch:
         ids: Tensor | None = None,
     ) -> ForwardPass:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
-        bool is False at padding, None where there is none. ids [B, count] are the new tokens, None where they are not
-        known."""
+        bool is False at padding, None where there is none. ids [B, count]: the new tokens; None: not known."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
@@ -213,8 +211,8 @@ class BasePatch:
         )
         rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)
-        valid = valid if past > 0 else None
-        made = PromptPass(caches, prefill, positions, valid, compiled=self.compiled, rerun=rerun, unpacks=unpacks)
+        how: dict[str, Any] = {"compiled": self.compiled, "rerun": rerun, "unpacks": unpacks}
+        made = PromptPass(caches, prefill, positions, valid if past > 0 else None, **how)
         if torch.is_grad_enabled():
             made.blank = 0.0  # until the weights after the last layer have been used
         return made
