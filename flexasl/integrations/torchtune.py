@@ -19,8 +19,8 @@ from flexasl.cache import LayerCache
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, positions_read
-from flexasl.integrations.arguments import padding, refuse_state, refuse_training
 from flexasl.integrations.base import SLACK, BasePatch
+from flexasl.integrations.inputs import padding, refuse_state, refuse_training
 from flexasl.masks import Visibility
 from flexasl.policies import Policy
 
