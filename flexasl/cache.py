@@ -98,6 +98,11 @@ class LayerCache:
         return self._read(1, 0, self._length) if self._states else None
 
     @property
+    def rows(self) -> int | None:
+        """B; None before the first `append`."""
+        return None if self._positions is None else self._positions.shape[0]
+
+    @property
     def positions(self) -> Tensor | None:
         """[B, N], or [B, G, N] where heads differ, int64: each entry's position in the padded sequence."""
         return None if self._positions is None else span(self._positions, -1, 0, self._length)

@@ -207,13 +207,11 @@ class ForwardPass:
 
 def positions_read(caches: Sequence[LayerCache], batch: int) -> int:
     """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
-    seen, held = caches[0].seen, caches[0].positions
+    seen, rows = caches[0].seen, caches[0].rows
     if caches[0].unfinished or any(cache.seen != seen for cache in caches):
         raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
-    if held is not None and held.shape[0] != batch:
-        raise UnsupportedError(
-            f"the batch has {batch} rows where KV caches hold {held.shape[0]}; give as many, or new caches"
-        )
+    if rows is not None and rows != batch:
+        raise UnsupportedError(f"the batch has {batch} rows where KV caches hold {rows}; give as many, or new caches")
     return seen
 
 

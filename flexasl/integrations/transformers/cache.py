@@ -47,8 +47,7 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = 0 if self.positions is None else self.positions.shape[-1]
-        return held + query_length, self.seen - held
+        return self._length + query_length, self.seen - self._length
 
     def get_max_length(self) -> int:
         return -1
