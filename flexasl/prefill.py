@@ -18,22 +18,13 @@ from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import kept_indices
+from flexasl.policies import contract
 from flexasl.policies.base import Policy
-from flexasl.policies.contract import (
-    check_kept,
-    checked_entries,
-    checked_selections,
-    limits_of,
-    score_of,
-    scoring_tokens_of,
-    selector_of,
-)
 from flexasl.rows import Rows
-from flexasl.rows_attention import scores
+from flexasl.rows_attention import Scored, scores
 from flexasl.selectors.base import Prompts, Selection, Selector
 
 Observer = Callable[[int, Tensor], None]
-
 
 Entries = tuple[Tensor, Tensor | None]
 """Cache entries that a layer keeps: tokens [B, G, K] int64, ascending in each row; valid [B, G, K] bool, None for
@@ -97,6 +88,8 @@ class Prefill:
         """By layer, the rows of which all layers up to it have read the selected tokens again."""
         self._observer = observer
         self._reduce = reduce
+        own = policy.score is not None
+        self._score = functools.partial(contract.score_of, policy) if own else Scored.window_scores
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._kept: Tensor | None = None
@@ -104,9 +97,9 @@ class Prefill:
         least = config.window if observer else None
         over = [row for row, n in enumerate(self.lengths) if n > (config.token_budget(n) if least is None else least)]
         prompts = Prompts(self.lengths, over, self.tokens, num_layers, ranking_layers, self.device)
-        self.selector = selector_of(policy, config, prompts) if rows is None else Selector()
+        self.selector = contract.selector_of(policy, config, prompts) if rows is None else Selector()
         self.retention = policy.retention(config, num_layers)
-        self._most = limits_of(policy, config, self.retention, num_layers, self.lengths)
+        self._most = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
 
     def needs(self, layer: int) -> bool:
         """Whether `observe` needs the queries of each row's window at this layer."""
@@ -138,10 +131,7 @@ class Prefill:
             undecided, by = self.selector.rows, self.retention.goes_by if compresses else "nothing"
             wanted = undecided if by == "nothing" and self._observer is None else range(len(self.lengths))
             own = self.rows if rows is None else rows
-            how: dict[str, Any] = (
-                {"score": functools.partial(score_of, self.policy)} if self.policy.score is not None else {}
-            )
-            how["mass"] = by == "attention"
+            how: dict[str, Any] = {"score": self._score, "mass": by == "attention"}
             made, mass = scores(own, attention, query, key, self._scoring(), wanted, sinks, **how)
             self.scored.append(layer)
             if self._observer is not None:
@@ -232,10 +222,8 @@ class Prefill:
 
     def kept_positions(self, row: int) -> Tensor:
         """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
-        own = self.rows.of(row)
-        positions = self.rows.positions[own]
-        if self.rows.kept is not None:
-            positions = positions[self.rows.kept[own]]
+        own, kept = self.rows.of(row), self.rows.kept
+        positions = self.rows.positions[own] if kept is None else self.rows.positions[own][kept[own]]
         return positions - (self.tokens - self.lengths[row])
 
     def reason(self, row: int) -> str:
@@ -244,7 +232,7 @@ class Prefill:
         return str(instance(f"policy {self.policy.name!r}: reason", made, str, "a text", ConfigError))
 
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
-        rows.scoring_tokens = scoring_tokens_of(self.policy, rows, self.config)
+        rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)
         return rows
 
     def _decides(self, layer: int) -> bool:
@@ -259,7 +247,7 @@ class Prefill:
             self._mask_out(layer, self.selector.mask(layer))
             return
         first, made = self.selector.first_layer, self.selector.select(layer)
-        self._fresh = checked_selections(self.policy, made, layer, first, self.rows, self.config.window)
+        self._fresh = contract.checked_selections(self.policy, made, layer, first, self.rows, self.config.window)
         for selection in self._fresh:
             self.selections.setdefault(selection.row, []).append(selection)
 
@@ -300,18 +288,12 @@ class Prefill:
         """What the cache keeps, by scores [B, G, P] or shares of attention [B, G, M]."""
         limits = self._limits(layer)
         most = torch.tensor(limits, dtype=torch.int64, device=self.device)
-        tokens, real = self.rows.as_batch()
-        assert self.retention.keep is not None
-        keep = self.retention.keep(seen, most, self.config.window, self.rows)
-        keep = checked_entries(self.policy, keep, self.rows, groups)
-        everything = keep.new_ones(keep.shape) if real is None else real[:, None]
-        keep = everything & (keep | (self.rows.lengths_on_device <= most)[:, None, None])
-        check_kept(self.policy, keep, everything, most, self.config.window, self.retention.exact)
+        keep = contract.entries_of(self.policy, self.retention, seen, most, self.config.window, self.rows, groups)
         if self.retention.exact:
             highest, lowest = max(limits), min(limits)
         else:
             count = keep.sum(-1)
             highest, lowest = torch.stack([count.max(), count.min()]).tolist()
         indices, valid = kept_indices(keep, highest)
-        tokens = tokens[:, None].expand(-1, groups, -1).gather(2, indices)
+        tokens = self.rows.as_batch()[0][:, None].expand(-1, groups, -1).gather(2, indices)
         return tokens, None if lowest == highest else valid

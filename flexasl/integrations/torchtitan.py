@@ -35,7 +35,8 @@ from flexasl.checks import article
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state, restart
+from flexasl.integrations.base import SLACK, BasePatch
+from flexasl.integrations.inputs import padding, refuse_state, restart
 from flexasl.policies import Policy
 
 

@@ -19,7 +19,8 @@ from flexasl.cache import LayerCache
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, refuse_state
+from flexasl.integrations.base import SLACK, BasePatch
+from flexasl.integrations.inputs import padding, refuse_state
 from flexasl.masks import Visibility
 from flexasl.policies import Policy
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
-from flexasl.integrations.base import refuse_state
+from flexasl.integrations.inputs import refuse_state
 from flexasl.integrations.transformers.adapters import refuse_adapters
 from flexasl.integrations.transformers.media import BOTH_WAYS, why_no_media
 from flexasl.integrations.transformers.own_config import OwnConfig

@@ -17,7 +17,8 @@ from flexasl.compiling import compile_region, kind_of, require_compiler, run_lay
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt, positions_read
-from flexasl.integrations.base import SLACK, BasePatch, padding, restart
+from flexasl.integrations.base import SLACK, BasePatch
+from flexasl.integrations.inputs import padding, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import adopt
 from flexasl.integrations.transformers.checking import check_by_running
