@@ -14,6 +14,7 @@ from torch import Tensor
 from flexasl.attention import FlexASLAttention
 from flexasl.attention_spec import AttentionSpec
 from flexasl.cache import SPARE, LayerCache
+from flexasl.checks import article, several
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
@@ -25,6 +26,8 @@ from flexasl.prefill import Prefill
 from flexasl.report import Report
 from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import Rerun
+
+NO_ATTENTION = "layer {} ran without LayerStep.attention; call it in the place of attention"
 
 
 class ForwardPass:
@@ -91,8 +94,17 @@ class ForwardPass:
         `FlexASLError` where these do not belong together."""
         from flexasl.prompt_pass import PromptPass
 
-        if not caches:
-            raise FlexASLError("caches is empty; give a LayerCache for each layer")
+        caches = several("caches", caches, LayerCache, "a LayerCache for each layer")
+        if len({id(cache) for cache in caches}) < len(caches) or not caches:
+            what = "holds one for several layers" if caches else "is empty"
+            raise FlexASLError(f"caches {what}; give a LayerCache for each layer")
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            given = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else article(attention_mask)
+            raise FlexASLError(f"attention_mask is {given}; give a tensor [rows, all tokens so far]")
+        if ranking_layers is not None:
+            ranking_layers = several("ranking_layers", ranking_layers, int, "layers that see the whole prompt")
+            if not ranking_layers or ranking_layers != [at for at in range(len(caches)) if at in ranking_layers]:
+                raise FlexASLError(f"ranking_layers={ranking_layers}; give some of 0 to {len(caches) - 1}, ascending")
         (batch, tokens), device = attention_mask.shape, attention_mask.device
         past = positions_read(caches, batch)
         if batch == 0 or tokens <= past:
@@ -114,6 +126,8 @@ class ForwardPass:
     def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         """The layer's input, made of the model's own [B, M, C] or of what `after_layer` gave, and what its attention
         needs."""
+        if layer == 0:
+            self._check_tokens(hidden)
         return hidden, self._step(layer, attention)
 
     def table(self, states: Tensor) -> Tensor:
@@ -132,7 +146,8 @@ class ForwardPass:
         padding and `blank` (NaN) at tokens that were dropped, which have none."""
         assert self.caches is not None
         cache, window = self.caches[layer], step.module.sliding_window
-        assert step.keys is not None and step.values is not None
+        if step.keys is None or step.values is None:
+            raise FlexASLError(NO_ATTENTION.format(layer))
         if step.room:
             cache.commit(step.keys, step.values, self._tokens)
         else:
@@ -152,6 +167,13 @@ class ForwardPass:
         if self.caches:
             self.caches[0].unfinished = False
         return None
+
+    def _check_tokens(self, hidden: Tensor) -> None:
+        if hidden.shape[:2] != self.positions.shape:
+            raise UnsupportedError(
+                f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
+                "a patched model must leave their number as it is"
+            )
 
     def _for_tokens(self, states: Tensor) -> Tensor:
         return states.expand(self.positions.shape[0], *states.shape[1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexasl.ops import kept_indices
 from flexasl.policies.base import Policy
-from flexasl.policies.contract import check_kept, checked_entries
+from flexasl.policies.contract import entries_of
 from flexasl.retention import Retention
 from flexasl.rows import Rows
 
@@ -35,20 +35,16 @@ def kept_entries(
     """By scores [B, G, P] or shares of attention [B, G, M], and each row's limit. always [B, M] bool are entries that
     are kept whatever they score."""
     most = torch.tensor(limits, dtype=torch.int64, device=rows.positions.device)
-    tokens, real = rows.as_batch()
-    assert retention.keep is not None
     if always is not None and seen is not None and retention.goes_by == "scores":
         seen = seen.masked_fill(always[:, None, : seen.shape[2]], math.inf)
-    keep = checked_entries(policy, retention.keep(seen, most, window, rows), rows, groups)
+    keep = entries_of(policy, retention, seen, most, window, rows, groups)
     if always is not None and not retention.exact:
         keep = keep | always[:, None]
-    everything = keep.new_ones(keep.shape) if real is None else real[:, None]
-    keep = everything & (keep | (rows.lengths_on_device <= most)[:, None, None])
-    check_kept(policy, keep, everything, most, window, retention.exact)
     if retention.exact:
         highest, lowest = max(limits), min(limits)
     else:
         count = keep.sum(-1)
         highest, lowest = torch.stack([count.max(), count.min()]).tolist()
     indices, valid = kept_indices(keep, highest)
-    return tokens[:, None].expand(-1, groups, -1).gather(2, indices), None if lowest == highest else valid
+    tokens = rows.as_batch()[0][:, None].expand(-1, groups, -1).gather(2, indices)
+    return tokens, None if lowest == highest else valid

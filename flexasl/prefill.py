@@ -24,7 +24,7 @@ from flexasl.ops import kept_indices, over_heads
 from flexasl.policies import contract
 from flexasl.policies.base import Policy
 from flexasl.rows import Rows
-from flexasl.rows_attention import scores
+from flexasl.rows_attention import Scored, scores
 from flexasl.selectors.base import Prompts, Selection, Selector
 
 Observer = Callable[[int, Tensor], None]
@@ -98,6 +98,8 @@ class Prefill:
         """By layer, the rows of which all layers up to it have read the selected tokens again."""
         self._observer = observer
         self._reduce = reduce
+        own = policy.score is not None
+        self._score = functools.partial(contract.score_of, policy) if own else Scored.window_scores
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._kept: Tensor | None = None
@@ -140,9 +142,7 @@ class Prefill:
             undecided, by = self.selector.rows, self.retention.goes_by if compresses else "nothing"
             wanted = undecided if by == "nothing" and self._observer is None else range(len(self.lengths))
             own = self.rows if rows is None else rows
-            how: dict[str, Any] = {"mass": by == "attention"}
-            if self.policy.score is not None:
-                how["score"] = functools.partial(contract.score_of, self.policy)
+            how: dict[str, Any] = {"score": self._score, "mass": by == "attention"}
             made, mass = scores(own, attention, query, key, self._scoring(), wanted, sinks, **how)
             self.scored.append(layer)
             if self._observer is not None:
@@ -237,10 +237,8 @@ class Prefill:
 
     def kept_positions(self, row: int) -> Tensor:
         """Prompt positions, ascending, 0 = the row's first real token, of the tokens that the deepest layers saw."""
-        own = self.rows.of(row)
-        positions = self.rows.positions[own]
-        if self.rows.kept is not None:
-            positions = positions[self.rows.kept[own]]
+        own, kept = self.rows.of(row), self.rows.kept
+        positions = self.rows.positions[own] if kept is None else self.rows.positions[own][kept[own]]
         return positions - (self.tokens - self.lengths[row])
 
     def _with_scoring_tokens(self, rows: Rows) -> Rows:

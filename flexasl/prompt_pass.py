@@ -1,4 +1,4 @@
-"""Prompts on their way through the layers: packed, scored, pruned, remembered.
+"""Prompts on their way through the layers: made rows, scored, pruned, remembered.
 
 Shapes: B batch, G KV heads, M prompt tokens, T tokens of all prompts at the current layer, D head dim, C width of
 hidden states.
@@ -17,8 +17,8 @@ from flexasl.asking import spans
 from flexasl.attention import FlexASLAttention
 from flexasl.cache import LayerCache
 from flexasl.checks import instance
-from flexasl.errors import ConfigError, UnsupportedError
-from flexasl.forward_pass import ForwardPass, look_up, still_valid
+from flexasl.errors import ConfigError, FlexASLError
+from flexasl.forward_pass import NO_ATTENTION, ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
 from flexasl.ops import compact_kv, gather_tokens
 from flexasl.prefill import Prefill
@@ -114,7 +114,8 @@ class PromptPass(ForwardPass):
 
     def _observe(self, layer: int, step: LayerStep) -> None:
         """Scores the tokens, and remembers their keys and values."""
-        assert step.key is not None
+        if step.key is None:
+            raise FlexASLError(NO_ATTENTION.format(layer))
         query, key, cached = step.query, step.key, step.cached
         step.query = step.key = step.cached = None
         groups = None if cached is None else cached[0].shape[1]
@@ -149,11 +150,7 @@ class PromptPass(ForwardPass):
         cache.forget(sliding_window)
 
     def _pack_all(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] != self.positions.shape:
-            raise UnsupportedError(
-                f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
-                "a patched model must leave their number as it is"
-            )
+        self._check_tokens(hidden)
         return self._for_tokens(hidden)
 
     def _for_tokens(self, states: Tensor) -> Tensor:

@@ -161,6 +161,21 @@ def test_a_forward_pass_refuses_what_does_not_belong_together():
         begin([], ones(2, 60))
     with pytest.raises(flexasl.FlexASLError, match=r"attention_mask is \[0, 60\] where the caches have read 0 tokens"):
         begin(caches, ones(0, 60))
+    for arguments, message in (
+        ((None, ones(2, 60)), r"caches=None is None; give a list of a LayerCache for each layer"),
+        (([None] * 6, ones(2, 60)), "caches holds None, None; give a LayerCache for each layer"),
+        ((caches[:1] * 6, ones(2, 60)), "caches holds one for several layers; give a LayerCache for each layer"),
+        ((caches, None), r"attention_mask is None; give a tensor \[rows, all tokens so far\]"),
+        ((caches, ones(60)), r"attention_mask is \[60\]; give a tensor"),
+        ((caches, ones(2, 1, 60, 60)), r"attention_mask is \[2, 1, 60, 60\]; give a tensor"),
+    ):
+        with pytest.raises(flexasl.FlexASLError, match=message):
+            begin(*arguments)
+    for layers in ([3, 1], [1, 6], []):
+        with pytest.raises(flexasl.FlexASLError, match=r"ranking_layers=\[.*\]; give some of 0 to 5, ascending"):
+            begin(caches, ones(2, 60), ranking_layers=layers)
+    with pytest.raises(flexasl.FlexASLError, match="ranking_layers=3 is an int; give a list of layers"):
+        begin(caches, ones(2, 60), ranking_layers=3)
     plain.read(model, prompt, caches, torch.ones_like(prompt), ASLConfig())
     with pytest.raises(
         flexasl.FlexASLError, match=r"attention_mask is \[2, 1\] where the caches have read 60 tokens; give"
@@ -174,3 +189,21 @@ def test_a_forward_pass_refuses_what_does_not_belong_together():
     started.after_layer(0, step, model.blocks[0](hidden, cos, sin, step))
     with pytest.raises(flexasl.UnsupportedError, match="half filled by a pass that failed"):
         begin(caches, ones(2, 62))
+
+
+def test_layers_that_take_other_tokens_or_no_attention_are_refused():
+    model, prompt = decoder(), torch.randint(257, (2, 60))
+    caches, before = [flexasl.LayerCache() for _ in model.blocks], torch.ones(2, 60)
+    for tokens in (60, 1):  # prompts, and what follows them
+        begun = flexasl.ForwardPass.begin(caches, before)
+        with pytest.raises(
+            flexasl.UnsupportedError, match=rf"hidden states are \[2, 5, 64\] where \[2, {tokens}\] tok"
+        ):
+            model(torch.ones(2, 5, dtype=torch.int64), begun)
+        begun = flexasl.ForwardPass.begin(caches, before)
+        hidden, step = begun.before_layer(0, model.blocks[0].attention, torch.zeros(2, tokens, 64).double())
+        if tokens == 60:
+            with pytest.raises(flexasl.FlexASLError, match=r"layer 0 ran without LayerStep\.attention; call it in the"):
+                begun.after_layer(0, step, hidden)
+            plain.read(model, prompt, caches, before, ASLConfig())
+            before = torch.ones(2, 61)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -683,3 +684,126 @@ def test_other_tokens_can_score():
     for row, own in zip(report.rows, rows, strict=True):
         alone = model_report(model, config, policy, [own]).rows[0]
         assert (alone.selections, alone.kept_positions) == (row.selections, row.kept_positions)
+
+
+class EachRowItsOwn(policies.Selector):
+    """Selects three times in rows of an even length, twice in others, at other layers, the best by score."""
+
+    def __init__(self, config, prompts):
+        self.rows, self.window = list(prompts.rows), config.window
+        self.plans, self.left = {}, {row: prompts.lengths[row] for row in self.rows}
+        layers = prompts.ranking_layers or range(prompts.num_layers)
+        for row, tokens in self.left.items():
+            counts = [max(tokens - drops, config.token_budget(tokens)) for drops in (9, 20, tokens)][tokens % 2 :]
+            self.plans[row] = dict(zip(layers[tokens % 2 :], counts))
+        self.first_layer = min((layer for plan in self.plans.values() for layer in plan), default=None)
+
+    def needs(self, layer):
+        return any(layer in plan for plan in self.plans.values())
+
+    def observe(self, layer, scores):
+        self.scores = dict(zip(self.rows, scores))
+
+    def select(self, layer):
+        return [self.best(row, layer) for row in self.rows if layer in self.plans[row]]
+
+    def best(self, row, layer):
+        scores, count = self.scores[row][self.window - self.left[row] :], self.plans[row][layer]
+        keep = torch.zeros(self.left[row], dtype=torch.bool)
+        keep[scores.topk(count - self.window).indices] = keep[-self.window :] = True
+        self.left[row] = count
+        return policies.Selection(row, layer, keep, count)
+
+
+class ManyCuts(policies.Policy):
+    name = "many_cuts"
+    takes = policies.CACHE | policies.SCORES | {"select_tokens"}
+    fixes = MappingProxyType({"select_on": "last", "observe_layers": 1, "if_never": "select"})
+
+    def selector(self, config, prompts):
+        return EachRowItsOwn(config, prompts)
+
+
+class NormsAndFirst(policies.ASL):
+    """A score of its own for its cache; later turns are ranked by how their first tokens attend."""
+
+    name = "norms_and_first"
+
+    def score(self, seen):
+        scores = seen.window_scores()
+        return scores + 1 / seen.key[:, :, : scores.shape[2]].float().norm(dim=-1) / 100
+
+    def scoring_tokens(self, rows, config):
+        return [torch.arange(3 + length % 2) for length in rows.lengths]
+
+
+@pytest.mark.parametrize("cache", [{}, {"kv_budget": 16}, {"kv_top_p": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "policy", [ManyCuts(), NormsAndFirst(), Keeping(lambda keep: keep[:, :1])], ids=["cuts", "score", "keep"]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_a_row_is_alone_under_policies_of_ones_own(family, policy, cache, monkeypatch):
+    monkeypatch.setattr("flexasl.rows.GROUP", 100)
+    if cache and isinstance(policy, Keeping):
+        return  # it has a retention of its own
+    model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, seed=1)
+    with flexasl.patch(model, counting(policy, SMALL.replace(**cache)), policy) as patch:
+        out = model.generate(**left_padded(rows), max_new_tokens=4, output_logits=True, **GREEDY)
+        together, logits = patch.report, torch.stack(out.logits, 1)
+        for index, ids in enumerate(rows):
+            solo = model.generate(ids[None], max_new_tokens=4, output_logits=True, **GREEDY)
+            mine, its = together.rows[index], patch.report.rows[0]
+            assert (mine.kept_positions, mine.layer_tokens, mine.selections) == (
+                its.kept_positions,
+                its.layer_tokens,
+                its.selections,
+            )
+            torch.testing.assert_close(logits[index], torch.stack(solo.logits, 1)[0], **CLOSE)
+
+
+def test_many_cuts_equal_recompute():
+    model, ids = tiny("llama", torch.float64), prompts(90)[0]
+    logits, layers, row, sequence = run(model, ids, ManyCuts())
+    assert [(one.layer, one.kept_tokens) for one in row.selections] == [(0, 81), (1, 70), (2, 24)]
+    assert row.layer_tokens == (90, 81, 70, 24, 24, 24)
+    want = recompute(model, sequence[None, :-1], 0, [layer.positions for layer in layers], None, torch.arange(0))
+    torch.testing.assert_close(logits, want[0, -4:], **CLOSE)
+
+
+@pytest.mark.parametrize("cache", [{}, {"kv_budget": 16}, {"kv_top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_later_turns_with_padding_between_are_alone_under_a_score_of_ones_own(family, cache):
+    model, policy = tiny(family, torch.float64), NormsAndFirst()
+    turns = [prompts(90, 20, 61, seed=1), prompts(50, 33, 40, seed=2), prompts(1, 1, 1, seed=3)]
+    with flexasl.patch(model, counting(policy, SMALL.replace(later_turns="prune", **cache)), policy) as patch:
+        made = take_turns(model, patch, turns)
+        for row in range(3):
+            alone = take_turns(model, patch, [[turn[row]] for turn in turns])
+            for (logits, told), (its, report) in zip(made, alone, strict=True):
+                torch.testing.assert_close(logits[row], its[0], **CLOSE)
+                mine, other = told.rows[row], report.rows[0]
+                assert (mine.selections, mine.kept_positions) == (other.selections, other.kept_positions)
+    assert [row.kept_tokens for row in made[1][1].rows] == [24] * 3
+
+
+def take_turns(model, patch, turns):
+    """Last logits and report of each turn."""
+    cache, mask, made = None, torch.zeros(len(turns[0]), 0, dtype=torch.int64), []
+    for turn in turns:
+        batch = left_padded(turn)
+        mask = torch.cat([mask, batch["attention_mask"]], 1)
+        at = (mask.cumsum(1) - 1).clamp(min=0)[:, -batch["input_ids"].shape[1] :]
+        given = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": at}
+        out = model(**given, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        made.append((out.logits[:, -1], patch.report))
+    return made
+
+
+def test_scoring_tokens_are_the_same_where_tokens_are_masked_out():
+    model, rows, policy = tiny("llama", torch.float64), prompts(90, 20, 61), NormsAndFirst()
+    dropped, masked = (
+        model_report(model, counting(policy, SMALL.replace(propagate=way)), policy, rows) for way in ("gather", "mask")
+    )
+    for one, other in zip(dropped.rows, masked.rows, strict=True):
+        assert (one.selections, one.kept_positions) == (other.selections, other.kept_positions)

@@ -141,26 +141,25 @@ def scoring_tokens_of(policy: Policy, rows: Rows, config: ASLConfig) -> Sequence
     return made
 
 
-def checked_entries(policy: Policy, made: Any, rows: Rows, groups: int) -> Tensor:
-    """The cache entries [B, G, M] bool that the policy's retention says to keep."""
-    shapes = [[len(rows.lengths), heads, rows.width] for heads in (groups, 1)]
+def entries_of(
+    policy: Policy, retention: Retention, seen: Tensor | None, limits: Tensor, window: int, rows: Rows, groups: int
+) -> Tensor:
+    """The cache entries [B, G, M] bool that the policy's retention keeps, all in rows within their limits [B]; seen as
+    `Retention.keep` takes it."""
+    assert retention.keep is not None
+    made: Any = retention.keep(seen, limits, window, rows)
+    shapes, who = [[len(rows.lengths), heads, rows.width] for heads in (groups, 1)], f"policy {policy.name!r}"
     if not _is(made, torch.bool, rows) or list(made.shape) not in shapes:
-        raise ConfigError(f"policy {policy.name!r}: keep of its retention is {_told(made)}; return bool {shapes[0]}")
-    kept: Tensor = made.expand(-1, groups, -1)
-    return kept
-
-
-def check_kept(policy: Policy, keep: Tensor, real: Tensor, limits: Tensor, window: int, exact: bool) -> None:
-    """Raises `ConfigError` where of the entries keep [B, G, M], which are among those that are real, a window's is
-    missing, or where they are not as many as limits [B] say, if these are exact."""
-    if not _can_look(keep):
-        return
-    whole = bool((keep | ~real)[..., -window:].all())
-    if not whole or (exact and not bool((keep.sum(-1) == limits[:, None]).all())):
-        few = "as many entries as its limit" if exact else "entries"
-        raise ConfigError(
-            f"policy {policy.name!r}: keep of its retention is not {few} with the last {window} among them"
-        )
+        raise ConfigError(f"{who}: keep of its retention is {_told(made)}; return bool {shapes[0]}")
+    real = rows.as_batch()[1]
+    keep: Tensor = made.expand(-1, groups, -1) | (rows.lengths_on_device <= limits)[:, None, None]
+    keep = keep if real is None else keep & real[:, None]
+    if _can_look(keep):
+        whole = bool((keep if real is None else keep | ~real[:, None])[..., -window:].all())
+        if not whole or (retention.exact and not bool((keep.sum(-1) == limits[:, None]).all())):
+            few = "as many entries as its limit" if retention.exact else "entries"
+            raise ConfigError(f"{who}: keep of its retention is not {few} with the last {window} among them")
+    return keep
 
 
 def _is(value: Any, dtype: torch.dtype, rows: Rows) -> bool:
