@@ -10,12 +10,12 @@ may have it, gives way to one at the beginning. A question that is there at both
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from flexasl.checks import shown
 from flexasl.errors import FlexASLError
+from flexasl.prompt_text import Prompt, Span, decoded, last_turn
 
 NEAR = 80
 """Words of other text that may stand between the question and the end, or the beginning, of the turn."""
@@ -82,14 +82,6 @@ _RULE = re.compile(
 )
 
 
-class Span(NamedTuple):
-    """Tokens of a prompt."""
-
-    start: int
-    stop: int
-    """One behind the last."""
-
-
 class _Sentence(NamedTuple):
     start: int
     stop: int
@@ -103,8 +95,8 @@ class _Sentence(NamedTuple):
 
 def find_question(tokenizer: Any, ids: Sequence[int]) -> tuple[Span, ...]:
     """The tokens of a prompt that ask, ascending, by the rules above; none where nothing is found."""
-    prompt = _Prompt(tokenizer, ids)
-    first, last = _last_turn(tokenizer, prompt.text)
+    prompt = Prompt(tokenizer, ids)
+    first, last = last_turn(tokenizer, prompt.text)
     return prompt.tokens((first + start, first + stop) for start, stop in asking(prompt.text[first:last]))
 
 
@@ -113,7 +105,7 @@ def question_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> Span:
     does not contain it."""
     if not isinstance(text, str) or not text.strip():
         raise FlexASLError(f"question={shown(text)} has no text; give the question as it stands in the prompt")
-    prompt, wanted = _Prompt(tokenizer, ids), text.strip()
+    prompt, wanted = Prompt(tokenizer, ids), text.strip()
     start = prompt.text.rfind(wanted)
     if start < 0:
         raise FlexASLError(f"question={shown(text)} is not in the prompt; give it as it stands there, or as positions")
@@ -122,7 +114,7 @@ def question_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> Span:
 
 def text_of(tokenizer: Any, ids: Sequence[int], spans: Iterable[Span]) -> str:
     """What these tokens say."""
-    return " … ".join(" ".join(_decode(tokenizer, ids[start:stop]).split()) for start, stop in spans)
+    return " … ".join(" ".join(decoded(tokenizer, ids[start:stop]).split()) for start, stop in spans)
 
 
 def asking(turn: str) -> list[tuple[int, int]]:
@@ -232,96 +224,3 @@ def _opening(sentence: str) -> str:
     """Its markup and label."""
     rest = sentence[_MARKUP.match(sentence).end() :]  # type: ignore[union-attr]
     return sentence[: len(sentence) - len(_LABEL.sub("", rest))]
-
-
-class _Prompt:
-    """A prompt's text, and where its tokens are in it."""
-
-    def __init__(self, tokenizer: Any, ids: Sequence[int]) -> None:
-        self._tokenizer, self._ids = tokenizer, list(ids)
-        self.text = _decode(tokenizer, self._ids)
-        self._offsets = _offsets(tokenizer, self.text, self._ids)
-
-    def tokens(self, parts: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
-        """The tokens that have a part in these characters."""
-        if self._offsets is not None:
-            starts, stops = [start for start, _ in self._offsets], [stop for _, stop in self._offsets]
-            return tuple(Span(bisect_right(stops, first), bisect_left(starts, last)) for first, last in parts)
-        # So many first tokens as do not reach a character, by decoding them.
-        counts = range(len(self._ids) + 1)
-        made = []
-        for first, last in parts:
-            start = bisect_left(counts, first, key=self._length)
-            start -= self._length(start) > first
-            made.append(Span(start, bisect_left(counts, last, key=self._length)))
-        return tuple(made)
-
-    def _length(self, count: int) -> int:
-        """Characters of the first tokens, without the beginning of a letter that the next one ends."""
-        return len(_decode(self._tokenizer, self._ids[:count]).rstrip("\ufffd"))
-
-
-def _offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]] | None:
-    """The characters of each token, ascending, where the tokenizer can tell."""
-    if not getattr(tokenizer, "is_fast", False):
-        return None
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    if list(made["input_ids"]) != ids:
-        return None
-    return [tuple(pair) for pair in made["offset_mapping"]]
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    try:
-        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    except TypeError:  # of another library
-        text = tokenizer.decode(list(ids))
-    return str(text)
-
-
-def _last_turn(tokenizer: Any, text: str) -> tuple[int, int]:
-    """The characters of the user's last message; all where the prompt has none by the chat template."""
-    found = _marks(tokenizer)
-    if found is None:
-        return 0, len(text)
-    before, after = found
-    start = text.rfind(before)
-    if start < 0:
-        return 0, len(text)
-    start += len(before)
-    stop = text.find(after, start)
-    return start, len(text) if stop < 0 else stop
-
-
-def _marks(tokenizer: Any) -> tuple[str, str] | None:
-    """What stands before a user's message, and what ends it; None without a chat template that says so."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return None
-    said = ("qaone", "qatwo", "qathree")
-    roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, said)]
-    try:
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template is a program, which can raise anything
-        return None
-    places = [whole.find(content) for content in said]
-    if -1 in places or places != sorted(places):
-        return None
-    opening, answering = whole[: places[0]], whole[places[0] + len(said[0]) : places[1]]
-    again = whole[places[1] + len(said[1]) : places[2]]
-    same = next((at for at in range(min(len(opening), len(again))) if opening[-1 - at] != again[-1 - at]), None)
-    before = again[len(again) - (min(len(opening), len(again)) if same is None else same) :]
-    special = sorted({*map(str, _special(tokenizer))} - {""}, key=len, reverse=True)
-    parts = [found.span() for found in re.finditer("|".join(map(re.escape, special)), before)] if special else []
-    # The shortest end of it that begins with a special token and does not open an answer as well.
-    shorter = [before[start:] for start, _ in parts if not answering.endswith(before[start:])]
-    before = shorter[-1] if shorter else before
-    ends = re.search("|".join(map(re.escape, special)), answering) if special else None
-    after = answering[: ends.end()] if ends is not None else answering.rstrip()
-    return (before, after) if before.strip() and after.strip() else None
-
-
-def _special(tokenizer: Any) -> Iterable[str]:
-    known = set(getattr(tokenizer, "all_special_tokens", ()))
-    added = getattr(tokenizer, "get_added_vocab", dict)
-    return known | set(added())

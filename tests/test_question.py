@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny_chat import tiny_tokenizer
 
 from flexasl import FlexASLError
-from flexasl.question import Span, asking, find_question, question_tokens, text_of
+from flexasl.prompt_text import Span
+from flexasl.question import asking, find_question, question_tokens, text_of
 
 DOCUMENT = "The cat sat on the mat. It was a fine day, and Mr. Smith went home. Nobody knew the colour. " * 20
 CHAT = (DOCUMENT + "Is there any hope? She shook her head and left the room.\n\n") * 2

@@ -18,7 +18,8 @@ from torch import Tensor
 from flexasl import checks
 from flexasl.checks import integer, shown
 from flexasl.errors import FlexASLError
-from flexasl.question import Span, find_question, question_tokens, text_of
+from flexasl.prompt_text import Span
+from flexasl.question import find_question, question_tokens, text_of
 
 ALLOWED = "a text of the prompt, a span (start, stop) of its positions, a list of these for each row, or None"
 
