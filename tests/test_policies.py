@@ -807,3 +807,45 @@ def test_scoring_tokens_are_the_same_where_tokens_are_masked_out():
     )
     for one, other in zip(dropped.rows, masked.rows, strict=True):
         assert (one.selections, one.kept_positions) == (other.selections, other.kept_positions)
+
+
+class Naming(policies.ASL):
+    """Names these of each row's tokens, from its end."""
+
+    name = "asl"
+
+    def __init__(self, *places):
+        self.places = places
+
+    def scoring_tokens(self, rows, config):
+        return [torch.tensor(self.places) + length for length in rows.lengths]
+
+
+@pytest.mark.parametrize("cache", [{}, {"kv_budget": 16}, {"kv_top_p": 0.6}], ids=str)
+def test_who_names_the_window_gets_what_the_window_gets(cache):
+    model = tiny("llama", torch.float64)
+    turns = [prompts(90, 30, 61, seed=1), prompts(50, 33, 40, seed=2)]
+    config, made = SMALL.replace(later_turns="prune", kernel_size=1, **cache), []
+    for policy in (policies.ASL(), Naming(*range(-8, 0)), Naming(-25, -24, -23)):
+        with flexasl.patch(model, config, policy) as patch:
+            made.append(take_turns(model, patch, turns))
+    for (logits, told), (same, its), (_, another) in zip(*made, strict=True):
+        torch.testing.assert_close(logits, same, **CLOSE)
+        rows = [[(row.selections, row.kept_positions) for row in report.rows] for report in (told, its, another)]
+        assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize("places", [range(-8, 0), (-1,), (-30, -29, -28)])
+def test_shares_of_attention_are_whole_however_many_tokens_score(places):
+    shares = []
+
+    class Seeing(Naming):
+        def retention(self, config, num_layers):
+            def keep(seen, limits, window, rows):
+                shares.append(seen.sum(-1))
+                return torch.ones(seen.shape, dtype=torch.bool)
+
+            return policies.Retention(lambda layer, tokens: 20, keep, "attention", exact=False)
+
+    model_report(tiny("deepseek_v3"), SMALL, Seeing(*places), prompts(90, 61))
+    assert shares and all((share - 1).abs().max() < 1e-5 for share in shares)
