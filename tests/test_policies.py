@@ -818,7 +818,7 @@ class Naming(policies.ASL):
         self.places = places
 
     def scoring_tokens(self, rows, config):
-        return [torch.tensor(self.places) + length for length in rows.lengths]
+        return [(torch.tensor(self.places) + length).clamp(min=0).unique() for length in rows.lengths]
 
 
 @pytest.mark.parametrize("cache", [{}, {"kv_budget": 16}, {"kv_top_p": 0.6}], ids=str)
