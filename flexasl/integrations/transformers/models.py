@@ -239,6 +239,6 @@ def _is_tested(version: str) -> bool:
     warnings.warn(
         f"transformers {version} is newer than {TESTED[1]}, the last that flexasl was tested with; "
         "every model is checked by a short self-test when it is patched",
-        stacklevel=5,
+        stacklevel=6,
     )
     return False
