@@ -58,7 +58,7 @@ class Rows:
         """lengths: each row's tokens; positions [T] int64: their places in the padded batch, ascending in each row,
         whose last token is at the end; kept [T] bool: False at tokens that are masked out, None where none is;
         contiguous: whether no token is missing within a row; layout: the attribute, if there already; batch_rows:
-        which rows of the batch these are, if not all; past: what comes before them."""
+        which rows of the batch these are, if not all."""
         self.lengths = list(lengths)
         self.positions = positions
         self.kept = kept

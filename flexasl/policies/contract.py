@@ -1,4 +1,4 @@
-"""What a policy returns, checked before the first layer runs: policies may be anybody's."""
+"""What a policy returns, checked where it is returned: policies may be anybody's."""
 
 from __future__ import annotations
 
