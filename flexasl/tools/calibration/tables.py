@@ -14,8 +14,8 @@ from torch import Tensor
 from flexasl.config import ASLConfig
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 from flexasl.report import RowReport
-from flexasl.selectors.adaptive import scores_to_select_on, variance_ratio
-from flexasl.selectors.base import budget_of
+from flexasl.selectors.adaptive import variance_ratio
+from flexasl.selectors.base import budget_of, combined
 from flexasl.tools.calibration.recording import Prompt, Recording
 from flexasl.tools.evaluation.costs import LayerCost, row_share
 
@@ -93,7 +93,9 @@ class Table:
         """By place among the ranking_layers, selection there on the scores of so many layers."""
         observe = 1 if select_on == "last" else observe
         if (observe, select_on) not in self._selections:
-            scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
+            scores = None
+            for one in _windows(self._scores, observe).unbind():
+                scores = combined(scores, one, select_on)
             ranks = token_ranks(scores) if observe > 1 else self._ranks
             budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
             keeps = select_tokens(ranks, budget, self._window)
