@@ -49,14 +49,14 @@ class Asked:
         self.controls = list(range(max(0, first - CONTROLS), first))
         """Tokens that the ranking ones are compared with."""
         firsts = range(FIRST if first and not past else 0)
-        order = dict.fromkeys((*firsts, *reversed(question), *tail))
+        order = dict.fromkeys((*reversed(question), *firsts, *tail))
         self._order = [at for at in order if at < tokens - window]
         self._tokens, self._window, self._budget = tokens, window, budget
 
     def kept(self, limit: int, controls: bool = False) -> list[int]:
-        """Positions before the window that are kept whatever they score, of a budget of so many, window included: the
-        first ones, those of the question, then those behind it, the last ones first; with controls, for another
-        selection, these as well."""
+        """Positions before the window that are kept whatever they score, of a budget of so many, window included: those
+        of the question, the first ones, then those behind the question, the last ones first; with controls, for
+        another selection, these as well."""
         most = min(int(limit * SHARE), limit - self._window)
         order = [*self._order, *(at for at in reversed(self.controls) if at not in self._order)]
         return (order if controls else self._order)[: max(0, most)]
