@@ -68,7 +68,7 @@ class ASLConfig:
     kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
         as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
     settled_by: What says that the ranking has settled: `"lookup"`, that a head gives a share of at least `tau` of its
-        attention to one far token; or `"variance"`, as in the paper, that the variance of ranks over
+        attention to one far token, of which a tenth less is asked with every further layer; or `"variance"`, as in the paper, that the variance of ranks over
         `observe_layers` has fallen below `tau` of a reference. None: `"variance"` where `variance_reference` or
         `observe_layers` is given, else `"lookup"`.
     tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
@@ -304,7 +304,7 @@ class ASLConfig:
             stop = None if stop is None else max(up_to("stages: max_layer", stop), before)
             start = max(from_on(num_layers // 6 if start is None else start), before)
             start = start if stop is None else min(start, stop)
-            stop = max(start, min(from_on(num_layers // 4), first)) if stop is None else stop
+            stop = max(start, min(from_on(num_layers // 3), first)) if stop is None else stop
             tau = STAGE_TAU if stage.tau is None else stage.tau
             stages.append(Stage(tokens=stage.tokens, tau=tau, min_layer=start, max_layer=stop))
             before = start

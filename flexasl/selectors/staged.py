@@ -22,6 +22,10 @@ NEAR = 32
 """Tokens beside one that is kept in any case, beyond those that its score is pooled over, which are no far tokens."""
 
 
+PATIENCE = 0.9
+"""What `tau` becomes one layer later, counted from the first layer of a stage's range."""
+
+
 class _Stage(NamedTuple):
     """What holds for all rows at one stage."""
 
@@ -29,11 +33,15 @@ class _Stage(NamedTuple):
     first: int
     last: int
 
+    def threshold(self, layer: int) -> float:
+        return self.tau * PATIENCE ** max(0, layer - self.first)
+
 
 class StagedSelector(Selector):
     """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a head
     gives a share of at least `tau` of its attention to one far token, by the scores of all layers up to there; at the
-    end of the range in any case, unless `if_never="keep"`.
+    end of the range in any case, unless `if_never="keep"`. The threshold falls by a tenth with every layer of the
+    range, half as fast as scores fade.
 
     A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
     that would drop nothing is passed over. Tokens with a score of infinity are kept; they and those beside them are no
@@ -103,7 +111,7 @@ class StagedSelector(Selector):
         self._scores = combined(self._scores, scores, self.config.select_on)
         highest = self._scores.masked_fill(self._always | ~self._far, 0.0).amax(1)
         self._seen.append((layer, list(self.rows), highest))
-        self._settled = highest >= self._taus[self._stage]
+        self._settled = highest >= self._thresholds(layer)[self._stage]
 
     def select(self, layer: int) -> list[Selection]:
         """The selections of rows that make one. Moves one bool a row to the host, or none where that is known."""
@@ -162,14 +170,16 @@ class StagedSelector(Selector):
         if trace is None:
             return within_budget(config, self.lengths[row])
         highest = max(trace.lookup, default=0.0)
-        never = f"no head gave a far token tau={config.tau} of its attention (highest {highest:.2f})"
+        never = f"no head gave enough of its attention to one far token (highest {highest:.2f}, tau={config.tau})"
         if selection is None:
             return f"{never}; if_never='keep' keeps every token"
         final = selection.count == self.budgets[row][-1]
-        tau = self.stages[-1 if final else self.budgets[row].index(selection.count)].tau
+        stage = self.stages[-1 if final else self.budgets[row].index(selection.count)]
+        least = stage.threshold(selection.layer)
         weight = dict(zip(trace.eval_layers, trace.lookup)).get(selection.layer, highest)
-        if weight >= tau:
-            return f"the question looked a far token up with {weight:.2f} of a head's attention, at least tau={tau}"
+        if weight >= least:
+            fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
+            return f"a head gave {weight:.2f} of its attention to one far token, at least {least:.2f}{fallen}"
         if not final:
             return f"{never}; if_never='keep' keeps what is left"
         if self.stages[-1].first == self.stages[-1].last:
@@ -202,7 +212,6 @@ class StagedSelector(Selector):
         at = torch.arange(self.tokens, dtype=torch.int64, device=device)
         self._valid = at >= starts[:, None] if padded else None
         """[R, N] bool, None for all: tokens that are left, at the right end."""
-        self._taus = torch.tensor([*(one.tau for one in self.stages), never], dtype=torch.float32, device=device)
         self._firsts, self._lasts = (
             torch.tensor([*ends, never], dtype=torch.int64, device=device)
             for ends in ([one.first for one in self.stages], [one.last for one in self.stages])
@@ -224,6 +233,11 @@ class StagedSelector(Selector):
         marked = always if self._valid is None else always | ~self._valid[:, : always.shape[1]]
         ends = F.pad(marked.float(), (1, 1), value=1.0)[:, None]
         return F.max_pool1d(ends, 2 * reach + 1, stride=1, padding=reach)[:, 0, 1:-1] == 0
+
+    def _thresholds(self, layer: int) -> Tensor:
+        """Of each stage, and of none [S + 1]."""
+        made = [one.threshold(layer) for one in self.stages]
+        return torch.tensor([*made, 2.0**31], dtype=torch.float32, device=self._stage.device)
 
     def _ends(self, layer: int) -> bool:
         """Whether all rows select at this layer for good."""
