@@ -73,7 +73,7 @@ class ASLConfig:
         `observe_layers` is given, else `"lookup"`.
     tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
         in the paper, and 0.05 with `"peak"`.
-    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: half of the
+    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: a third of the
         tokens with `"lookup"`, no stage with `"variance"`, which takes none.
     min_layer: First layer at which selection can happen. None: with `"lookup"` a third of the layers; with
         `"variance"` a third with the `"initial"` reference, three eighths with `"peak"`, but no less than
@@ -294,7 +294,7 @@ class ASLConfig:
             if first < self.min_layer or (last is not None and last < first):
                 up_to("min_layer", -1)
         last = max(first, up_to("max_layer", max(7 * (num_layers - 1) // 10, first))) if last is None else last
-        open_stages = (Stage(tokens=0.5),) if ranking_layers[0] < first else ()
+        open_stages = (Stage(tokens=0.33),) if ranking_layers[0] < first else ()
         stages, before = [], ranking_layers[0]
         for stage in open_stages if self.stages is None else self.stages:
             start, stop = stage.min_layer, stage.max_layer
