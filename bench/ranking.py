@@ -72,6 +72,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     length, layers = args.tokens[0], len(decoder_layers(model))
     held: dict[tuple[str, str, str], list[list[bool]]] = {}
+    looked_up: dict[tuple[str, str], list[list[float]]] = {}
     for kind, tasks in KINDS.items():
         for index in range(args.samples * (1 if kind == "literal" else 3)):
             for task in tasks:
@@ -80,6 +81,8 @@ def main() -> None:
                     for way, (asks, settings) in WAYS.items():
                         scores = scored(model, tokenizer if asks else None, prompt, settings)
                         keeps = keeper(tokenizer if asks else None, prompt, args.select_tokens)
+                        if asks:
+                            looked_up.setdefault((kind, way), []).append(far(tokenizer, prompt, scores))
                         for on in ("last", "recent"):
                             found = holding(prompt, scores, keeps, on, layers // 6)
                             held.setdefault((kind, way, on), []).append(found)
@@ -96,6 +99,13 @@ def main() -> None:
         f"prompts of which the {args.select_tokens} best tokens at a layer hold 90 % of those of every answer.\n\n"
         + table(["prompts", "ranked by", "layers", *map(str, shown)], rows)
     )
+    peaks = [
+        [kind, way, *(f"{fmean(found[layer] for found in seen):.2f}" for layer in shown)]
+        for (kind, way), seen in looked_up.items()
+        if "highest" in way
+    ]
+    body += "\n\nHighest score of a far token, mean over prompts:\n\n"
+    body += table(["prompts", "ranked by", *map(str, shown)], peaks)
     data = [{"prompts": kind, "way": way, "select_on": on, "held": seen} for (kind, way, on), seen in held.items()]
     write(args.out, "Ranking", body, {"held": data})
 
@@ -144,6 +154,12 @@ def keeper(tokenizer: Any, prompt: Prompt, budget: int, window: int = 32) -> Cal
         return {*scores.topk(budget - window).indices.tolist(), *range(tokens - window, tokens)}
 
     return kept
+
+
+def far(tokenizer: Any, prompt: Prompt, scores: list[Tensor], near: int = 44) -> list[float]:
+    """By layer, the highest score of a token that is far from the question and from the start."""
+    first = next(at for at, _ in find_question(tokenizer, prompt.ids) if at > len(prompt.ids) // 2)
+    return [float(one[near : first - near].max()) for one in scores]
 
 
 def holding(
