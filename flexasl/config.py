@@ -31,14 +31,10 @@ PUBLISHED_SCORES: dict[str, Any] = {
     "select_on": "last",
 }
 """How tokens are scored in ASL, FastKV and SnapKV."""
-OWN_SCORES: dict[str, Any] = {
-    "kernel_size": 25,
-    "pooling": "maxpool",
-    "score_power": "max",
-    "contrast": True,
-    "select_on": "recent",
-}
-"""How they are scored here."""
+OWN_SCORES: dict[str, Any] = PUBLISHED_SCORES | {"kernel_size": 25, "pooling": "maxpool", "select_on": "recent"}
+"""How they are scored here under the rule of rank variance."""
+LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {"score_power": "max", "contrast": True}
+"""How they are scored under the rule of look-ups."""
 KV_DTYPES = ("int8", "fp8")
 LOOKUP_TAU, STAGE_TAU = 0.5, 0.3
 """Shares of a head's attention that count as a look-up, for the final selection and for a loose one."""
@@ -61,42 +57,53 @@ class ASLConfig:
     `resolve` fills it in, and the report shows what it became. Raises `ConfigError` on a value that cannot work.
 
     select_tokens: Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the
-    prompt. kv_budget: SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the
-    prompt, or None (all). kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes
-    `kv_budget`. kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and
-    head, or None, as the model makes them. A prompt is read and pruned with what the model makes either way. Needs
-    torchao. settled_by: What says that the ranking has settled: `"lookup"`, that a head gives a share of at least
-    `tau` of its attention to one far token, of which a tenth less is asked with every further layer; or `"variance"`,
-    as in the paper, that the variance of ranks over `observe_layers` has fallen below `tau` of a reference. None:
-    `"variance"` where `variance_reference` or `observe_layers` is given, else `"lookup"`. tau: Threshold of that, in
-    (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as in the paper, and 0.05
-    with `"peak"`. stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None:
-    a third of the tokens with `"lookup"`, no stage with `"variance"`, which takes none. min_layer: First layer at
-    which selection can happen. None: with `"lookup"` a third of the layers; with `"variance"` a third with the
-    `"initial"` reference, three eighths with `"peak"`, but no less than `observe_layers - 1`. max_layer: Last layer at
-    which selection can happen. None: seven tenths of the way down; the last layer with the `"initial"` reference, as
-    in the paper. observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"`
-    reference, as in the paper, 4 with `"peak"`; or a third of a shallow stack, at least 2. score_from: First layer
-    whose scores count, where `select_on` combines layers. None: a sixth of the layers. window: Last prompt tokens,
-    whose queries score the others, and which are always kept. kernel_size: Tokens that each score is pooled over; odd.
-    None: 25, so that a token is kept together with what stands around it; 7 with the `"initial"` reference and for
-    other methods than `asl`, as in the papers. pooling: How scores are pooled over neighbouring tokens. None:
-    `"maxpool"`; `"avgpool"` in the same cases. score_power: What each attention weight is raised to before weights of
-    several queries and heads are added up; with 2 or 4 few heads that look a token up count for more than many that
-    look around; `"max"` takes the highest weight. None: `"max"`; 1 in the same cases. contrast: Whether what a query
-    head gives a token from the text right before the question is taken off from what it gives it from the question, so
-    that heads which look there anyway count for nothing. Where no question is known, nothing is taken off. None: True;
-    False in the same cases. variance_reference: What the variance is compared with: its value at `min_layer` (the
-    paper), or the highest one so far. None: `"peak"`. select_on: Scores that tokens are selected on: the selection
-    layer's, each token's best of the layers up to there (`"max"`), the best with every layer back counting a fifth
-    less (`"recent"`), or the sum with the same decay. None: `"recent"`; `"last"` in the same cases. if_never: Where
-    the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the `"initial"`
-    reference and no `max_layer`, as in the paper; else select. propagate: How the selection reaches the deeper layers:
-    they run on the kept tokens alone, or on all tokens with the others masked out, which saves no time but has no
-    shape that depends on what was decided. later_turns: What happens to several new tokens that follow a cached
-    prompt: all are kept, or they are pruned like a prompt, by the same settings, which then count the turn's own
-    tokens. Earlier tokens stay as they are either way. calibrated_for: No setting, but the model that calibration
-    found the settings for. Another one refuses them; None: any takes them.
+        prompt.
+    kv_budget: SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or
+        None (all).
+    kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
+    kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
+        as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
+    settled_by: What says that the ranking has settled: `"variance"`, as in the paper, that the variance of ranks over
+        `observe_layers` has fallen below `tau` of a reference; or `"lookup"`, that a head gives a share of at least
+        `tau` of its attention to one far token, of which a tenth less is asked with every further layer. None:
+        `"variance"`.
+    tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
+        in the paper, and 0.05 with `"peak"`.
+    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: a third of the
+        tokens with `"lookup"`, no stage with `"variance"`, which takes none.
+    min_layer: First layer at which selection can happen. None: with `"lookup"` a third of the layers; with
+        `"variance"` a third with the `"initial"` reference, three eighths with `"peak"`, but no less than
+        `observe_layers - 1`.
+    max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
+        `"initial"` reference, as in the paper.
+    observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
+        paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
+    score_from: First layer whose scores count with `"lookup"`. None: a sixth of the layers.
+    window: Last prompt tokens, whose queries score the others, and which are always kept.
+    kernel_size: Tokens that each score is pooled over; odd. None: 25, so that a token is kept together with what
+        stands around it; 7 with the `"initial"` reference and for other methods than `asl`, as in the papers.
+    pooling: How scores are pooled over neighbouring tokens. None: `"maxpool"`; `"avgpool"` in the same cases.
+    score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
+        2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
+        weight. None: `"max"` with `"lookup"`, else 1.
+    contrast: Whether what a query head gives a token from the text right before the question is taken off from what it
+        gives it from the question, so that heads which look there anyway count for nothing. Where no question is
+        known, nothing is taken off. None: True with `"lookup"`, else False.
+    variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest one
+        so far. None: `"peak"`.
+    select_on: Scores that tokens are selected on: the selection layer's, each token's best of several (`"max"`),
+        the best with every layer back counting a fifth less (`"recent"`), or the sum with the same decay (`"sum"`): of
+        the observed layers, or with `"lookup"` of all from `score_from` on. None: `"recent"`; `"last"` in the same
+        cases as `kernel_size`.
+    if_never: Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
+        `"initial"` reference and no `max_layer`, as in the paper; else select.
+    propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with
+        the others masked out, which saves no time but has no shape that depends on what was decided.
+    later_turns: What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like
+        a prompt, by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either
+        way.
+    calibrated_for: No setting, but the model that calibration found the settings for. Another one refuses them; None:
+        any takes them.
     """
 
     select_tokens: int | float = 2048
@@ -217,8 +224,7 @@ class ASLConfig:
     @property
     def rule(self) -> str:
         """`settled_by`, also where it is left open."""
-        of_variance = self.variance_reference is not None or self.observe_layers is not None
-        return self.settled_by or ("variance" if of_variance else "lookup")
+        return self.settled_by or "variance"
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
@@ -309,7 +315,7 @@ class ASLConfig:
             min_layer=first,
             max_layer=last,
             if_never=self.if_never or "select",
-        ).scored(OWN_SCORES)
+        ).scored(LOOKUP_SCORES)
 
     def _resolve_among(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
         bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}

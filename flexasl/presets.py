@@ -27,7 +27,9 @@ class Preset(NamedTuple):
 
 PRESETS: dict[ModelKind, Preset] = {
     # docs/defaults.md: the model that the defaults were found on, but for the last layer.
-    ModelKind("llama", 30, 576): Preset("SmolLM2-135M", {}),
+    ModelKind("llama", 30, 576): Preset(
+        "SmolLM2-135M", {"min_layer": 11, "max_layer": 17, "tau": 0.05, "observe_layers": 4}
+    ),
 }
 
 
@@ -39,7 +41,7 @@ def fill(config: ASLConfig, kind: ModelKind) -> tuple[ASLConfig, str | None]:
     are not the defaults, as in `ASLConfig.paper()`), and where the layers that are given leave no room for it.
     """
     preset, plain = PRESETS.get(kind), ASLConfig()
-    if preset is None or config.rule != plain.rule:
+    if preset is None or (config.variance_reference, config.select_on) != (plain.variance_reference, plain.select_on):
         return config, None
     missing = {name: value for name, value in preset.settings.items() if getattr(config, name) is None}
     if not missing:

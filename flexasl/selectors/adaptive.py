@@ -25,13 +25,24 @@ def variance_ratio(variance: Tensor, variance_reference: str) -> Tensor:
     return torch.where(reference > 0, variance / reference, 0.0)
 
 
+def scores_to_select_on(scores: Sequence[Tensor], select_on: str) -> Tensor:
+    """What tokens are selected on, of the same shape as the scores of each observed layer, the selection layer's last:
+    see `ASLConfig.select_on`."""
+    if select_on == "last":
+        return scores[-1]
+    best = scores[0]
+    for later in scores[1:]:
+        best = combined(best, later, select_on)
+    return best
+
+
 class LayerSelector(Selector):
     """Selects once in every row of a left-padded batch, at the layer at which its token ranking has settled (arXiv
     2601.07667).
 
     Give it the token scores of the layers for which `needs` is true, in order. Rows decide independently, and leave
-    `rows` when they have selected. Only the ranks of the last `observe_layers` layers are held, and the scores that
-    tokens are selected on.
+    `rows` when they have selected. Only the ranks (and, unless `select_on="last"`, the scores) of the last
+    `observe_layers` layers are held.
     """
 
     once = True
@@ -62,16 +73,16 @@ class LayerSelector(Selector):
         assert config.observe_layers and config.tau and config.min_layer is not None and config.max_layer is not None
         self._first, self._last, self._tau = config.min_layer, config.max_layer, config.tau
         self._compares = self._last > self._first
-        # A list that is cut by hand: torch.compile (2.13) forgets the `maxlen` of a deque.
+        looks_back = config.select_on != "last"
+        held = config.observe_layers if self._compares or looks_back else 1
+        # Lists that are cut by hand: torch.compile (2.13) forgets the `maxlen` of a deque.
         self._ranks: list[Tensor] = []
-        self._scores: Tensor | None = None
+        self._scores: list[Tensor] = []
         self._variances: list[Tensor] = []
-        self._held = config.observe_layers if self._compares else 1
+        self._held = (held if self._compares else 1, held if looks_back else 1)
         counting = range(self._last + 1) if ranking_layers is None else ranking_layers
-        needed = counting[max(0, counting.index(self._first) - self._held + 1) : counting.index(self._last) + 1]
-        assert config.score_from is not None
-        self._since = config.score_from if config.select_on != "last" else self._first
-        self._needed = frozenset(needed) | {layer for layer in counting if self._since <= layer <= self._last}
+        opens = counting.index(self._first) - held + 1
+        self._needed = frozenset(counting[max(0, opens) : counting.index(self._last) + 1])
         self._valid, self._budget = self._rows_tensors(torch.device(device))
         self._settled: Tensor | None = None
         self.first_layer = self._first if self.rows and self.needs(self._first) else None
@@ -85,10 +96,9 @@ class LayerSelector(Selector):
         """Takes scores [R, P] float32; they may come without their first positions where these are padding in every
         row. Nothing is moved to the host."""
         scores = F.pad(scores, (self._prefix - scores.shape[1], 0))
-        self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-self._held :]
-        if layer >= self._since:
-            assert self.config.select_on is not None
-            self._scores = combined(self._scores, scores, self.config.select_on)
+        most_ranks, most_scores = self._held
+        self._ranks = [*self._ranks, token_ranks(scores, self._valid_prefix)][-most_ranks:]
+        self._scores = [*self._scores, scores][-most_scores:]
         if layer < self._first:
             return
         self._settled = torch.zeros_like(self._budget, dtype=torch.bool)
@@ -155,18 +165,17 @@ class LayerSelector(Selector):
     def _choose(self) -> Tensor:
         """Tokens of each row in `rows` that would be kept if it selected now: [R, N] bool."""
         ranks = self._ranks[-1]
-        if self.config.select_on != "last" and self._scores is not None:
-            ranks = token_ranks(self._scores, self._valid_prefix)
+        if len(self._scores) > 1:
+            ranks = token_ranks(scores_to_select_on(self._scores, self.config.select_on or "last"), self._valid_prefix)
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]
         self.rows = [self.rows[place] for place in left]
         index = torch.tensor(left, dtype=torch.int64, device=self._budget.device)
-        self._ranks, self._variances = (
-            [states[index] for states in held] if left else [] for held in (self._ranks, self._variances)
+        self._ranks, self._scores, self._variances = (
+            [states[index] for states in held] if left else [] for held in (self._ranks, self._scores, self._variances)
         )
-        self._scores = None if self._scores is None else self._scores[index]
         self._budget, self._settled = self._budget[index], None
         self._valid = None if self._valid is None else self._valid[index]
 

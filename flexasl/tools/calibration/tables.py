@@ -14,8 +14,8 @@ from torch import Tensor
 from flexasl.config import ASLConfig
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 from flexasl.report import RowReport
-from flexasl.selectors.adaptive import variance_ratio
-from flexasl.selectors.base import budget_of, combined
+from flexasl.selectors.adaptive import scores_to_select_on, variance_ratio
+from flexasl.selectors.base import budget_of
 from flexasl.tools.calibration.recording import Prompt, Recording
 from flexasl.tools.evaluation.costs import LayerCost, row_share
 
@@ -64,7 +64,7 @@ class Table:
         place = self._place(rule, self.ranking_layers.index(rule.min_layer), self.ranking_layers.index(rule.max_layer))
         if place is None:
             return Outcome(None, True, 1.0)
-        return self._selected(rule.observe_layers, rule.select_on)[place]
+        return self._selected(rule.observe_layers, rule.select_on or "last")[place]
 
     def fixed(self, layer: int) -> Outcome:
         """Selection at this layer, on its own scores."""
@@ -75,7 +75,7 @@ class Table:
         if first == last:
             return never
         assert rule.observe_layers and rule.tau
-        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference)[: last - first + 1]
+        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference or "peak")[: last - first + 1]
         return next((first + place for place, ratio in enumerate(ratios) if ratio < rule.tau), never)
 
     def _ratio(self, observe: int, first: int, reference: str) -> list[float]:
@@ -93,9 +93,7 @@ class Table:
         """By place among the ranking_layers, selection there on the scores of so many layers."""
         observe = 1 if select_on == "last" else observe
         if (observe, select_on) not in self._selections:
-            scores = None
-            for one in _windows(self._scores, observe).unbind():
-                scores = combined(scores, one, select_on)
+            scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
             ranks = token_ranks(scores) if observe > 1 else self._ranks
             budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
             keeps = select_tokens(ranks, budget, self._window)
