@@ -148,6 +148,7 @@ class ASLConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict; `calibrated_for` only where it is given."""
         settings = dataclasses.asdict(self)
+        settings["stages"] = None if self.stages is None else list(settings["stages"])
         if self.calibrated_for is None:
             del settings["calibrated_for"]
         return settings
@@ -448,8 +449,8 @@ def refuse_open(rule: ASLConfig, num_layers: int | None = None, found: str = "co
     """Raises `ConfigError` where settings are not resolved for so many layers, or, with None, for scores that
     are there already; found: whose they are."""
     scoring = () if num_layers is None else tuple(OWN_SCORES)
-    of_rule = ("stages",) if rule.rule == "lookup" else ("observe_layers",)
-    for name in ("tau", *of_rule, "min_layer", "max_layer", "score_from", "if_never", *scoring):
+    of_rule = ("stages", "score_from") if rule.rule == "lookup" else ("observe_layers",)
+    for name in ("tau", *of_rule, "min_layer", "max_layer", "if_never", *scoring):
         if getattr(rule, name) is None:
             raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")
     if num_layers is not None and rule.max_layer is not None and rule.max_layer >= num_layers:

@@ -145,7 +145,7 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     tokens = max(row.shape[1] for row in scores) + config.window + data.draw(st.sampled_from([0, 0, 5]))
     rows = data.draw(st.lists(st.sampled_from(range(len(scores))), min_size=1, unique=True).map(sorted))
     near = data.draw(st.sampled_from([0, 2, 5]))
-    with mock.patch.object(staged, "NEAR", near):
+    with mock.patch.object(staged, "NEAR", near), mock.patch.object(staged, "PATIENCE", 1.0):
         selector, made, asked = run(config, layers, scores, tokens, rows)
         masking, masked, _ = run(config, layers, scores, tokens, rows, masks=True)
     assert made == masked
@@ -162,8 +162,10 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     assert asked == [layer for layer in counting if layer <= latest]
 
 
-def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway():
+def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch):
     settings = {"select_tokens": 5, "window": 1, "kernel_size": 3, "min_layer": 1, "max_layer": 5, "stages": ()}
+    settings["settled_by"] = "lookup"
+    monkeypatch.setattr(staged, "PATIENCE", 1.0)
     config = ASLConfig(**settings).resolve(LAYERS)
     reach = staged.NEAR + 1
     for token, weight, layer in (
@@ -184,18 +186,38 @@ def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway():
         assert [(one.layer, one.count) for one in made] == [(layer, 5)], (token, weight)
         assert made[0].keep.nonzero().flatten().tolist() == [0, 1, 2, token, 99]
         reason = selector.reason(0, made[0])
-        wanted = "looked a far token up with 0.50" if layer == 1 else "no head gave a far token tau=0.5"
+        wanted = (
+            "a head gave 0.50 of its attention to one far token"
+            if layer == 1
+            else "no head gave enough of its attention"
+        )
         assert wanted in reason
 
 
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
-    config = ASLConfig(min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
+    config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
     with pytest.raises(ConfigError, match=r"min_layer=1 does not see the whole prompt; give one of 2, 4, 6"):
         StagedSelector(config, [100], ranking_layers=[2, 4, 6])
 
 
 def test_no_layer_is_needed_without_rows_or_beyond_the_last_one():
-    config = ASLConfig(min_layer=2, max_layer=4, score_from=1).resolve(LAYERS)
+    config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, score_from=1).resolve(LAYERS)
     assert not any(StagedSelector(config, [9, 9], rows=[]).needs(layer) for layer in range(LAYERS))
     selector = StagedSelector(config, [99])
     assert [layer for layer in range(LAYERS) if selector.needs(layer)] == [1, 2, 3, 4]
+
+
+def test_the_threshold_falls_by_a_tenth_with_every_layer_of_the_range():
+    config = ASLConfig(
+        settled_by="lookup", select_tokens=5, window=1, kernel_size=1, min_layer=1, max_layer=6, stages=()
+    )
+    resolved, token = config.replace(tau=0.5, select_on="last").resolve(LAYERS), 50
+    for weight, layer in ((0.5, 1), (0.46, 2), (0.41, 3), (0.37, 4), (0.33, 5)):
+        scores = torch.zeros(1, 99)
+        scores[0, token] = weight
+        selector, made = StagedSelector(resolved, [100]), []
+        for at in range(LAYERS):
+            if selector.needs(at):
+                selector.observe(at, scores)
+                made += selector.select(at)
+        assert [one.layer for one in made] == [layer]

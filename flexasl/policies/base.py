@@ -27,6 +27,8 @@ RULE = frozenset(
         "max_layer",
         "observe_layers",
         "variance_reference",
+        "score_from",
+        "select_on",
         "if_never",
     )
 )

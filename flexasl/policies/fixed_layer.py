@@ -26,7 +26,7 @@ class FixedLayer(Policy):
 
     name = "fixed_layer"
     takes = Policy.takes - RULE
-    fixes: ClassVar[Mapping[str, Any]] = {"observe_layers": 1, "if_never": "select"}
+    fixes: ClassVar[Mapping[str, Any]] = {"observe_layers": 1, "select_on": "last", "if_never": "select"}
     refusals: ClassVar[Mapping[str, str]] = own_layer(name, "FixedLayer")
 
     def __init__(self, layer: int | None = None, *, depth: float = 0.5) -> None:

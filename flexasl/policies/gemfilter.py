@@ -24,7 +24,6 @@ class GemFilter(FixedLayer):
     takes = CACHE - {"kv_top_p"} | {"select_tokens"}
     fixes: ClassVar[Mapping[str, Any]] = {
         **FixedLayer.fixes,
-        "select_on": "last",
         "window": 1,
         "kernel_size": 5,
         "pooling": "avgpool",

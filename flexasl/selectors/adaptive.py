@@ -105,8 +105,7 @@ class LayerSelector(Selector):
         if self._compares:
             variance, union = rank_variance(torch.stack(self._ranks), self._budget)
             self._variances.append(variance)
-            assert self.config.variance_reference is not None
-            ratio = variance_ratio(torch.stack(self._variances), self.config.variance_reference)[-1]
+            ratio = variance_ratio(torch.stack(self._variances), self.config.variance_reference or "peak")[-1]
             self._seen.append((layer, list(self.rows), torch.stack([variance, union.double(), ratio])))
             self._settled = ratio < self._tau
 
@@ -166,7 +165,9 @@ class LayerSelector(Selector):
         """Tokens of each row in `rows` that would be kept if it selected now: [R, N] bool."""
         ranks = self._ranks[-1]
         if len(self._scores) > 1:
-            ranks = token_ranks(scores_to_select_on(self._scores, self.config.select_on or "last"), self._valid_prefix)
+            ranks = token_ranks(
+                scores_to_select_on(self._scores, self.config.select_on or "recent"), self._valid_prefix
+            )
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def _drop(self, fired: list[bool]) -> None:

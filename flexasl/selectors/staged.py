@@ -134,7 +134,7 @@ class StagedSelector(Selector):
                 stage = self._at[place]
                 made.append(Selection(row, layer, keep[place], self.budgets[row][stage]))
                 self._at[place] = self._next(row, stage + 1)
-        self._advance(torch.tensor(fired, device=keep.device), keep)
+        self._advance(torch.tensor(fired, dtype=torch.bool, device=keep.device), keep)
         self._leave()
         return made
 
