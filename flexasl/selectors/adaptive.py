@@ -165,9 +165,8 @@ class LayerSelector(Selector):
         """Tokens of each row in `rows` that would be kept if it selected now: [R, N] bool."""
         ranks = self._ranks[-1]
         if len(self._scores) > 1:
-            ranks = token_ranks(
-                scores_to_select_on(self._scores, self.config.select_on or "recent"), self._valid_prefix
-            )
+            scores = scores_to_select_on(self._scores, self.config.select_on or "recent")
+            ranks = token_ranks(scores, self._valid_prefix)
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def _drop(self, fired: list[bool]) -> None:

@@ -49,6 +49,7 @@ class StagedSelector(Selector):
     """
 
     masks = True
+    budgets: Sequence[Sequence[int]]
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class StagedSelector(Selector):
         self._always: Tensor | None = None
         self._far: Tensor | None = None
         self._settled: Tensor | None = None
+        self._stage: Tensor
         self._at = [self._next(row, 0) for row in self.rows]
         self.first_layer = opens if self.rows else None
         self._on(torch.device(device))
@@ -278,4 +280,4 @@ class StagedSelector(Selector):
 
 def _bounds(stage: object) -> tuple[float, int, int]:
     """Of a stage, or of settings."""
-    return tuple(getattr(stage, name) for name in ("tau", "min_layer", "max_layer"))  # type: ignore[return-value]
+    return tuple(getattr(stage, name) for name in ("tau", "min_layer", "max_layer"))
