@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flexasl import ASLConfig, ConfigError
 from flexasl.config import SELECT_ON
-from flexasl.selectors import StagedSelector, staged
+from flexasl.replaying import replay_scores
+from flexasl.selectors import LayerSelector, StagedSelector, staged
 from flexasl.stages import Stage
 
 LAYERS = 7
@@ -221,3 +222,13 @@ def test_the_threshold_falls_by_a_tenth_with_every_layer_of_the_range():
                 selector.observe(at, scores)
                 made += selector.select(at)
         assert [one.layer for one in made] == [layer]
+
+
+def test_each_rule_has_its_selector():
+    lookup, variance = (ASLConfig(settled_by=rule).resolve(LAYERS) for rule in ("lookup", "variance"))
+    with pytest.raises(ConfigError, match="is for StagedSelector"):
+        LayerSelector(lookup, [100])
+    with pytest.raises(ConfigError, match="is for StagedSelector"):
+        replay_scores(torch.rand(LAYERS, 60), ASLConfig(settled_by="lookup"))
+    with pytest.raises(ConfigError, match="is for LayerSelector"):
+        StagedSelector(variance, [100])

@@ -197,7 +197,8 @@ class LayerSelector(Selector):
 
 def _checked(config: ASLConfig, ranking_layers: Sequence[int] | None) -> ASLConfig:
     """The settings, which must be resolved, and for these layers."""
-    instance("config", config, ASLConfig, "an ASLConfig")
+    if instance("config", config, ASLConfig, "an ASLConfig").rule == "lookup":
+        raise ConfigError("settled_by='lookup' is for StagedSelector, in a prefill; give settled_by='variance'")
     refuse_open(config)
     for name in ("min_layer", "max_layer"):
         layer = getattr(config, name)

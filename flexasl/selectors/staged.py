@@ -62,7 +62,9 @@ class StagedSelector(Selector):
         device: torch.device | str = "cpu",
     ) -> None:
         """As `LayerSelector`."""
-        refuse_open(instance("config", config, ASLConfig, "an ASLConfig"))
+        if instance("config", config, ASLConfig, "an ASLConfig").rule != "lookup":
+            raise ConfigError("settled_by='variance' is for LayerSelector; give settled_by='lookup'")
+        refuse_open(config)
         self.config = config
         self.lengths = [integer("lengths", length, 0) for length in lengths]
         most = max(self.lengths, default=0)

@@ -58,6 +58,8 @@ def calibrate(
 
     config = instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
     config = (config or ASLConfig(select_tokens=SELECT_TOKENS)).scored(OWN_SCORES).replace(calibrated_for=None)
+    if config.rule == "lookup":
+        raise FlexASLError("settled_by='lookup' is not calibrated; give settled_by='variance', or None")
     sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
     tasks = tuple(dict.fromkeys(several("tasks", tasks, str, "tasks such as 'needle'")))
     samples, length, seed = integer("samples", samples), integer("length", length, 1), integer("seed", seed)
