@@ -238,9 +238,8 @@ class ASLConfig:
 
     @property
     def power(self) -> float:
-        """`score_power`, which is resolved, as a number."""
-        assert self.score_power is not None
-        return math.inf if self.score_power == "max" else float(self.score_power)
+        """`score_power` as a number; 1 where it is open."""
+        return math.inf if self.score_power == "max" else float(self.score_power or 1)
 
     @property
     def compresses_cache(self) -> bool:

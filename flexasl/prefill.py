@@ -296,9 +296,9 @@ class Prefill:
         if kept is None:
             kept = torch.ones(self.rows.total, dtype=torch.bool, device=self.device)
         padded = self._padded(kept)
-        # The selector has the tokens that are left at the right end.
-        order = padded[rows].to(torch.uint8).argsort(dim=-1, stable=True)
-        keep = torch.zeros_like(keep).scatter(1, order, keep) & padded[rows]
+        if not self.selector.once:  # it has the tokens that are left at the right end
+            order = padded[rows].to(torch.uint8).argsort(dim=-1, stable=True)
+            keep = torch.zeros_like(keep).scatter(1, order, keep) & padded[rows]
         padded = padded.index_copy(0, rows, torch.where(now[:, None], keep, padded[rows]))
         self._kept = padded.flatten()[self.rows.flat(self.tokens)]
         self._chosen = self._chosen.index_copy(0, rows, torch.where(now, layer, self._chosen[rows]))

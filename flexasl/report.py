@@ -261,7 +261,8 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
         raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
     seen = [row.lookup] if row.lookup else [row.variance, row.variance_ratio]
     if any(len(values) != len(row.eval_layers) for values in seen) or (row.lookup and row.variance):
-        raise Unfit(f"{where} has not a lookup, or a variance and a variance_ratio, for each of its eval_layers")
+        of = "lookup" if row.lookup else "variance and a variance_ratio"
+        raise Unfit(f"{where} has not a {of} for each of its eval_layers")
     kept = [row.prompt_tokens, *(selection.kept_tokens for selection in row.selections), row.kept_tokens]
     if (selected[-1] if selected else None) != row.selected_layer or any(one >= two for one, two in pairwise(selected)):
         raise Unfit(
@@ -335,7 +336,7 @@ def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) 
             axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"tau = {tau:g}")
         axes.set_ylim(bottom=0)
     else:
-        _say(axes, "no rule was evaluated for this row")
+        _say(axes, "no variance was evaluated for this row")
         axes.set_yticks([])
     if row.selected_layer is not None:
         for selection in row.selections[:-1]:
