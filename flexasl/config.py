@@ -300,7 +300,10 @@ class ASLConfig:
             start, stop = stage.min_layer, stage.max_layer
             for name, given in (("min_layer", start), ("max_layer", stop)):
                 if given is not None and given >= num_layers:
-                    raise ConfigError(f"stages: {name}={given} is beyond the model, which has {num_layers} layers")
+                    raise ConfigError(
+                        f"stages: {name}={given} is beyond the model, which has {num_layers} layers; give at most "
+                        f"{num_layers - 1}"
+                    )
             stop = None if stop is None else max(up_to("stages: max_layer", stop), before)
             start = max(from_on(num_layers // 6 if start is None else start), before)
             start = start if stop is None else min(start, stop)

@@ -47,7 +47,10 @@ class Stage:
                 raise ConfigError(f"stages: tau={tau} is out of range; give a number in (0, 1]")
             set_(self, "tau", tau)
         if self.min_layer is not None and self.max_layer is not None and self.max_layer < self.min_layer:
-            raise ConfigError(f"stages: max_layer={self.max_layer} comes before min_layer={self.min_layer}")
+            raise ConfigError(
+                f"stages: max_layer={self.max_layer} comes before min_layer={self.min_layer}; give at least "
+                f"{self.min_layer}"
+            )
 
     @classmethod
     def of(cls, given: Any) -> Stage:

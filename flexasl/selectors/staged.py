@@ -244,8 +244,9 @@ class StagedSelector(Selector):
         left = torch.where(selects[:, None], keep, valid)
         order = left.to(torch.uint8).argsort(dim=-1, stable=True)
         places = order[:, : self._scores.shape[1]]
-        self._scores, self._far = self._scores.gather(1, places), self._far.gather(1, places)
         self._valid = left.gather(1, order)
+        self._scores = self._scores.gather(1, places)
+        self._far = self._far.gather(1, places) & self._valid[:, : places.shape[1]]
         self._stage = torch.where(selects, self._nexts.gather(1, self._stage[:, None])[:, 0], self._stage)
         self._settled = self._always = None
 
