@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flexasl.report import Report
     from flexasl.retention import Retention
     from flexasl.selectors import LayerSelector, Selection, Selector
+    from flexasl.stages import Stage
     from flexasl.tools import embedded as embedded
     from flexasl.tools import loading as loading
     from flexasl.tools import run as run
@@ -42,6 +43,7 @@ __all__ = [
     "Scoring",
     "Selection",
     "Selector",
+    "Stage",
     "UnsupportedError",
     "Visibility",
     "calibrate",
@@ -67,6 +69,7 @@ _HOMES = {
     "Scoring": "attention",
     "Selection": "selectors",
     "Selector": "selectors",
+    "Stage": "stages",
     "UnsupportedError": "errors",
     "Visibility": "masks",
     "calibrate": "tools.calibration",

@@ -115,7 +115,8 @@ class FlexASLAttention(nn.Module):
         mass: bool = False,
     ) -> Any:
         """`window_scores` of the queries [B, H, W, D], of which the first ones are controls, under this module's
-        specification, or with mass both results of `window_scores_and_mass`. valid, positions [B, N] and query_at [B, W] may differ by KV head: [B, G, N or W]."""
+        specification, or with mass both results of `window_scores_and_mass`. valid, positions [B, N] and query_at
+        [B, W] may differ by KV head: [B, G, N or W]."""
         positions = positions if self.spec.needs_positions() else None
         marks = (valid, positions, query_at)
         op: Any = window_scores_and_mass if mass else window_scores

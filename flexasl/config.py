@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from flexasl import checks, stored
 from flexasl.calibrated import CalibratedFor
@@ -277,12 +277,15 @@ class ASLConfig:
         def from_on(layer: int) -> int:
             return next((one for one in ranking_layers if one >= layer), ranking_layers[-1])
 
+        def refuse(name: str, layer: int) -> NoReturn:
+            raise ConfigError(
+                f"{name}={layer} leaves no layer to select at; layers with full attention are "
+                f"{', '.join(map(str, ranking_layers))} of {num_layers}"
+            )
+
         def up_to(name: str, layer: int) -> int:
             if layer < ranking_layers[0]:
-                raise ConfigError(
-                    f"{name}={layer} leaves no layer to select at; layers with full attention are "
-                    f"{', '.join(map(str, ranking_layers))} of {num_layers}"
-                )
+                refuse(name, layer)
             return [one for one in ranking_layers if one <= layer][-1]
 
         last = None if self.max_layer is None else up_to("max_layer", self.max_layer)
@@ -292,7 +295,7 @@ class ASLConfig:
         else:
             first = from_on(self.min_layer)
             if first < self.min_layer or (last is not None and last < first):
-                up_to("min_layer", -1)
+                refuse("min_layer", self.min_layer)
         last = max(first, up_to("max_layer", max(7 * (num_layers - 1) // 10, first))) if last is None else last
         open_stages = (Stage(tokens=0.5),) if ranking_layers[0] < first else ()
         stages, before = [], ranking_layers[0]

@@ -68,7 +68,37 @@ def test_the_question_and_its_tail_are_kept_up_to_their_share(length, places, wi
     assert set(asked.ranking) <= set(question)
     for at in asked.ranking:
         assert sum(other not in question for other in range(at, length)) <= min(budget, length // 3)
-    assert set(asked.left_to_rank()) <= {*kept, *range(length - window, length)}
+    for controls, ranking in (asked.left(length - 1), asked.left(budget)):
+        assert not controls and set(ranking) <= {*kept, *range(length - window, length)} & set(asked.ranking)
+
+
+@given(
+    length=st.integers(1, 120),
+    first=st.integers(0, 119),
+    count=st.integers(1, 12),
+    window=st.integers(1, 8),
+    more=st.integers(1, 60),
+)
+def test_with_contrast_the_text_before_the_question_and_the_first_tokens_stay_after_it(
+    length, first, count, window, more
+):
+    first, budget = first % length, window + more
+    question = list(range(first, min(first + count, length)))
+    asked, plain = Asked(question, length, budget, window, contrast=True), Asked(question, length, budget, window)
+    assert asked.ranking == plain.ranking and plain.controls == []
+    assert asked.controls == (list(range(max(0, first - 32), first)) if asked.ranking else [])
+    kept, tail = asked.kept(budget), plain.kept(budget)
+    most = max(0, min(budget // 2, budget - window))
+    assert len(kept) <= most
+    firsts = [at for at in range(4) if first and asked.ranking and at < length - window]
+    wanted = [at for at in reversed(question) if at < length - window]
+    wanted += [at for at in firsts if at not in wanted]
+    assert kept[: len(wanted)] == wanted[:most] and set(tail) <= {*kept, *tail[most - len(firsts) :]}
+    controls, ranking = asked.left(length - 1)
+    sure = {*asked.kept(budget, controls=True), *range(length - window, length)}
+    assert set(ranking) == set(asked.ranking) & sure
+    assert controls == ([at for at in asked.controls if at in sure] if ranking and length - 1 > budget else [])
+    assert asked.left(length) == (asked.controls, asked.ranking)
 
 
 def test_the_last_tokens_of_a_very_long_question_rank():

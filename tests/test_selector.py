@@ -66,10 +66,11 @@ def decide(config, scores):
         if settled or (layer == last and config.if_never == "select"):
             best = ranks[layer]
             if config.select_on != "last":
-                fade = np.float32(0.8 if config.select_on == "recent" else 1)
-                counted = np.float32(scores[layer - seen + 1])
-                for later in scores[layer - seen + 2 : layer + 1]:
-                    counted = np.maximum(counted * fade, np.float32(later))
+                fade = np.float32(1 if config.select_on == "max" else 0.8)
+                combine = np.add if config.select_on == "sum" else np.maximum
+                counted = np.float32(scores[config.score_from])
+                for later in scores[config.score_from + 1 : layer + 1]:
+                    counted = combine(counted * fade, np.float32(later))
                 best = places(counted)
             decision.layer, decision.settled = layer, settled
             decision.kept = [j for j in range(prefix) if best[j] <= budget]
@@ -83,8 +84,10 @@ def wanted_layers(config):
     compares = config.min_layer < config.max_layer
     if not compares and config.if_never == "keep":
         return []
-    back = config.observe_layers - 1 if compares or config.select_on != "last" else 0
-    return list(range(config.min_layer - back, config.max_layer + 1))
+    first = config.min_layer - (config.observe_layers - 1 if compares else 0)
+    if config.select_on != "last":
+        first = min(first, config.score_from)
+    return list(range(first, config.max_layer + 1))
 
 
 def select(selector, layer, scores):
@@ -141,6 +144,7 @@ def configs(draw, compares=False):
         select_tokens=draw(st.integers(window + 1, 12) | st.floats(0.05, 1.0)),
         window=window,
         observe_layers=observe,
+        score_from=draw(st.integers(0, first)),
         min_layer=first,
         max_layer=draw(st.integers(first + compares, LAYERS - 1)),
         tau=draw(st.sampled_from([0.05, 0.25, 0.5, 0.9, 1.0])),
@@ -244,12 +248,15 @@ def test_ranks_that_never_settle_end_as_if_never_says():
     assert not run(rule(if_never="keep"), stack, 5)[1]
 
 
-def test_selecting_on_the_best_score_looks_back_as_far_as_observe_layers():
+def test_selecting_on_the_best_score_looks_back_as_far_as_score_from():
     high = [[9.0 if j == layer else float(j == 4) for j in range(5)] for layer in range(LAYERS)]
-    config = rule(min_layer=3, max_layer=3, select_on="max")
+    config = rule(min_layer=3, max_layer=3, select_on="max", score_from=2)
     made, asked = run(config, [high], 6)[1:]
     assert asked == [2, 3]
     assert made[0].keep.tolist() == [False, False, True, True, False, True]
+    made, asked = run(config.replace(score_from=1), [high], 6)[1:]
+    assert asked == [1, 2, 3]
+    assert made[0].keep.tolist() == [False, True, True, False, False, True]
     made, asked = run(config.replace(select_on="last"), [high], 6)[1:]
     assert asked == [3]
     assert made[0].keep.tolist() == [False, False, False, True, True, True]
@@ -288,12 +295,13 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
         select_tokens=20, window=2, min_layer=2, max_layer=9, observe_layers=observe, tau=1e-9, select_on=select_on
     ).resolve(12)
     selector = LayerSelector(config, [prefix + 2] * rows)
-    most = {"ranks": observe, "scores": 1 if select_on == "last" else observe}
     for layer in range(9):
         assert select(selector, layer, torch.rand(rows, prefix)) == []
-        for name, held in (("ranks", selector._ranks), ("scores", selector._scores)):
-            assert sum(ref() is not None for ref in seen[name]) == len(held) == min(layer + 1, most[name])
-            assert all(tensor.untyped_storage().nbytes() == rows * prefix * 4 for tensor in held)
+        held = selector._ranks if layer < 2 else [*selector._ranks, selector._scores]
+        assert all(tensor.untyped_storage().nbytes() == rows * prefix * 4 for tensor in held)
+        assert sum(ref() is not None for ref in seen["ranks"]) == len(selector._ranks) == min(layer + 1, observe)
+        assert sum(ref() is not None for ref in seen["scores"]) <= 1
+        assert (selector._scores is None) == (layer < 2)
     del held
     assert len(select(selector, 9, torch.rand(rows, prefix))) == rows
     assert not any(ref() is not None for refs in seen.values() for ref in refs)
@@ -304,11 +312,11 @@ def test_a_decided_row_leaves_nothing_behind():
     config = rule(select_on="max")
     selector, made, _ = run(config, [settles, [UP, DOWN] * 4], 5)
     assert [made[row].layer for row in range(2)] == [3, 5]
-    assert selector.rows == [] and not selector._ranks and not selector._scores
+    assert selector.rows == [] and not selector._ranks and selector._scores.numel() == 0
     selector = LayerSelector(config, [5, 5])
     for layer in range(4):
         scores = torch.tensor([settles[layer], [UP, DOWN][layer % 2]])
         select(selector, layer, scores)
     assert selector.rows == [1]
     assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._ranks)
-    assert all(held.shape == (1, 4) and held.untyped_storage().nbytes() == 16 for held in selector._scores)
+    assert selector._scores.shape == (1, 4) and selector._scores.untyped_storage().nbytes() == 16

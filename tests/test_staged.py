@@ -1,5 +1,6 @@
 """Selection in stages against its rule, written once more in plain Python for one row at a time."""
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     for row in rows:
         want, seen = decide(config, scores[row], counting, near)
         assert made[row] == want
-        for one, other in zip(want, want[1:]):
+        for one, other in pairwise(want):
             assert set(other[1]) <= set(one[1]) and other[0] > one[0]
         trace = selector.traces[row]
         assert dict(zip(trace.eval_layers, trace.lookup, strict=True)) == seen
