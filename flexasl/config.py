@@ -151,6 +151,7 @@ class ASLConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict; `calibrated_for` only where it is given."""
         settings = dataclasses.asdict(self)
+        settings["stages"] = self.stages if self.stages is None else list(settings["stages"])
         if self.calibrated_for is None:
             del settings["calibrated_for"]
         return settings

@@ -38,13 +38,15 @@ def chat_ids(tokenizer, *texts):
     return left_padded([torch.tensor(prompt_ids(tokenizer, text)) for text in texts])
 
 
-def expected(question, length, budget, window):
+def expected(question, length, budget, window, contrast=False):
     """Positions that must be kept: the window; then, up to the share, the question, then what stands behind it, where
     it has been seen to be no document."""
     behind = [at for at in range(length) if at > question[-1] and at not in question]
     other_behind = len(behind)
     order = [*reversed(question)]
-    order += [*reversed(behind)] if other_behind <= min(budget, length // 3) else []
+    if contrast and question[0] > 0 and other_behind <= min(budget, length // 3):
+        order += [at for at in range(4) if at not in question]
+    order += [at for at in reversed(behind) if at not in order] if other_behind <= min(budget, length // 3) else []
     order = [at for at in order if at < length - window]
     return {*order[: min(int(SHARE * budget), budget - window)], *range(max(0, length - window), length)}
 
@@ -148,11 +150,15 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding)
                 continue
             places = None if rows.scoring_tokens is None else rows.scoring_tokens[row]
             if question[row] is not None and length == lengths[row] and prefill.questions.rows[row].ranking:
-                assert (places + tokens - length).tolist() == question[row].tolist()
+                first = question[row].tolist()[0]
+                controls = range(max(tokens - length, first - 32), first)
+                assert (places + tokens - length).tolist() == [*controls, *question[row].tolist()]
+                assert rows.controls[row] == len(controls)
             keys = key[:, :, start : start + length]
             queries = query[:, :, start + (torch.arange(length - 3, length) if places is None else places)]
             at = None if places is None else places[None]
-            want = reference.window_scores(queries, keys, 3, rule.pooling, query_at=at)[0, :, : length - 3]
+            how = {"query_at": at, "power": rule.power, "controls": rows.controls[row]}
+            want = reference.window_scores(queries, keys, 3, rule.pooling, **how)[0, :, : length - 3]
             torch.testing.assert_close(seen[layer][row, :, 3 - length :].double(), want, rtol=1e-5, atol=1e-5)
         kept = prefill.advance()
         if kept is not None:
@@ -162,7 +168,7 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding)
         positions = set(prefill.kept_positions(row).tolist())
         assert len(positions) == made[-1].count
         if must:
-            assert expected(sorted(must), lengths[row], 12, 3) <= positions
+            assert expected(sorted(must), lengths[row], 12, 3, contrast=True) <= positions
 
 
 # ---------------------------------------------------------------- models
@@ -210,7 +216,7 @@ def test_a_row_is_alone_and_keeps_its_question(lengths, config, behind, wide, sk
             rule = patch.config
             if question[row] is not None and told.pruned:
                 budget = rule.token_budget(len(ids))
-                must = expected([*range(*question[row])], len(ids), budget, rule.window)
+                must = expected([*range(*question[row])], len(ids), budget, rule.window, rule.contrast)
                 assert must <= set(told.kept_positions)
 
 
