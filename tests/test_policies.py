@@ -320,7 +320,7 @@ class Own(policies.Policy):
         (
             Own({1: 20}),
             {"propagate": "mask"},
-            "propagate='mask' does not go with policy 'own', whose ScheduledSelector selects several times",
+            "propagate='mask' does not go with policy 'own', whose ScheduledSelector has no mask",
         ),
         (Own({1: 20}), {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own'"),
         (Own(budget=0), {}, "'own': limit of layer 0, window=8 included=0 is too small"),
@@ -554,10 +554,12 @@ def test_selections_of_another_layer_or_type_are_refused():
         (Selecting(reason=lambda row, selection: None), "policy 'own': reason is None; give a text"),
     ):
         refused_while_reading(policy, message)
-    for once, does in ((True, "has no mask"), (False, "selects several times")):
-        refused_while_reading(
-            Selecting(once=once), f"go with policy 'own', whose Told {does}", SMALL.replace(propagate="mask")
-        )
+    for change, message in (
+        ({"propagate": "mask"}, "propagate='mask' does not go with policy 'own', whose Told has no mask"),
+        ({"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own', whose Told selects several"),
+    ):
+        refused_while_reading(Selecting(once=False), message, SMALL.replace(**change))
+    refused_while_reading(Selecting(once=True), "whose Told has no mask", SMALL.replace(propagate="mask"))
 
 
 @pytest.mark.parametrize(
