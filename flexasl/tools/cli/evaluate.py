@@ -29,7 +29,7 @@ OF_SUITE = "the suite's"
 
 
 def evaluate(
-    suite: Annotated[str, typer.Option(help="Which tasks: quick, niah, ruler or infinitebench.")] = "quick",
+    suite: Annotated[str, typer.Option(help="Which tasks: quick, niah, recall, ruler or infinitebench.")] = "quick",
     tasks: Annotated[str | None, typer.Option(help="Tasks by name, of any suite.", show_default=OF_SUITE)] = None,
     policies: Annotated[
         str, typer.Option(help="What to compare with the full cache, such as asl:tau=0.3,fixed_layer:layer=15,paper.")
@@ -61,6 +61,17 @@ def evaluate(
             show_default="as long as the benchmark has them; in the quick suite, 64",
         ),
     ] = None,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            help="What ranks tokens: question, window, or policy: the question under adaptive selection, the window "
+            "under paper and other policies."
+        ),
+    ] = "policy",
+    after_question: Annotated[
+        str | None, typer.Option(help="Text behind the question: rules, of how to answer.", show_default="none")
+    ] = None,
+    answer_prefix: Annotated[bool, typer.Option(help="End prompts with the start of the answer.")] = True,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
     ] = False,
@@ -86,6 +97,9 @@ def evaluate(
         budgets=None if budget is None else plans.parse_budgets(budget),
         seed=seed,
         answer_tokens=answer_tokens,
+        rank_by=rank_by,
+        after_question=after_question,
+        answer_prefix=answer_prefix,
         config=None if config is None else ASLConfig.load(config),
         sources=evaluation.Sources(
             haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given

@@ -62,7 +62,15 @@ def prefill(
     ids, notes = run.opening_ids(tokenizer, text, about.strip())
     run.check_fits(loaded, len(ids), 1)
     with progress_bar(f"reading {len(ids):,} tokens", loaded.config.get_text_config().num_hidden_layers) as bar:
-        made = run.prefill(loaded, ids, config=settings, policy=rule, on_layer=bar.advance)
+        made = run.prefill(
+            loaded,
+            ids,
+            config=settings,
+            policy=rule,
+            tokenizer=tokenizer,
+            question=about.strip() or None,
+            on_layer=bar.advance,
+        )
     report = made.reports[-1]
     if not as_json:
         print(report)

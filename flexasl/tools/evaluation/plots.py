@@ -126,8 +126,9 @@ def variance_curves(results: Results) -> Figure | None:
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("layer")
-        axes.set_ylabel("rank variance / reference")
-    return _with_legend(figure, "Has the ranking of tokens settled? Thin: prompts; thick: median of a task")
+        lookup = any(record.get("lookup") for record in results.of(setting=setting))
+        axes.set_ylabel("attention to one far token" if lookup else "rank variance / reference")
+    return _with_legend(figure, "When is it time to select? Thin: prompts; thick: median of a task")
 
 
 def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Estimate]) -> None:
@@ -183,7 +184,9 @@ def _curves(axes: Axes, records: list[Record], color: Any, task: str) -> None:
     by_layer: dict[int, list[float]] = {}
     for record in records:
         points = [
-            (at, ratio) for at, ratio in zip(record["eval_layers"], record["variance_ratio"]) if ratio is not None
+            (at, value)
+            for at, value in zip(record["eval_layers"], record.get("lookup") or record["variance_ratio"])
+            if value is not None
         ]
         axes.plot([at for at, _ in points], [ratio for _, ratio in points], color=color, linewidth=0.5, alpha=0.35)
         for at, ratio in points:

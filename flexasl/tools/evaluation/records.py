@@ -40,6 +40,7 @@ class Answered(TypedDict):
     tau: float | None
     eval_layers: list[Count]
     variance_ratio: list[float | None]
+    lookup: NotRequired[list[float | None]]
     first_token_seconds: Seconds
     total_seconds: Seconds
 
@@ -55,6 +56,9 @@ class Identity(TypedDict):
     files: dict[str, str]
     together: NotRequired[bool]
     answer_tokens: NotRequired[Count | None]
+    rank_by: NotRequired[str]
+    after_question: NotRequired[str | None]
+    answer_prefix: NotRequired[bool]
 
 
 class About(TypedDict):
@@ -96,8 +100,9 @@ def _answer(record: Any) -> dict[str, Any]:
     layers = [*found["eval_layers"], found["selected_layer"] or 0]
     if max(layers) >= found["num_layers"]:
         raise Unfit(f"a layer is {max(layers)}, where num_layers is {found['num_layers']}")
-    if len(found["eval_layers"]) != len(found["variance_ratio"]):
-        raise Unfit("variance_ratio has not an entry for each of eval_layers")
+    seen = "lookup" if found.get("lookup") else "variance_ratio"
+    if len(found["eval_layers"]) != len(found[seen]):
+        raise Unfit(f"{seen} has not an entry for each of eval_layers")
     label = FULL if found["budget"] is None else f"{found['policy']}@{found['budget']}"
     if found["setting"] != label or not label.isprintable():
         raise Unfit(f"setting is {found['setting']!r:.60}, and not its policy with its budget")

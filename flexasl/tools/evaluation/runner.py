@@ -97,7 +97,7 @@ def _make_prompts(
     for done, item in enumerate(items):
         on_progress(PROMPTS, done, len(items))
         if item not in prompts:
-            sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
+            sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources, plan.wording)
             prompts.append(sample.to_dict() | {"max_new_tokens": plan.max_new_tokens(item.task)})
 
 
@@ -147,7 +147,8 @@ def _one_by_one(model: Any, tokenizer: Any, ids: list[int], settings: list[Setti
     from flexasl.tools import run
 
     for one in settings:
-        yield [(one, run.answer(model, tokenizer, ids, max_new_tokens=most, config=one.config, policy=one.policy))]
+        patching: dict[str, Any] = {"config": one.config, "policy": one.policy, "find_question": one.by_question}
+        yield [(one, run.answer(model, tokenizer, ids, max_new_tokens=most, **patching))]
 
 
 def _together(model: Any, tokenizer: Any, ids: list[int], settings: list[Setting], most: int) -> Iterator[list[Any]]:
@@ -181,13 +182,15 @@ def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost
         "tau": None,
         "eval_layers": [],
         "variance_ratio": [],
+        "lookup": [],
         "first_token_seconds": answer.first_token_seconds,
         "total_seconds": answer.total_seconds,
     }
     if answer.report is not None:
         row = answer.report.to_dict()["rows"][0]
         record |= {name: row[name] for name in ("kept_tokens", "selected_layer", "eval_layers")}
-        record["variance_ratio"] = [None if ratio is None else float(f"{ratio:.6g}") for ratio in row["variance_ratio"]]
+        for name in ("variance_ratio", "lookup"):
+            record[name] = [None if value is None else float(f"{value:.6g}") for value in row[name]]
         record["counted_prefill"] = prefill_share(costs, answer.report)
         record["kv_share"] = answer.report.kv_share
         record["tau"] = answer.report.config.get("tau")
@@ -205,6 +208,9 @@ def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[st
         "seed": plan.seed,
         "together": together,
         "answer_tokens": plan.answer_tokens,
+        "rank_by": plan.rank_by,
+        "after_question": plan.wording.after_question,
+        "answer_prefix": plan.wording.answer_prefix,
         "config": None if plan.config is None else plan.config.to_dict(),
         **plan.sources.fingerprint(),
     }
