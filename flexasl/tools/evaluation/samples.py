@@ -32,9 +32,9 @@ class Draft(NamedTuple):
 
 
 RULES = (
-    "Rules for the answer: keep it to a single sentence, written in plain English. Rely on the text above and on "
-    "nothing else. Do not use lists, headings, bold type or quotation marks. Do not explain the steps, do not apologise, and "
-    "add no remarks of any kind. Stop as soon as the sentence ends."
+    "Rules for the answer: keep it to a single sentence, written in plain English. Rely on the text above and "
+    "on nothing else. Do not use lists, headings, bold or quotation marks. Do not explain the steps, do not apologise, "
+    "and add no remarks of any kind. Stop as soon as the sentence ends."
 )
 AFTER_QUESTION = {None: "", "rules": f"\n\n{RULES}"}
 
