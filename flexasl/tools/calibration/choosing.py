@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from flexasl.config import SELECT_ON, ASLConfig
+from flexasl.config import ASLConfig
+from flexasl.stages import Stage
 from flexasl.tools.calibration.tables import Outcome
 
-SETTINGS = ("min_layer", "max_layer", "tau", "observe_layers", "variance_reference", "select_on")
+SETTINGS = ("score_from", "stages", "min_layer", "max_layer", "tau")
 """What calibration looks for."""
-TAUS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-OBSERVED = (4, 8)
-FIRST, LAST = (1 / 3, 1 / 2), (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
+TAUS = (0.4, 0.5, 0.6)
+STAGE_TOKENS = (0.25, 0.5)
+STARTS, STAGE_SPAN = (1 / 8, 1 / 6, 1 / 4), 1 / 12
+"""Depths, as shares of the layers, from which a stage is tried, and how much later it comes at the latest."""
+APART = 1 / 8
+"""Share of the layers that lie between the first layers of the stage and of the final selection, at least: small models
+misread what is cut at once."""
+FIRST, LAST = (1 / 3, 5 / 12, 1 / 2), (0.5, 0.6, 0.7, 0.8)
 """Depths of `min_layer` and `max_layer` that are tried, as shares of the layers."""
 MANY = 10
 """Choosing prompts from which on a candidate may lose one more than the best, for being cheaper; one of fewer would be
@@ -57,12 +63,7 @@ def settings_of(rule: ASLConfig) -> dict[str, Any]:
 
 def default_of(config: ASLConfig) -> ASLConfig:
     """The config with all that calibration looks for at its default."""
-    return config.replace(**settings_of(ASLConfig()))
-
-
-def paper_of(config: ASLConfig) -> ASLConfig:
-    """The config with the published rule."""
-    return default_of(config).replace(variance_reference="initial", select_on="last", if_never="keep")
+    return config.replace(settled_by="lookup", observe_layers=None, variance_reference=None, **settings_of(ASLConfig()))
 
 
 def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> list[ASLConfig]:
@@ -70,26 +71,35 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
     ranking_layers = list(range(num_layers) if ranking_layers is None else ranking_layers)
     depth = len(ranking_layers)
     default = default_of(config).resolve(num_layers, ranking_layers)
-    assert default.observe_layers and default.tau and default.min_layer is not None and default.max_layer is not None
-    observed = sorted({default.observe_layers, *(count for count in OBSERVED if count <= depth // 2)})
+    assert default.tau and default.min_layer is not None and default.max_layer is not None
     firsts = _places(FIRST, depth, ranking_layers.index(default.min_layer))
     lasts = _places(LAST, depth, ranking_layers.index(default.max_layer))
-    taus = sorted({default.tau, *TAUS})
     found = {tuple(settings_of(default).values()): default}
-    for count, first, last, tau in itertools.product(observed, firsts, lasts, taus):
-        if not count - 1 <= first < last:
+    for stage, first, last, tau in itertools.product(_stages(ranking_layers), firsts, lasts, TAUS):
+        opening = None if stage is None else stage.min_layer
+        if last < first or (opening is not None and ranking_layers.index(opening) + max(1, int(APART * depth)) > first):
             continue
-        for reference, on in itertools.product(("peak", "initial"), SELECT_ON):
+        for since in sorted({0, num_layers // 6, num_layers // 3}):
             rule = config.replace(
+                score_from=since,
+                stages=() if stage is None else (stage,),
                 min_layer=ranking_layers[first],
                 max_layer=ranking_layers[last],
                 tau=tau,
-                observe_layers=count,
-                variance_reference=reference,
-                select_on=on,
             ).resolve(num_layers, ranking_layers)
             found.setdefault(tuple(settings_of(rule).values()), rule)
     return list(found.values())
+
+
+def _stages(ranking_layers: Sequence[int]) -> list[Stage | None]:
+    """The loose stages to try, None for no such stage."""
+    depth, made = len(ranking_layers), {}
+    for tokens, start in itertools.product(STAGE_TOKENS, STARTS):
+        first = min(int(start * depth), depth - 1)
+        last = min(first + max(1, round(STAGE_SPAN * depth)), depth - 1)
+        stage = Stage(tokens=tokens, min_layer=ranking_layers[first], max_layer=ranking_layers[last])
+        made[str(stage)] = stage
+    return [None, *made.values()]
 
 
 def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig | None = None) -> Judged:
@@ -106,7 +116,7 @@ def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig 
 def _distance(rule: ASLConfig, default: ASLConfig) -> tuple[float, ...]:
     """How many settings differ, then how far the numbers are from the default's."""
     mine, theirs = settings_of(rule), settings_of(default)
-    numbers = [abs(mine[name] - theirs[name]) for name in SETTINGS if not isinstance(mine[name], str)]
+    numbers = [abs(mine[name] - theirs[name]) for name in SETTINGS if name != "stages"]
     return (sum(mine[name] != theirs[name] for name in SETTINGS), *numbers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADING = "# Calibration of "
-BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#666666", "#2f855a", "#6b46c1"
+BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#666666", "#2f855a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,6 @@ class Calibration:
     """One of the candidates."""
     default: Judged
     """What the library does if nothing is said."""
-    paper: Judged
-    """The published rule."""
     fixed_layers: tuple[Judged, ...]
     """Selection at each layer, on its scores alone."""
     fixed_layer: Judged
@@ -62,7 +61,6 @@ class Calibration:
             ],
             "chosen": self._data(self.chosen, whole=True),
             "default": self._data(self.default, whole=True),
-            "paper": self._data(self.paper, whole=True),
             "fixed_layer": self._data(self.fixed_layer, whole=True),
             "fixed_layers": [self._data(one) for one in self.fixed_layers],
             "candidates": [self._data(one) for one in self.candidates],
@@ -70,7 +68,7 @@ class Calibration:
 
     def __str__(self) -> str:
         """A page in Markdown."""
-        shown = {"**chosen**": self.chosen, "default": self.default, "the paper's rule on these scores": self.paper}
+        shown = {"**chosen**": self.chosen, "default": self.default}
         shown[f"{self.fixed_layer.name}, by the same rule"] = self.fixed_layer
         sides = (self.choosing, self.checking)
         most = max(one.kept(self.choosing) for one in self.candidates)
@@ -138,7 +136,7 @@ class Calibration:
         return "choice" if at in self.choosing else "check"
 
     def _data(self, one: Judged, whole: bool = False) -> dict[str, Any]:
-        data: dict[str, Any] = {"name": one.name, "settings": one.settings}
+        data: dict[str, Any] = {"name": one.name, "settings": _settings(one)}
         for use, side in (("choice", self.choosing), ("check", self.checking)):
             data[use] = {"prompts": len(side), "kept": one.kept(side), "cost": round(one.cost(side), 6)}
         return data | ({"outcomes": [outcome._asdict() for outcome in one.outcomes]} if whole else {})
@@ -163,8 +161,8 @@ class Calibration:
         axes.plot(*zip(*line), color=GREY, linewidth=1, marker=".", markersize=3, label="fixed layers", zorder=1)
         costs, shares = zip(*map(point, self.candidates))
         axes.scatter(costs, shares, s=22, color=BLUE, alpha=0.25, linewidths=0, label="candidates", zorder=2)
-        marked = (("default", self.default, "s", GREEN), ("paper", self.paper, "^", PURPLE))
-        for label, one, marker, color in (*marked, ("chosen", self.chosen, "*", ORANGE)):
+        marked = (("default", self.default, "s", GREEN), ("chosen", self.chosen, "*", ORANGE))
+        for label, one, marker, color in marked:
             size = 190 if label == "chosen" else 60
             cost, share = point(one)
             axes.scatter(cost, share, s=size, marker=marker, color=color, edgecolors="white", label=label, zorder=3)
@@ -215,7 +213,15 @@ def _of(count: int, side: Sequence[int]) -> str:
     return f"{count} of {len(side)}"
 
 
+def _settings(one: Judged) -> dict[str, Any]:
+    """The settings in JSON's own types."""
+    stages = [dataclasses.asdict(stage) for stage in one.settings.get("stages", ())]
+    return one.settings | ({"stages": stages} if one.settings else {})
+
+
 def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " + ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import flexasl
 from flexasl.errors import FlexASLError
+from flexasl.integrations.questions import of_prompts
 from flexasl.ops import over_heads
 from flexasl.policies.base import SCORES
 from flexasl.policies.full import Full
@@ -43,6 +44,8 @@ class Recording:
     prompt: Prompt
     scores: Tensor
     """[L, P] float32, pooled and summed over heads, as the rule takes them."""
+    question: tuple[int, ...] = ()
+    """Positions of the tokens that ask, ascending; none where the window ranks."""
 
 
 def locate(tokenizer: Any, sample: Sample) -> Prompt:
@@ -76,14 +79,18 @@ def locate(tokenizer: Any, sample: Sample) -> Prompt:
 
 
 def record(
-    model: Any, prompts: Iterable[Prompt], config: flexasl.ASLConfig, on_run: Callable[[int], None]
+    model: Any,
+    prompts: Iterable[Prompt],
+    config: flexasl.ASLConfig,
+    on_run: Callable[[int], None],
+    tokenizer: Any = None,
 ) -> tuple[list[Recording], list[int] | None]:
     """Reads each prompt once with its full cache; returns the scores under the config's `window`, `kernel_size`,
-    `pooling` and `score_power`, and the layers whose ranks count (None: all). on_run is called with the number of runs
-    so far."""
+    `pooling`, `score_power` and `contrast`, and the layers whose ranks count (None: all). on_run is called with the
+    number of runs so far. With the tokenizer, the question that it finds ranks the tokens."""
     scoring = flexasl.ASLConfig(**{name: getattr(config, name) for name in SCORES})
     recordings = []
-    with flexasl.patch(model, scoring, policy=_Watched()) as patch, torch.no_grad():
+    with flexasl.patch(model, scoring, policy=_Watched(), tokenizer=tokenizer) as patch, torch.no_grad():
         layers: dict[int, Tensor] = {}
 
         def note(layer: int, scores: Tensor) -> None:
@@ -96,7 +103,9 @@ def record(
             ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
             scores = torch.stack([layers[layer] for layer in sorted(layers)]).cpu()
-            recordings.append(Recording(prompt=prompt, scores=scores))
+            found = of_prompts(patch, ids, [len(prompt.ids)], len(prompt.ids)).positions
+            question = () if found is None or found[0] is None else tuple(found[0].tolist())
+            recordings.append(Recording(prompt=prompt, scores=scores, question=question))
             on_run(len(recordings))
         return recordings, None if patch.ranking_layers is None else list(patch.ranking_layers)
 

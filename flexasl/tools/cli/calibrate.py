@@ -29,7 +29,10 @@ def calibrate(
     length: Annotated[str, typer.Option(help="Tokens of each prompt: 1536 or 4k.")] = "1536",
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks to choose on.", show_default="needle,passkey,number_string,niah_multikey_1"),
+        typer.Option(
+            help="Tasks to choose on.",
+            show_default="those of retrieval",
+        ),
     ] = None,
     unseen: Annotated[str, typer.Option(help="A task to check on alone, or none.")] = "niah_single_2",
     samples: Annotated[int, typer.Option(help="Prompts per task; the choice is made on every other one.")] = 6,
