@@ -34,7 +34,7 @@ class Replay:
     scored_layers: list[int] = field(default_factory=list)
     """Layers whose ranking the rule could use: all up to the selection; with a fixed layer, that one."""
     scores: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
-    """[scored layers, P_b] float32, pooled and summed over heads; 0 for tokens that a stage dropped before."""
+    """[scored layers, P_b] float32, pooled and summed over heads; 0 for tokens dropped before."""
     ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     """[scored layers, P_b] int32."""
     eval_layers: list[int] = field(default_factory=list)
