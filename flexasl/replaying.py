@@ -71,7 +71,8 @@ def replay(
     """Runs the rule over recorded states, and returns its decisions, one entry per batch row.
 
     query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
-    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5; question holds, of each
+    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5; question holds, of
+    each
     row, the padded positions [W] int64, ascending, of the tokens that ask (None: the window ranks). The rule also runs
     where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do
     not count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,9 +172,7 @@ def test_candidates_fit_the_model_and_begin_with_the_default(layers: int) -> Non
 
 def test_what_is_given_beside_the_settings_stays() -> None:
     config = CONFIG.replace(kv_budget=50, tau=0.7, max_layer=4, if_never="keep")
-    assert default_of(config) == CONFIG.replace(kv_budget=50, if_never="keep")
-    paper = paper_of(config)
-    assert paper == flexasl.ASLConfig.paper(select_tokens=100, window=8, kernel_size=3, kv_budget=50)
+    assert default_of(config) == CONFIG.replace(kv_budget=50, if_never="keep", settled_by="lookup")
     assert all(rule.kv_budget == 50 and rule.select_tokens == 100 for rule in candidates(config, 12))
 
 
