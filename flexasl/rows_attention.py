@@ -34,14 +34,12 @@ class Scored(NamedTuple):
     sinks: Tensor | None
     query_at: Tensor | None
     """[B, Q] int64: places of the queries among the keys; None for the last ones."""
-    controls: int = 0
-    """How many of the first queries are of the text before the question, for comparison."""
 
     def window_scores(self, mass: bool = False) -> Any:
         """Pooled attention that keys get from the queries, `flexasl.ops.window_scores`: [B, G, N - window] float32;
         with mass also that which each key gets, not pooled: [B, G, N]."""
         marks: dict[str, Any] = {"valid": self.valid, "positions": self.positions}
-        marks |= {"sinks": self.sinks, "query_at": self.query_at, "controls": self.controls}
+        marks |= {"sinks": self.sinks, "query_at": self.query_at}
         made = self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
         pooled, *rest = made if mass else (made,)
         pooled = pooled[..., : self.key.shape[2] - self.scoring.window]
@@ -98,9 +96,7 @@ def scores(
             if mass:
                 made = list(seen.window_scores(mass=True))
                 made[0] = made[0] if score is Scored.window_scores else score(seen)
-                made[1] = (
-                    made[1] if seen.query_at is None else made[1] * (window / (seen.query.shape[2] - seen.controls))
-                )
+                made[1] = made[1] if seen.query_at is None else made[1] * (window / seen.query.shape[2])
             else:
                 made = [score(seen)]
             found.append([states[..., rows.entries :] for states in made])
@@ -125,11 +121,6 @@ def _scored(
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:
         keys, at, valid = _padding_first(keys, at, valid)
-    order = None
-    if rows.kept is not None and valid is not None and rows.past is None:  # what is left, at the right end
-        order = valid.to(torch.uint8).argsort(dim=-1, stable=True)
-        keys = keys.take_along_dim(order[:, None, :, None], 2)
-        at, valid = at.expand_as(order).gather(1, order), valid.gather(1, order)
     if rows.scoring_tokens is None:
         before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
         queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
@@ -140,9 +131,7 @@ def _scored(
     counts = [min(length, last) if tokens is None else len(tokens) for tokens, length in each]
     queries = query.narrow(2, sum(counts[:row]), counts[row])
     places = None if own is None else (own + rows.entries)[None]
-    if places is not None and order is not None:
-        places = order.argsort(dim=-1).gather(1, places)
-    return Scored(queries, keys, attention, scoring, valid, at, sinks, places, rows.controls[row])
+    return Scored(queries, keys, attention, scoring, valid, at, sinks, places)
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:

@@ -106,8 +106,7 @@ def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig 
 def _distance(rule: ASLConfig, default: ASLConfig) -> tuple[float, ...]:
     """How many settings differ, then how far the numbers are from the default's."""
     mine, theirs = settings_of(rule), settings_of(default)
-    both = [(mine[name], theirs[name]) for name in SETTINGS if isinstance(theirs[name], (int, float))]
-    numbers = [abs(one - other) for one, other in both]
+    numbers = [abs(mine[name] - theirs[name]) for name in SETTINGS if not isinstance(mine[name], str)]
     return (sum(mine[name] != theirs[name] for name in SETTINGS), *numbers)
 
 
