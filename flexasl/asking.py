@@ -20,6 +20,11 @@ SHARE = 0.5
 """The part of a budget that the question and what stands behind it take for sure; beyond it they must score."""
 MOST_QUERIES = 512
 """Tokens of a question whose queries rank, at most: the last ones. Their logits are held for one KV head at a time."""
+CONTROLS = 32
+"""Tokens right before those that rank, which these are compared with under `contrast`."""
+FIRST = 4
+"""First tokens of a prompt, which nearly every head attends to, and which are kept under `contrast`, as it scores them
+low."""
 
 
 class Asked:
@@ -30,7 +35,9 @@ class Asked:
     the window does.
     """
 
-    def __init__(self, question: Sequence[int], tokens: int, budget: int, window: int, past: int = 0) -> None:
+    def __init__(
+        self, question: Sequence[int], tokens: int, budget: int, window: int, past: int = 0, contrast: bool = False
+    ) -> None:
         """question is ascending; tokens are the prompt's, which past ones stand before; budget is what goes on of it,
         window included."""
         others = [tokens - len(question) - (at - place) for place, at in enumerate(question)]
@@ -38,19 +45,30 @@ class Asked:
         self.ranking = [at for at, behind in zip(question, others) if behind <= most][-MOST_QUERIES:]
         """Whose queries rank; none where a text stands behind the question."""
         tail = range(tokens - 1, question[-1], -1) if others[-1] <= most else ()
-        self._order = [at for at in (*reversed(question), *tail) if at < tokens - window]
+        first = self.ranking[0] if contrast and self.ranking else 0
+        self.controls = list(range(max(0, first - CONTROLS), first))
+        """Tokens that the ranking ones are compared with."""
+        firsts = range(FIRST if first and not past else 0)
+        order = dict.fromkeys((*reversed(question), *firsts, *tail))
+        self._order = [at for at in order if at < tokens - window]
         self._tokens, self._window, self._budget = tokens, window, budget
 
-    def kept(self, limit: int) -> list[int]:
+    def kept(self, limit: int, controls: bool = False) -> list[int]:
         """Positions before the window that are kept whatever they score, of a budget of so many, window included: those
-        of the question, then those behind it, the last ones first."""
+        of the question, the first ones, then those behind the question, the last ones first; with controls, for
+        another selection, these as well."""
         most = min(int(limit * SHARE), limit - self._window)
-        return self._order[: max(0, most)]
+        order = [*self._order, *(at for at in reversed(self.controls) if at not in self._order)]
+        return (order if controls else self._order)[: max(0, most)]
 
-    def left_to_rank(self) -> list[int]:
-        """Those of `ranking` that are sure to be there when tokens have been dropped."""
-        sure = {*self.kept(self._budget), *range(self._tokens - self._window, self._tokens)}
-        return [position for position in self.ranking if position in sure]
+    def left(self, tokens: int) -> tuple[list[int], list[int]]:
+        """Of the controls and of `ranking`, those that are sure to be there when so many tokens are left."""
+        if tokens == self._tokens:
+            return self.controls, self.ranking
+        sure = {*self.kept(self._budget, True), *range(self._tokens - self._window, self._tokens)}
+        ranking = [at for at in self.ranking if at in sure]
+        again = tokens > self._budget and ranking
+        return [at for at in self.controls if at in sure] if again else [], ranking
 
 
 class Questions:
@@ -75,39 +93,40 @@ class Questions:
                 integer(f"question of row {row}: position", at, 0, length - 1)
             if any(one >= other for one, other in pairwise(positions)):
                 raise FlexASLError(f"question of row {row}: positions do not ascend; give each once, in order")
-            sizes = length, self._budgets[row], config.window, past
+            sizes = length, self._budgets[row], config.window, past, bool(config.contrast)
             self.rows.append(Asked(positions, *sizes) if positions else None)
         self._masks: tuple[Rows | None, dict[tuple[int, ...], Tensor]] = None, {}
 
-    def scoring_tokens(self, rows: Rows) -> list[Tensor | None]:
-        """Of each row, the places [W] int64, among the tokens that it has left, of those whose queries rank; None where
-        the window's do."""
-        found: list[Tensor | None] = []
+    def set_scoring_tokens(self, rows: Rows) -> None:
+        """Says whose queries rank the tokens that rows have left: where a row has a question, its tokens', after those
+        that they are compared with; else the window's."""
+        places: list[Tensor | None] = []
+        controls = []
         for row, asked in enumerate(self.rows):
-            ranking = [] if asked is None else asked.ranking
-            if asked is not None and rows.lengths[row] < self._lengths[row]:
-                ranking = asked.left_to_rank()
-            found.append(self._places(rows, row, ranking) if ranking else None)
-        return found
+            first, ranking = ([], []) if asked is None else asked.left(rows.lengths[row])
+            places.append(self._places(rows, row, [*first, *ranking]) if ranking else None)
+            controls.append(len(first) if ranking else 0)
+        rows.scoring_tokens, rows.controls = places, controls
 
-    def kept(self, rows: Rows, limits: Sequence[int] | None = None) -> Tensor:
+    def kept(self, rows: Rows, limits: Sequence[int] | None = None, controls: bool = False) -> Tensor:
         """Which of the tokens that are left are kept whatever they score, of so many in each row (None: of what goes
-        on): [B, M] bool, each row at the right end."""
+        on); with controls, as another selection comes: [B, M] bool, each row at the right end."""
         limits = list(map(min, self._budgets, self._lengths)) if limits is None else limits
         known, made = self._masks
         if known is not rows:
             known, made = self._masks = rows, {}
-        if tuple(limits) not in made:
+        wanted = (*limits, controls)
+        if wanted not in made:
             mask = torch.zeros(len(rows.lengths), rows.width, dtype=torch.bool, device=rows.positions.device)
             for row, (asked, limit) in enumerate(zip(self.rows, limits)):
                 if rows.lengths[row] < self._lengths[row]:  # what was kept before
                     limit = min(limit, self._budgets[row])
-                positions = [] if asked is None else sorted(asked.kept(limit))
+                positions = [] if asked is None else sorted(asked.kept(limit, controls))
                 if positions:
                     places = self._places(rows, row, positions) + (rows.width - rows.lengths[row])
                     mask[row].index_fill_(0, places, True)
-            made[tuple(limits)] = mask
-        return made[tuple(limits)]
+            made[wanted] = mask
+        return made[wanted]
 
     def _places(self, rows: Rows, row: int, positions: Sequence[int]) -> Tensor:
         """The places [W] int64 of positions among the tokens that the row has left."""

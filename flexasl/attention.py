@@ -111,21 +111,23 @@ class FlexASLAttention(nn.Module):
         positions: Tensor | None = None,
         sinks: Tensor | None = None,
         query_at: Tensor | None = None,
+        controls: int = 0,
         mass: bool = False,
     ) -> Any:
-        """`window_scores` of the queries [B, H, W, D] under this module's specification, or with mass both results of
-        `window_scores_and_mass`. valid, positions [B, N] and query_at [B, W] may differ by KV head: [B, G, N or W]."""
+        """`window_scores` of the queries [B, H, W, D], of which the first ones are controls, under this module's
+        specification, or with mass both results of `window_scores_and_mass`. valid, positions [B, N] and query_at [B,
+        W] may differ by KV head: [B, G, N or W]."""
         positions = positions if self.spec.needs_positions() else None
         marks = (valid, positions, query_at)
         op: Any = window_scores_and_mass if mass else window_scores
         how = (scoring.kernel_size, scoring.pooling, self.spec.text)
         if all(states is None or states.dim() == 2 for states in marks):
-            return op(query, key, *how, valid, positions, sinks, query_at, scoring.power)
+            return op(query, key, *how, valid, positions, sinks, query_at, scoring.power, controls)
         groups, parts = key.shape[1], []
         rows = zip(query.chunk(groups, 1), key.split(1, 1), [None] * groups if sinks is None else sinks.chunk(groups))
         for group, (queries, keys, own) in enumerate(rows):
             seen, at, scoring_tokens = (_of_head(states, group, groups) for states in marks)
-            made = op(queries, keys, *how, seen, at, own, scoring_tokens, scoring.power)
+            made = op(queries, keys, *how, seen, at, own, scoring_tokens, scoring.power, controls)
             parts.append(made if mass else (made,))
         joined = tuple(torch.cat(part, 1) for part in zip(*parts))
         return joined if mass else joined[0]

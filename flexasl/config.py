@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,25 +14,38 @@ from flexasl import checks, stored
 from flexasl.calibrated import CalibratedFor
 from flexasl.checks import amount, article, instance, integer, one_of, real
 from flexasl.errors import ConfigError
+from flexasl.stages import Stage
 
 POOLINGS = ("avgpool", "maxpool")
+SETTLED_BY = ("lookup", "variance")
 VARIANCE_REFERENCES = ("initial", "peak")
-SELECT_ON = ("last", "max", "recent")
+SELECT_ON = ("last", "max", "recent", "sum")
 IF_NEVER = ("select", "keep")
 PROPAGATE = ("gather", "mask")
 LATER_TURNS = ("keep", "prune")
-PUBLISHED_POOLING, OWN_POOLING = (7, "avgpool"), (25, "maxpool")
-"""Tokens that a score is pooled over, and how: in ASL, FastKV and SnapKV, and here."""
-KV_DTYPES = ("int8", "fp8")
-PAPER_RULE: dict[str, Any] = {
-    "variance_reference": "initial",
-    "select_on": "last",
-    "if_never": "keep",
+PUBLISHED_SCORES: dict[str, Any] = {
     "kernel_size": 7,
     "pooling": "avgpool",
+    "score_power": 1.0,
+    "contrast": False,
+    "select_on": "last",
+}
+"""How tokens are scored in ASL, FastKV and SnapKV."""
+OWN_SCORES: dict[str, Any] = PUBLISHED_SCORES | {"kernel_size": 25, "pooling": "maxpool", "select_on": "recent"}
+"""How they are scored here under the rule of rank variance."""
+LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {"score_power": "max", "contrast": True}
+"""How they are scored under the rule of look-ups."""
+KV_DTYPES = ("int8", "fp8")
+LOOKUP_TAU, STAGE_TAU = 0.5, 0.3
+"""Shares of a head's attention that count as a look-up, for the final selection and for a loose one."""
+PAPER_RULE: dict[str, Any] = {
+    "settled_by": "variance",
+    "variance_reference": "initial",
+    "if_never": "keep",
+    **PUBLISHED_SCORES,
 }
 """Settings of the published rule, where they are not the defaults."""
-LEAST = {"window": 1, "kernel_size": 1, "observe_layers": 1, "min_layer": 0, "max_layer": 0}
+LEAST = {"window": 1, "kernel_size": 1, "observe_layers": 1, "score_from": 0, "min_layer": 0, "max_layer": 0}
 """Whole numbers among the settings, and their least values."""
 
 
@@ -50,26 +63,38 @@ class ASLConfig:
     kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
     kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
         as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
-    tau: Ranks count as settled where the variance ratio is below this, in (0, 1]. None: 0.3 with the `"initial"`
-        reference, as in the paper; 0.05 with `"peak"`.
-    min_layer: First layer at which the variance is taken. None: a third of the layers with the `"initial"` reference,
-        three eighths with `"peak"`, but no less than `observe_layers - 1`.
-    max_layer: Last layer at which selection can happen. None: the last layer with the `"initial"` reference, as in
-        the paper; seven tenths of the way down with `"peak"`.
+    settled_by: What says that the ranking has settled: `"variance"`, as in the paper, that the variance of ranks over
+        `observe_layers` has fallen below `tau` of a reference; or `"lookup"`, that a head gives a share of at least
+        `tau` of its attention to one far token, of which a tenth less is asked with every further layer. None:
+        `"variance"`.
+    tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
+        in the paper, and 0.05 with `"peak"`.
+    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: a third of the
+        tokens with `"lookup"`, no stage with `"variance"`, which takes none.
+    min_layer: First layer at which selection can happen. None: with `"lookup"` a third of the layers; with
+        `"variance"` a third with the `"initial"` reference, three eighths with `"peak"`, but no less than
+        `observe_layers - 1`.
+    max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
+        `"initial"` reference, as in the paper.
     observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
         paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
+    score_from: First layer whose scores count with `"lookup"`. None: a sixth of the layers.
     window: Last prompt tokens, whose queries score the others, and which are always kept.
-    kernel_size: Tokens that each score is pooled over; odd. None: 7 with the `"initial"` reference, as in the paper;
-        25 with `"peak"`, so that a token is kept together with what stands around it.
-    pooling: How scores are pooled over neighbouring tokens. None: `"avgpool"` with the `"initial"` reference, as in
-        the paper; `"maxpool"` with `"peak"`.
-    score_power: What each attention weight is raised to before weights of several queries and heads are added up. 1 as
-        in the paper; with 2 or 4 few heads that look a token up count for more than many that look around; `"max"`
-        takes the highest weight.
+    kernel_size: Tokens that each score is pooled over; odd. None: 25, so that a token is kept together with what
+        stands around it; 7 with the `"initial"` reference and for other methods than `asl`, as in the papers.
+    pooling: How scores are pooled over neighbouring tokens. None: `"maxpool"`; `"avgpool"` in the same cases.
+    score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
+        2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
+        weight. None: `"max"` with `"lookup"`, else 1.
+    contrast: Whether what a query head gives a token from the text right before the question is taken off from what it
+        gives it from the question, so that heads which look there anyway count for nothing. Where no question is
+        known, nothing is taken off. None: True with `"lookup"`, else False.
     variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest one
-        so far.
-    select_on: Scores that tokens are selected on: the selection layer's (the paper), each token's best of the
-        observed layers, or the best with every layer back counting a fifth less.
+        so far. None: `"peak"`.
+    select_on: Scores that tokens are selected on: the selection layer's, each token's best of several (`"max"`),
+        the best with every layer back counting a fifth less (`"recent"`), or the sum with the same decay (`"sum"`): of
+        the observed layers, or with `"lookup"` of all from `score_from` on. None: `"recent"`; `"last"` in the same
+        cases as `kernel_size`.
     if_never: Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
         `"initial"` reference and no `max_layer`, as in the paper; else select.
     propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with
@@ -85,16 +110,20 @@ class ASLConfig:
     kv_budget: int | float | None = None
     kv_top_p: float | None = None
     kv_dtype: Literal["int8", "fp8"] | None = None
+    settled_by: Literal["lookup", "variance"] | None = None
     tau: float | None = None
+    stages: tuple[Stage, ...] | None = None
     min_layer: int | None = None
     max_layer: int | None = None
     observe_layers: int | None = None
+    score_from: int | None = None
     window: int = 32
     kernel_size: int | None = None
     pooling: Literal["avgpool", "maxpool"] | None = None
-    score_power: float | Literal["max"] = 1
-    variance_reference: Literal["initial", "peak"] = "peak"
-    select_on: Literal["last", "max", "recent"] = "recent"
+    score_power: float | Literal["max"] | None = None
+    contrast: bool | None = None
+    variance_reference: Literal["initial", "peak"] | None = None
+    select_on: Literal["last", "max", "recent", "sum"] | None = None
     if_never: Literal["select", "keep"] | None = None
     propagate: Literal["gather", "mask"] = "gather"
     later_turns: Literal["keep", "prune"] = "keep"
@@ -104,6 +133,7 @@ class ASLConfig:
         self._check_integers()
         self._check_choices()
         self._check_amounts()
+        self._check_rule()
         self._check_layers()
 
     @classmethod
@@ -118,6 +148,7 @@ class ASLConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict; `calibrated_for` only where it is given."""
         settings = dataclasses.asdict(self)
+        settings["stages"] = None if self.stages is None else list(settings["stages"])
         if self.calibrated_for is None:
             del settings["calibrated_for"]
         return settings
@@ -158,6 +189,9 @@ class ASLConfig:
         num_layers = integer("num_layers", num_layers, 1, error=ConfigError)
         if self.calibrated_for is not None:
             self.calibrated_for.refuse_depth(num_layers)
+        self._refuse_beyond(num_layers)
+        if self.rule == "lookup":
+            return self._resolve_lookup(range(num_layers) if ranking_layers is None else ranking_layers, num_layers)
         if ranking_layers is not None and len(ranking_layers) < num_layers:
             return self._resolve_among(ranking_layers, num_layers)
         paper = self.variance_reference == "initial"
@@ -172,21 +206,26 @@ class ASLConfig:
             never = "keep" if last is None and paper else "select"
         if last is None:
             last = num_layers - 1 if paper else max(first, 7 * (num_layers - 1) // 10)
-        for name, value in (("observe_layers", observe - 1), ("min_layer", first), ("max_layer", last)):
-            if value >= num_layers:
-                given = value + 1 if name == "observe_layers" else value
-                most = num_layers if name == "observe_layers" else num_layers - 1
-                raise ConfigError(
-                    f"{name}={given} is beyond the model, which has {num_layers} layers; give at most {most}"
-                )
-        tau = (0.3 if paper else 0.05) if self.tau is None else self.tau
-        made = self.replace(tau=tau, observe_layers=observe, min_layer=first, max_layer=last, if_never=never)
-        return made.pooled(PUBLISHED_POOLING if paper else OWN_POOLING)
+        return self.replace(
+            settled_by="variance",
+            variance_reference=self.variance_reference or "peak",
+            tau=(0.3 if paper else 0.05) if self.tau is None else self.tau,
+            stages=(),
+            observe_layers=observe,
+            score_from=min(num_layers // 6, first) if self.score_from is None else self.score_from,
+            min_layer=first,
+            max_layer=last,
+            if_never=never,
+        ).scored(PUBLISHED_SCORES if paper else OWN_SCORES)
 
-    def pooled(self, pooling: tuple[int, str] = PUBLISHED_POOLING) -> ASLConfig:
-        """The same settings, with these where `kernel_size` and `pooling` are left open."""
-        size, how = pooling
-        return self.replace(kernel_size=self.kernel_size or size, pooling=self.pooling or how)
+    def scored(self, how: Mapping[str, Any] = PUBLISHED_SCORES) -> ASLConfig:
+        """The same settings, with these where those that say how tokens are scored are left open."""
+        return self.replace(**{name: value for name, value in how.items() if getattr(self, name) is None})
+
+    @property
+    def rule(self) -> str:
+        """`settled_by`, also where it is left open."""
+        return self.settled_by or "variance"
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
@@ -199,8 +238,8 @@ class ASLConfig:
 
     @property
     def power(self) -> float:
-        """`score_power` as a number."""
-        return math.inf if self.score_power == "max" else float(self.score_power)
+        """`score_power` as a number; 1 where it is open."""
+        return math.inf if self.score_power == "max" else float(self.score_power or 1)
 
     @property
     def compresses_cache(self) -> bool:
@@ -219,6 +258,64 @@ class ASLConfig:
     def _set(self, name: str, value: Any) -> None:
         """Puts a checked value in the place of the one that was given, such as an int for numpy's."""
         object.__setattr__(self, name, value)
+
+    def _refuse_beyond(self, num_layers: int) -> None:
+        """Raises `ConfigError` for a layer that the model does not have."""
+        for name, beyond in (("observe_layers", 1), ("score_from", 0), ("min_layer", 0), ("max_layer", 0)):
+            value = getattr(self, name)
+            if value is not None and value - beyond >= num_layers:
+                raise ConfigError(
+                    f"{name}={value} is beyond the model, which has {num_layers} layers; give at most "
+                    f"{num_layers - 1 + beyond}"
+                )
+
+    def _resolve_lookup(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
+        def from_on(layer: int) -> int:
+            return next((one for one in ranking_layers if one >= layer), ranking_layers[-1])
+
+        def up_to(name: str, layer: int) -> int:
+            if layer < ranking_layers[0]:
+                raise ConfigError(
+                    f"{name}={layer} leaves no layer to select at; layers with full attention are "
+                    f"{', '.join(map(str, ranking_layers))} of {num_layers}"
+                )
+            return [one for one in ranking_layers if one <= layer][-1]
+
+        last = None if self.max_layer is None else up_to("max_layer", self.max_layer)
+        if self.min_layer is None:
+            first = from_on(num_layers // 3)
+            first = first if last is None else min(first, last)
+        else:
+            first = from_on(self.min_layer)
+            if first < self.min_layer or (last is not None and last < first):
+                up_to("min_layer", -1)
+        last = max(first, up_to("max_layer", max(7 * (num_layers - 1) // 10, first))) if last is None else last
+        open_stages = (Stage(tokens=0.33),) if ranking_layers[0] < first else ()
+        stages, before = [], ranking_layers[0]
+        for stage in open_stages if self.stages is None else self.stages:
+            start, stop = stage.min_layer, stage.max_layer
+            for name, given in (("min_layer", start), ("max_layer", stop)):
+                if given is not None and given >= num_layers:
+                    raise ConfigError(f"stages: {name}={given} is beyond the model, which has {num_layers} layers")
+            stop = None if stop is None else max(up_to("stages: max_layer", stop), before)
+            start = max(from_on(num_layers // 6 if start is None else start), before)
+            start = start if stop is None else min(start, stop)
+            stop = max(start, min(from_on(num_layers // 3), first)) if stop is None else stop
+            tau = STAGE_TAU if stage.tau is None else stage.tau
+            stages.append(Stage(tokens=stage.tokens, tau=tau, min_layer=start, max_layer=stop))
+            before = start
+        opening = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
+        since = from_on(num_layers // 6 if self.score_from is None else self.score_from)
+        return self.replace(
+            settled_by="lookup",
+            tau=LOOKUP_TAU if self.tau is None else self.tau,
+            stages=tuple(stages),
+            observe_layers=None,
+            score_from=min(since, opening),
+            min_layer=first,
+            max_layer=last,
+            if_never=self.if_never or "select",
+        ).scored(LOOKUP_SCORES)
 
     def _resolve_among(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
         bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
@@ -246,9 +343,11 @@ class ASLConfig:
 
     def _check_choices(self) -> None:
         choices = {
+            "settled_by": (*SETTLED_BY, None),
             "pooling": (*POOLINGS, None),
-            "variance_reference": VARIANCE_REFERENCES,
-            "select_on": SELECT_ON,
+            "contrast": (True, False, None),
+            "variance_reference": (*VARIANCE_REFERENCES, None),
+            "select_on": (*SELECT_ON, None),
             "if_never": (*IF_NEVER, None),
             "propagate": PROPAGATE,
             "later_turns": LATER_TURNS,
@@ -262,7 +361,7 @@ class ASLConfig:
             value = getattr(self, name)
             if value is not None or name == "select_tokens":
                 self._set(name, amount(name, value, self.window))
-        if self.score_power != "max":
+        if self.score_power not in ("max", None):
             power = real("score_power", self.score_power, "a number of at least 1, or 'max'", error=ConfigError)
             if power < 1:
                 raise ConfigError(f"score_power={power} is too small; give a number of at least 1, or 'max'")
@@ -289,6 +388,20 @@ class ASLConfig:
             raise ConfigError(
                 f"propagate='mask' keeps every token until the prompt is read, which {name}={getattr(self, name)} "
                 f"excludes; give propagate='gather', or {name}=None"
+            )
+
+    def _check_rule(self) -> None:
+        if self.stages is not None:
+            self._set("stages", Stage.several(self.stages))
+        if self.rule == "lookup":
+            for name in ("variance_reference", "observe_layers"):
+                if getattr(self, name) is not None:
+                    value = getattr(self, name)
+                    raise ConfigError(f"{name}={value!r} has no effect with settled_by='lookup'; give one of the two")
+        elif self.stages:
+            raise ConfigError(
+                f"stages={'+'.join(map(str, self.stages))!r} does not go with settled_by='variance', which selects "
+                "once; give settled_by='lookup', or stages=()"
             )
 
     def _check_layers(self) -> None:
@@ -334,8 +447,9 @@ ASLConfig.__init__ = _by_known_names(ASLConfig.__init__)  # type: ignore[method-
 def refuse_open(rule: ASLConfig, num_layers: int | None = None, found: str = "config has") -> None:
     """Raises `ConfigError` where settings are not resolved for so many layers, or, with None, for scores that
     are there already; found: whose they are."""
-    scoring = () if num_layers is None else ("kernel_size", "pooling")
-    for name in ("tau", "min_layer", "max_layer", "observe_layers", "if_never", *scoring):
+    scoring = () if num_layers is None else tuple(OWN_SCORES)
+    of_rule = ("stages", "score_from") if rule.rule == "lookup" else ("observe_layers",)
+    for name in ("tau", *of_rule, "min_layer", "max_layer", "if_never", *scoring):
         if getattr(rule, name) is None:
             raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")
     if num_layers is not None and rule.max_layer is not None and rule.max_layer >= num_layers:

@@ -80,7 +80,9 @@ class Prefill:
         self.ranking_layers = ranking_layers
         self.questions = None
         if question is not None and any(own is not None and len(own) for own in question):
-            self.questions = Questions(question, self.lengths, self.tokens, config, past)
+            # A score of the policy's own compares nothing.
+            compared = config if policy.score is None else config.replace(contrast=False)
+            self.questions = Questions(question, self.lengths, self.tokens, compared, past)
         self.question_texts = list(question_texts or [None] * len(self.lengths))
         self.rows = self._with_scoring_tokens(
             Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
@@ -103,12 +105,17 @@ class Prefill:
         self._fresh: list[Selection] = []
         self._masks = config.propagate == "mask"
         self._kept: Tensor | None = None
+        self._masked: list[tuple[int, Tensor]] = []
+        self._masked_rows: list[Tensor] = []
+        """Under `propagate="mask"`, by layer what is left after it [B, N] bool, and the rows that selected [B] bool."""
         self._chosen = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=self.device)
         least = config.window if observer else None
         enough = [config.token_budget(n) if least is None else least for n in self.lengths]
         self.over = [row for row, n in enumerate(self.lengths) if n > enough[row]]
         prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device)
         self.selector = contract.selector_of(policy, config, prompts) if rows is None else Selector()
+        self._packs = self._masks and not self.selector.once
+        """Whether the selector has the tokens that are left of a row at the right end."""
         self.retention = policy.retention(config, num_layers)
         self.limits = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
 
@@ -142,7 +149,7 @@ class Prefill:
             undecided, by = self.selector.rows, self.retention.goes_by if compresses else "nothing"
             wanted = undecided if by == "nothing" and self._observer is None else range(len(self.lengths))
             own = self.rows if rows is None else rows
-            how: dict[str, Any] = {"score": self._score, "mass": by == "attention"}
+            how: dict[str, Any] = {"score": self._score, "mass": by == "attention", "pack": self._packs}
             made, mass = scores(own, attention, query, key, self._scoring(), wanted, sinks, **how)
             self.scored.append(layer)
             if self._observer is not None:
@@ -150,8 +157,7 @@ class Prefill:
             if self._decides(layer):
                 totals = self.over_heads(made if len(wanted) == len(undecided) else made[list(undecided)])
                 if self.questions is not None:
-                    asking = self.questions.kept(self.rows)[list(undecided), : totals.shape[1]]
-                    totals = totals.masked_fill(asking, math.inf)
+                    totals = totals.masked_fill(self._asking(self.questions)[:, : totals.shape[1]], math.inf)
                 self.selector.observe(layer, totals)
                 self._select(layer)
             share = None if mass is None else mass / (query.shape[1] // key.shape[1] * self.config.window)
@@ -219,15 +225,15 @@ class Prefill:
         if not self._masks:
             return {}
         whole = self._padded(torch.ones(self.rows.total, dtype=torch.bool, device=self.device))
-        last = None if self.rows.kept is None else self._padded(self.rows.kept)
-        counts = [] if last is None else last.sum(-1).tolist()
-        for row, layer in enumerate(self._chosen.tolist()):
-            if layer >= 0:
-                assert last is not None
+        for (layer, left), selected in zip(self._masked, self._masked_rows):
+            counts = left.sum(-1).tolist()
+            for row in selected.nonzero()[:, 0].tolist():
                 self.counts[row] = counts[row]
-                self.selections[row] = [Selection(row, layer, last[row], self.counts[row])]
-                if row in self.selector.traces:
-                    self.selector.traces[row].cut(layer)
+                self.selections.setdefault(row, []).append(Selection(row, layer, left[row], counts[row]))
+        budgets = self.selector.budgets
+        for row, selections in self.selections.items():
+            if row in self.selector.traces and (budgets is None or selections[-1].count == budgets[row][-1]):
+                self.selector.traces[row].cut(selections[-1].layer)
         kept: dict[int, Tensor] = {}
         for row, selections in self.selections.items():
             for selection in selections:
@@ -245,8 +251,25 @@ class Prefill:
         if self.policy.scoring_tokens is not None or self.questions is None:
             rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)
         else:
-            rows.scoring_tokens = self.questions.scoring_tokens(rows)
+            self.questions.set_scoring_tokens(rows)
         return rows
+
+    def _asking(self, questions: Questions) -> Tensor:
+        """Of the selector's rows, tokens [R, M] bool that the next selection keeps whatever they score, each row's at
+        the right end."""
+        undecided, budgets, left = list(self.selector.rows), self.selector.budgets, self.selector.stages_left
+        if budgets is None or left is None:
+            asking = questions.kept(self.rows)[undecided]
+        else:
+            stages = range(len(budgets[0]))
+            limits = [[min(of_row[stage], n) for of_row, n in zip(budgets, self.lengths)] for stage in stages]
+            by_stage = [questions.kept(self.rows, limits[stage], stage < stages[-1]) for stage in stages]
+            rows = torch.tensor(undecided, dtype=torch.int64, device=self.device)
+            asking = torch.stack(by_stage)[left.clamp(max=stages[-1]), rows]
+        if self.rows.kept is None or not self._packs:
+            return asking
+        kept = self._padded(self.rows.kept)[undecided, -self.rows.width :]
+        return asking.gather(1, kept.to(torch.uint8).argsort(dim=-1, stable=True))
 
     def _decides(self, layer: int) -> bool:
         return bool(self.selector.rows) and self.selector.needs(layer)
@@ -270,14 +293,19 @@ class Prefill:
             return
         selects, keep = decided
         rows = torch.tensor(self.selector.rows, dtype=torch.int64, device=self.device)
-        now = selects & (self._chosen[rows] < 0)
+        now = selects & (self._chosen[rows] < 0) if self.selector.once else selects
         kept = self.rows.kept
         if kept is None:
             kept = torch.ones(self.rows.total, dtype=torch.bool, device=self.device)
         padded = self._padded(kept)
-        keep = torch.where(now[:, None], keep, padded[rows])
-        self._kept = padded.index_copy(0, rows, keep).flatten()[self.rows.flat(self.tokens)]
+        if self._packs:
+            order = padded[rows].to(torch.uint8).argsort(dim=-1, stable=True)
+            keep = torch.zeros_like(keep).scatter(1, order, keep) & padded[rows]
+        padded = padded.index_copy(0, rows, torch.where(now[:, None], keep, padded[rows]))
+        self._kept = padded.flatten()[self.rows.flat(self.tokens)]
         self._chosen = self._chosen.index_copy(0, rows, torch.where(now, layer, self._chosen[rows]))
+        self._masked.append((layer, padded))
+        self._masked_rows.append(torch.zeros_like(self._chosen, dtype=torch.bool).index_copy(0, rows, now))
 
     def _padded(self, marks: Tensor) -> Tensor:
         """Marks [T] bool in the padded batch [B, N], False at padding."""

@@ -216,6 +216,7 @@ def _row_report(prefill: Prefill, row: int) -> RowReport:
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
         variance_ratio=tuple(trace.variance_ratio) if trace else (),
+        lookup=tuple(trace.lookup) if trace else (),
         kept_positions=range(tokens) if kept == tokens else tuple(prefill.kept_positions(row).tolist()),  # type: ignore[arg-type]
         layer_tokens=tuple(layer[row] for layer in prefill.ran),
         reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),

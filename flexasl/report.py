@@ -71,11 +71,14 @@ class RowReport:
     scored_layers: tuple[Count, ...] = ()
     """Layers whose tokens were scored."""
     eval_layers: tuple[Count, ...] = ()
-    """Layers at which the rank variance was evaluated."""
+    """Layers at which the rule looked whether the ranking has settled."""
     variance: tuple[Number, ...] = ()
-    """Rank variance, one per layer of `eval_layers`, in squared ranks."""
+    """Under `settled_by="variance"`: rank variance, one per layer of `eval_layers`, in squared ranks."""
     variance_ratio: tuple[Number, ...] = ()
-    """Variance over the reference variance, one per layer of `eval_layers`."""
+    """Likewise: variance over the reference variance."""
+    lookup: tuple[Number, ...] = ()
+    """Under `settled_by="lookup"`: the highest score of a far token, one per layer of `eval_layers`; with
+    `score_power="max"` the largest share of its attention that a head gives to one."""
     kept_positions: tuple[Count, ...] = _Positions()  # type: ignore[assignment]
     """Prompt positions that were kept, ascending; 0 is the first token that is not padding. May be given as a range,
     and becomes a tuple when it is read."""
@@ -144,7 +147,7 @@ class Report:
             data = {"preset": None} | data  # of a report that was written before there were presets
             data.pop("kv_share", None)
             if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
-                since = {"selections": (), "ranked_by": ""}
+                since = {"selections": (), "ranked_by": "", "lookup": ()}
                 data["rows"] = [since | row if isinstance(row, dict) else row for row in data["rows"]]
         report: Report = fit(cls, data)
         fit(_Shown, report.config, "config")
@@ -175,6 +178,8 @@ class Report:
         tau, reference = self.config.get("tau"), self.config.get("variance_reference")
         if tau is None or not any(row.eval_layers for row in self.rows):
             return ""
+        if any(row.lookup for row in self.rows):
+            return f"; threshold: a look-up of {tau:g} of a head's attention"
         return f"; threshold: rank variance below {tau:g} of its {reference or 'reference'} value"
 
     def _row_lines(self, index: int, row: RowReport) -> list[str]:
@@ -254,8 +259,10 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
     layers = (*row.eval_layers, *row.scored_layers, *selected, *last)
     if any(layer >= num_layers for layer in layers):
         raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
-    if not len(row.eval_layers) == len(row.variance) == len(row.variance_ratio):
-        raise Unfit(f"{where} has not a variance and a variance_ratio for each of its eval_layers")
+    seen = [row.lookup] if row.lookup else [row.variance, row.variance_ratio]
+    if any(len(values) != len(row.eval_layers) for values in seen) or (row.lookup and row.variance):
+        of = "lookup" if row.lookup else "variance and a variance_ratio"
+        raise Unfit(f"{where} has not a {of} for each of its eval_layers")
     kept = [row.prompt_tokens, *(selection.kept_tokens for selection in row.selections), row.kept_tokens]
     if (selected[-1] if selected else None) != row.selected_layer or any(one >= two for one, two in pairwise(selected)):
         raise Unfit(
@@ -303,28 +310,28 @@ def _ranges(entries: tuple[int, ...]) -> str:
 
 
 def _curve_lines(row: RowReport) -> list[str]:
-    """Variance and ratio by layer, `CURVE_COLUMNS` layers to a block; a star marks the chosen layer."""
+    """What the rule saw by layer, `CURVE_COLUMNS` layers to a block; a star marks layers that selected."""
+    selected = {selection.layer for selection in row.selections}
+    seen = [("look-up", row.lookup)] if row.lookup else [("variance", row.variance), ("ratio", row.variance_ratio)]
     lines = []
     for start in range(0, len(row.eval_layers), CURVE_COLUMNS):
         block = slice(start, start + CURVE_COLUMNS)
-        layers = [f"*{layer}" if layer == row.selected_layer else f"{layer}" for layer in row.eval_layers[block]]
-        for name, cells in (
-            ("layer", layers),
-            ("variance", map(_short, row.variance[block])),
-            ("ratio", map(_short, row.variance_ratio[block])),
-        ):
+        layers = [f"*{layer}" if layer in selected else f"{layer}" for layer in row.eval_layers[block]]
+        for name, cells in (("layer", layers), *((name, map(_short, values[block])) for name, values in seen)):
             lines.append(f"  {name:<8}" + "".join(f"{cell:>8}" for cell in cells))
     return lines
 
 
 def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) -> None:
+    lookup = bool(row.lookup)
+    name, values = ("look-up", row.lookup) if lookup else ("variance ratio", row.variance_ratio)
     axes.set_title("Has the ranking of tokens settled?", loc="left", fontsize=10)
     axes.set_xlabel("layer")
-    axes.set_ylabel("rank variance / reference")
+    axes.set_ylabel("attention to one far token" if lookup else "rank variance / reference")
     axes.set_xlim(-0.5, num_layers - 0.5)
     axes.locator_params(axis="x", integer=True)
     if row.eval_layers:
-        axes.plot(row.eval_layers, row.variance_ratio, marker="o", markersize=4, color=BLUE, label="variance ratio")
+        axes.plot(row.eval_layers, values, marker="o", markersize=4, color=BLUE, label=name)
         if tau is not None:
             axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"tau = {tau:g}")
         axes.set_ylim(bottom=0)
@@ -336,8 +343,8 @@ def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) 
             axes.axvline(selection.layer, color=ORANGE, linewidth=1, linestyle=":")
         axes.axvline(row.selected_layer, color=ORANGE, linewidth=1.5, label=f"selected at {_layers(row)}")
         if row.selected_layer in row.eval_layers:
-            ratio = row.variance_ratio[row.eval_layers.index(row.selected_layer)]
-            axes.plot(row.selected_layer, ratio, marker="o", markersize=9, color=ORANGE, zorder=3)
+            value = values[row.eval_layers.index(row.selected_layer)]
+            axes.plot(row.selected_layer, value, marker="o", markersize=9, color=ORANGE, zorder=3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=9, frameon=False)
 

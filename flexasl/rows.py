@@ -71,6 +71,8 @@ class Rows:
         self.scoring_tokens: Sequence[Tensor | None] | None = None
         """Of each row, the places [W] int64 among its tokens of those whose queries are scored; None, for a row or for
         all: the last ones."""
+        self.controls: Sequence[int] = [0] * len(self.lengths)
+        """Of each row, how many of the first of these are controls."""
         self.past: tuple[Tensor, Tensor | None, int] | None = None
         """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
         [B, G, E], and how many positions of the padded sequence came before."""
@@ -95,13 +97,14 @@ class Rows:
     def masked(self, kept: Tensor) -> Rows:
         """The same tokens, of which some are masked out."""
         made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
-        made.scoring_tokens = self.scoring_tokens
+        made.scoring_tokens, made.controls = self.scoring_tokens, self.controls
         return made
 
     def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
         made = Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout)
-        made.scoring_tokens, made.past = self.scoring_tokens, (positions, valid, seen)
+        made.scoring_tokens, made.controls = self.scoring_tokens, self.controls
+        made.past = positions, valid, seen
         return made
 
     def of(self, row: int) -> slice:
@@ -217,6 +220,7 @@ class Rows:
         kept = None if self.kept is None else self.kept[tokens].clone()
         made = Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
         made.scoring_tokens = None if self.scoring_tokens is None else self.scoring_tokens[first:stop]
+        made.controls = self.controls[first:stop]
         return tokens, made
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:

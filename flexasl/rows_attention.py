@@ -34,12 +34,14 @@ class Scored(NamedTuple):
     sinks: Tensor | None
     query_at: Tensor | None
     """[B, Q] int64: places of the queries among the keys; None for the last ones."""
+    controls: int = 0
+    """How many of the first queries are of the text before the question, for comparison."""
 
     def window_scores(self, mass: bool = False) -> Any:
         """Pooled attention that keys get from the queries, `flexasl.ops.window_scores`: [B, G, N - window] float32;
         with mass also that which each key gets, not pooled: [B, G, N]."""
         marks: dict[str, Any] = {"valid": self.valid, "positions": self.positions}
-        marks |= {"sinks": self.sinks, "query_at": self.query_at}
+        marks |= {"sinks": self.sinks, "query_at": self.query_at, "controls": self.controls}
         made = self.attention.scores(self.query, self.key, self.scoring, **marks, mass=mass)
         pooled, *rest = made if mass else (made,)
         pooled = pooled[..., : self.key.shape[2] - self.scoring.window]
@@ -80,11 +82,13 @@ def scores(
     *,
     score: Callable[[Scored], Tensor] = Scored.window_scores,
     mass: bool = False,
+    pack: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of the rows wanted, by query [1, H, K, D] of the tokens at `rows.queries(W)` and key as in `attend`:
     [rows, G, width - W] float32, of the rows' own tokens, each row at the right end, 0 where it has no such token.
     score gives those of some rows, [number, G, N - W]. With mass also the attention that each own token gets from W
-    queries, [rows, G, width]."""
+    queries, [rows, G, width]. pack moves the tokens that are not masked out to the right end, so that scores pool over
+    these as if the others had never been there."""
     window, found = scoring.window, []
     for part in rows.parts:
         chosen = [row - part.first for row in wanted if part.first <= row < part.first + part.number]
@@ -92,11 +96,13 @@ def scores(
             if part.length <= window:
                 found.append([query.new_zeros(len(some), key.shape[1], 0, dtype=torch.float32)] * (1 + mass))
                 continue
-            seen = _scored(rows, part, some, attention, query, key, scoring, sinks)
+            seen = _scored(rows, part, some, attention, query, key, scoring, sinks, pack)
             if mass:
                 made = list(seen.window_scores(mass=True))
                 made[0] = made[0] if score is Scored.window_scores else score(seen)
-                made[1] = made[1] if seen.query_at is None else made[1] * (window / seen.query.shape[2])
+                made[1] = (
+                    made[1] if seen.query_at is None else made[1] * (window / (seen.query.shape[2] - seen.controls))
+                )
             else:
                 made = [score(seen)]
             found.append([states[..., rows.entries :] for states in made])
@@ -114,6 +120,7 @@ def _scored(
     key: Tensor,
     scoring: Scoring,
     sinks: Tensor | None,
+    pack: bool,
 ) -> Scored:
     every = len(chosen) == part.number
     some: Any = slice(None) if every else torch.tensor(chosen, dtype=torch.int64, device=query.device)
@@ -121,6 +128,11 @@ def _scored(
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:
         keys, at, valid = _padding_first(keys, at, valid)
+    order = None
+    if pack and valid is not None and rows.past is None:
+        order = valid.to(torch.uint8).argsort(dim=-1, stable=True)
+        keys = keys.take_along_dim(order[:, None, :, None], 2)
+        at, valid = at.expand_as(order).gather(1, order), valid.gather(1, order)
     if rows.scoring_tokens is None:
         before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
         queries = EqualRows(part.first, part.number, before, scoring.window).of(query, 2)[some]
@@ -131,7 +143,9 @@ def _scored(
     counts = [min(length, last) if tokens is None else len(tokens) for tokens, length in each]
     queries = query.narrow(2, sum(counts[:row]), counts[row])
     places = None if own is None else (own + rows.entries)[None]
-    return Scored(queries, keys, attention, scoring, valid, at, sinks, places)
+    if places is not None and order is not None:
+        places = order.argsort(dim=-1).gather(1, places)
+    return Scored(queries, keys, attention, scoring, valid, at, sinks, places, rows.controls[row])
 
 
 def _is_one_plain_row(rows: Rows, attention: FlexASLAttention) -> bool:

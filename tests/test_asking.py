@@ -38,13 +38,15 @@ def chat_ids(tokenizer, *texts):
     return left_padded([torch.tensor(prompt_ids(tokenizer, text)) for text in texts])
 
 
-def expected(question, length, budget, window):
+def expected(question, length, budget, window, contrast=False):
     """Positions that must be kept: the window; then, up to the share, the question, then what stands behind it, where
     it has been seen to be no document."""
     behind = [at for at in range(length) if at > question[-1] and at not in question]
     other_behind = len(behind)
     order = [*reversed(question)]
-    order += [*reversed(behind)] if other_behind <= min(budget, length // 3) else []
+    if contrast and question[0] > 0 and other_behind <= min(budget, length // 3):
+        order += [at for at in range(4) if at not in question]
+    order += [at for at in reversed(behind) if at not in order] if other_behind <= min(budget, length // 3) else []
     order = [at for at in order if at < length - window]
     return {*order[: min(int(SHARE * budget), budget - window)], *range(max(0, length - window), length)}
 
@@ -68,7 +70,37 @@ def test_the_question_and_its_tail_are_kept_up_to_their_share(length, places, wi
     assert set(asked.ranking) <= set(question)
     for at in asked.ranking:
         assert sum(other not in question for other in range(at, length)) <= min(budget, length // 3)
-    assert set(asked.left_to_rank()) <= {*kept, *range(length - window, length)}
+    for controls, ranking in (asked.left(length - 1), asked.left(budget)):
+        assert not controls and set(ranking) <= {*kept, *range(length - window, length)} & set(asked.ranking)
+
+
+@given(
+    length=st.integers(1, 120),
+    first=st.integers(0, 119),
+    count=st.integers(1, 12),
+    window=st.integers(1, 8),
+    more=st.integers(1, 60),
+)
+def test_with_contrast_the_text_before_the_question_and_the_first_tokens_stay_after_it(
+    length, first, count, window, more
+):
+    first, budget = first % length, window + more
+    question = list(range(first, min(first + count, length)))
+    asked, plain = Asked(question, length, budget, window, contrast=True), Asked(question, length, budget, window)
+    assert asked.ranking == plain.ranking and plain.controls == []
+    assert asked.controls == (list(range(max(0, first - 32), first)) if asked.ranking else [])
+    kept, tail = asked.kept(budget), plain.kept(budget)
+    most = max(0, min(budget // 2, budget - window))
+    assert len(kept) <= most
+    firsts = [at for at in range(4) if first and asked.ranking and at < length - window]
+    wanted = [at for at in reversed(question) if at < length - window]
+    wanted += [at for at in firsts if at not in wanted]
+    assert kept[: len(wanted)] == wanted[:most] and set(tail) <= {*kept, *tail[most - len(firsts) :]}
+    controls, ranking = asked.left(length - 1)
+    sure = {*asked.kept(budget, controls=True), *range(length - window, length)}
+    assert set(ranking) == set(asked.ranking) & sure
+    assert controls == ([at for at in asked.controls if at in sure] if ranking and length - 1 > budget else [])
+    assert asked.left(length) == (asked.controls, asked.ranking)
 
 
 def test_the_last_tokens_of_a_very_long_question_rank():
@@ -96,9 +128,11 @@ def test_positions_in_words():
     seed=st.integers(0, 99),
     some=st.booleans(),
     padding=st.sampled_from([0, 3]),
+    contrast=st.booleans(),
 )
-def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding):
-    generator, config = torch.Generator().manual_seed(seed), ASLConfig(select_tokens=12, window=3, kernel_size=3)
+def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding, contrast):
+    generator = torch.Generator().manual_seed(seed)
+    config = ASLConfig(select_tokens=12, window=3, kernel_size=3, contrast=contrast)
     rule, tokens, seen = config.resolve(6), max(lengths) + padding, {}
     question = []
     for row, length in enumerate(lengths):
@@ -118,11 +152,15 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding)
                 continue
             places = None if rows.scoring_tokens is None else rows.scoring_tokens[row]
             if question[row] is not None and length == lengths[row] and prefill.questions.rows[row].ranking:
-                assert (places + tokens - length).tolist() == question[row].tolist()
+                first = question[row].tolist()[0]
+                controls = range(max(tokens - length, first - 32), first if contrast else 0)
+                assert (places + tokens - length).tolist() == [*controls, *question[row].tolist()]
+                assert rows.controls[row] == len(controls)
             keys = key[:, :, start : start + length]
             queries = query[:, :, start + (torch.arange(length - 3, length) if places is None else places)]
             at = None if places is None else places[None]
-            want = reference.window_scores(queries, keys, 3, rule.pooling, query_at=at)[0, :, : length - 3]
+            how = {"query_at": at, "power": rule.power, "controls": rows.controls[row]}
+            want = reference.window_scores(queries, keys, 3, rule.pooling, **how)[0, :, : length - 3]
             torch.testing.assert_close(seen[layer][row, :, 3 - length :].double(), want, rtol=1e-5, atol=1e-5)
         kept = prefill.advance()
         if kept is not None:
@@ -132,7 +170,7 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding)
         positions = set(prefill.kept_positions(row).tolist())
         assert len(positions) == made[-1].count
         if must:
-            assert expected(sorted(must), lengths[row], 12, 3) <= positions
+            assert expected(sorted(must), lengths[row], 12, 3, contrast=contrast) <= positions
 
 
 # ---------------------------------------------------------------- models
@@ -180,7 +218,7 @@ def test_a_row_is_alone_and_keeps_its_question(lengths, config, behind, wide, sk
             rule = patch.config
             if question[row] is not None and told.pruned:
                 budget = rule.token_budget(len(ids))
-                must = expected([*range(*question[row])], len(ids), budget, rule.window)
+                must = expected([*range(*question[row])], len(ids), budget, rule.window, rule.contrast)
                 assert must <= set(told.kept_positions)
 
 

@@ -273,7 +273,7 @@ def test_what_does_not_fit_the_model_never_runs(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "rulers"], "suite='rulers' is not known; give one of ruler, infinitebench, niah, quick"),
+        (["--suite", "rulers"], "suite='rulers' is not known; give one of ruler, infinitebench, niah, recall, quick"),
         (["--tasks", "needle,nidle"], "task='nidle' is not known; give one of needle, niah_single_1,"),
         (["--tasks", "qa_2"], "task='qa_2' needs questions in HotpotQA's format; give such a file with --qa-file"),
         (["--tasks", "math_find"], "task='math_find' needs InfiniteBench's file math_find.jsonl; give its folder with"),

@@ -75,14 +75,35 @@ def plainest(spec, valid, positions):
 POWERS = st.sampled_from([1.0, 2.0, 4.0, 2.5, math.inf])
 
 
-@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)), power=POWERS)
-def test_window_mass_is_the_summed_softmax(case, sunk, kernel, power):
+SHARES = st.sampled_from([0, 0, 0.3, 0.7, 1])
+
+
+def some_controls(share, query):
+    """How many of the queries are controls: one that ranks is left."""
+    return int(share * (query.shape[2] - 1))
+
+
+@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)), power=POWERS, share=SHARES)
+def test_window_mass_is_the_summed_softmax(case, sunk, kernel, power, share):
     query, key, spec, valid, positions, query_at = case
-    sinks = torch.randn(query.shape[1]) if sunk else None
-    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at, power)
-    want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at, power)
+    sinks, controls = torch.randn(query.shape[1]) if sunk else None, some_controls(share, query)
+    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at, power, controls)
+    want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at, power, controls)
     assert mass.dtype == torch.float32
-    torch.testing.assert_close(mass.double(), want, rtol=3e-5, atol=1e-12)
+    torch.testing.assert_close(mass.double(), want, rtol=3e-5, atol=1e-6 if controls else 1e-12)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_what_controls_give_is_taken_off_in_each_head(kernel):
+    """The first head looks at a key from everywhere, the second one from the question alone."""
+    query = torch.tensor([[[[9.0, 0.0]] * 3, [[0.0, 0.0], [0.0, 0.0], [0.0, 9.0]]]])
+    key = torch.tensor([[[[9.0, 0.0], [0.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]])
+    mass = KERNELS[kernel](query, key, "scale=1.0", power=math.inf, controls=2)[0]
+    torch.testing.assert_close(mass, torch.tensor([[0.0] * 5, [0, 1 - 1 / 3, 0, 0, 0]]), rtol=0, atol=1e-6)
+    sums = KERNELS[kernel](query, key, "scale=1.0", controls=2)[0]
+    # The controls, which see 3 and 4 keys, give each of these a third and a fourth: for one query, the mean.
+    torch.testing.assert_close(sums[1], torch.tensor([0.0, 1 - (1 / 3 + 1 / 4) / 2, 0, 0, 0]), rtol=0, atol=1e-6)
+    assert (sums >= 0).all() and sums[0, 0] < 1e-6
 
 
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
@@ -104,13 +125,14 @@ def test_powers_keep_what_is_not_a_number_and_drop_what_is_too_small(kernel, pow
     sunk=st.booleans(),
     tile=st.sampled_from([1, 30, 2**23]),
     power=POWERS,
+    share=SHARES,
 )
 def test_window_scores_pool_each_query_head_over_the_scored_tokens_and_sum_the_group(
-    case, kernel_size, pooling, sunk, tile, power
+    case, kernel_size, pooling, sunk, tile, power, share
 ):
     query, key, *marks, query_at = case
-    sinks = torch.randn(query.shape[1]) if sunk else None
-    arguments = query, key, kernel_size, pooling, *marks, sinks, query_at, power
+    sinks, controls = torch.randn(query.shape[1]) if sunk else None, some_controls(share, query)
+    arguments = query, key, kernel_size, pooling, *marks, sinks, query_at, power, controls
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TILE", tile)
         scores = ops.window_scores(*arguments)
@@ -118,7 +140,7 @@ def test_window_scores_pool_each_query_head_over_the_scored_tokens_and_sum_the_g
     want, mass = reference.window_scores_and_mass(*arguments)
     assert scores.dtype == torch.float32 and torch.equal(both[0], scores)
     assert scores.shape[2] == key.shape[2] - (query.shape[2] if query_at is None else 0)
-    torch.testing.assert_close(scores.double(), want, rtol=3e-5, atol=1e-12)
+    torch.testing.assert_close(scores.double(), want, rtol=3e-5, atol=1e-6 if controls else 1e-12)
     torch.testing.assert_close(both[1].double(), mass, rtol=1e-5, atol=1e-12)
 
 
@@ -404,6 +426,11 @@ def examples():
         yield ops.window_mass, (*states(), spec, None, None, None, scoring_tokens)
         yield ops.window_mass, (*states(), spec, None, None, None, scoring_tokens, 2.0)
         yield ops.window_scores_and_mass, (*states(), 5, "maxpool", spec, None, None, None, scoring_tokens, math.inf)
+        for power in (1.0, math.inf):
+            marks = spec, valid, at, None, scoring_tokens, power, 1
+            yield ops.window_mass, (*states(), *marks)
+            yield ops.window_scores, (*states(), 3, "maxpool", *marks)
+            yield ops.window_scores_and_mass, (*states(), 3, "maxpool", *marks)
     yield ops.gather_tokens, (torch.randn(1, 9), torch.tensor([[1, 3], [0, 8]]))
     yield from differentiable()
     yield ops.token_ranks, (torch.randn(2, 16),)

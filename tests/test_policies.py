@@ -192,13 +192,17 @@ GIVEN = {
     "if_never": {"if_never": "keep"},
     "propagate": {"propagate": "mask"},
     "later_turns": {"later_turns": "prune"},
+    "settled_by": {"settled_by": "lookup", "tau": 0.9},
+    "stages": {"stages": "0.6@1", "settled_by": "lookup"},
+    "score_from": {"score_from": 5, "settled_by": "lookup", "stages": (), "min_layer": 5, "select_on": "max"},
+    "contrast": {"contrast": True, "kernel_size": 1},
 }
 """A value of each setting, with those in whose company it shows."""
 
 
-def seen(model, ids, policy, config):
+def seen(model, ids, policy, config, question=None):
     """What a policy makes of a prompt [N] and of a turn that follows it: the ran tokens, and every cached entry."""
-    with flexasl.patch(model, config, policy) as patch:
+    with flexasl.patch(model, config, policy, question=question) as patch:
         out = model(ids[None, :100], use_cache=True)
         told = patch.report.rows[0]
         model(ids[None, 100:], past_key_values=out.past_key_values)
@@ -218,9 +222,14 @@ def test_every_setting_counts_or_is_refused(policy):
     for name, given in GIVEN.items():
         company = {other: value for other, value in given.items() if other != name and other in kind.takes}
         before = counting(policy, BASE.replace(**company))
+        if name == "stages" and name not in kind.takes:  # which the rule of rank variance refuses as well
+            with pytest.raises(ConfigError, match="stages="):
+                chosen.check(before.replace(stages=given[name]))
+            continue
         after = before.replace(**{name: given[name]})
         if name in kind.takes:
-            differs = seen(model, ids, chosen, after) != seen(model, ids, chosen, before)
+            question = (70, 80) if name == "contrast" else None  # which it counts for
+            differs = seen(model, ids, chosen, after, question) != seen(model, ids, chosen, before, question)
             assert differs, name
             continue
         with pytest.raises(ConfigError, match=f"{name}={given[name]!r} "):
@@ -320,7 +329,7 @@ class Own(policies.Policy):
         (
             Own({1: 20}),
             {"propagate": "mask"},
-            "propagate='mask' does not go with policy 'own', whose ScheduledSelector selects several times",
+            "propagate='mask' does not go with policy 'own', whose ScheduledSelector has no mask",
         ),
         (Own({1: 20}), {"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own'"),
         (Own(budget=0), {}, "'own': limit of layer 0, window=8 included=0 is too small"),
@@ -554,10 +563,12 @@ def test_selections_of_another_layer_or_type_are_refused():
         (Selecting(reason=lambda row, selection: None), "policy 'own': reason is None; give a text"),
     ):
         refused_while_reading(policy, message)
-    for once, does in ((True, "has no mask"), (False, "selects several times")):
-        refused_while_reading(
-            Selecting(once=once), f"go with policy 'own', whose Told {does}", SMALL.replace(propagate="mask")
-        )
+    for change, message in (
+        ({"propagate": "mask"}, "propagate='mask' does not go with policy 'own', whose Told has no mask"),
+        ({"later_turns": "prune"}, "later_turns='prune' does not go with policy 'own', whose Told selects several"),
+    ):
+        refused_while_reading(Selecting(once=False), message, SMALL.replace(**change))
+    refused_while_reading(Selecting(once=True), "whose Told has no mask", SMALL.replace(propagate="mask"))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
     if gaps:
         packed = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
     if masked:
-        packed = packed.masked(torch.arange(packed.total) % 3 != 1)
+        stays = torch.arange(packed.total) % 3 != 1
+        stays[packed.queries(3)] = True
+        packed = packed.masked(stays)
     query, key, value = states(packed.total)
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
     out = attend(packed, attention, query, key, value, extra)
@@ -59,10 +61,12 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
         want = attention(*parts, Visibility(at, at, stays), sinks=extra)
         torch.testing.assert_close(out[:, :, own], want)
         if length > 3:
-            marks = {"valid": stays, "positions": at, "sinks": extra}
-            want, whole = attention.scores(parts[0][:, :, -3:], parts[1], SCORING, **marks, mass=True)
-            torch.testing.assert_close(made[row, :, made.shape[2] - length + 3 :], want[0])
-            torch.testing.assert_close(mass[row, :, mass.shape[2] - length :], whole[0])
+            # Those of the tokens that are left alone, as if the others had never been there.
+            left = torch.ones(length, dtype=torch.bool) if stays is None else stays[0]
+            marks = {"positions": at[:, left], "sinks": extra}
+            want, whole = attention.scores(parts[0][:, :, -3:], parts[1][:, :, left], SCORING, **marks, mass=True)
+            torch.testing.assert_close(made[row, :, made.shape[2] - want.shape[2] :], want[0])
+            torch.testing.assert_close(mass[row, :, mass.shape[2] - whole.shape[2] :], whole[0])
         assert not made[row, :, : made.shape[2] - max(0, length - 3)].any()
 
 

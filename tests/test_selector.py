@@ -66,10 +66,11 @@ def decide(config, scores):
         if settled or (layer == last and config.if_never == "select"):
             best = ranks[layer]
             if config.select_on != "last":
-                fade = np.float32(0.8 if config.select_on == "recent" else 1)
+                fade = np.float32(1 if config.select_on == "max" else 0.8)
+                join = np.add if config.select_on == "sum" else np.maximum
                 counted = np.float32(scores[layer - seen + 1])
                 for later in scores[layer - seen + 2 : layer + 1]:
-                    counted = np.maximum(counted * fade, np.float32(later))
+                    counted = join(counted * fade, np.float32(later))
                 best = places(counted)
             decision.layer, decision.settled = layer, settled
             decision.kept = [j for j in range(prefix) if best[j] <= budget]

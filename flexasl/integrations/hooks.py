@@ -54,7 +54,7 @@ class ForeignHooks:
                     self._refuse(
                         module, hook, "layers read again the tokens that are kept", "give a prompt within the budget"
                     )
-                masks = "give propagate='mask', which drops none, " if prefill.selector.once else ""
+                masks = "give propagate='mask', which drops none, " if prefill.selector.masks else ""
                 why = f"layers after layer {last} may see fewer tokens than the prompt has"
                 self._refuse(module, hook, why, masks + "give a prompt within the budget")
             shown = True

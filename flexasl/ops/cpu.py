@@ -5,14 +5,12 @@ Shapes: B batch, H query heads, G KV heads, N keys, W scoring queries, P tokens,
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from flexasl.attention_spec import AttentionSpec
 from flexasl.ops.ranking import finite, ranks_of, token_ranks
-from flexasl.ops.scoring import powers_of, window_mask, window_mass, without_padding
+from flexasl.ops.scoring import of_queries, powers_of, window_mask, window_mass, without_padding
 
 TILE = 2**23
 """Logits held at once, in elements per row of the batch, unless one query head alone has more."""
@@ -28,6 +26,7 @@ def window_mass_in_tiles(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> Tensor:
     """Beside inputs and output it holds two tiles of `TILE` logits (or of one head's W x N) in float32, and for inputs
     in half precision one [B, N, D]. With H 32, N 131,072, W 32: 80 MiB, in half precision 144 MiB; all logits at once
@@ -52,10 +51,7 @@ def window_mass_in_tiles(
             if sinks is not None:
                 weights.mul_((logits.logsumexp(-1) - sinks[some].float()[:, None]).sigmoid()[..., None])
             weights = powers_of(without_padding(weights, valid, query_at), power)
-            if power == math.inf:
-                torch.amax(weights, 2, out=mass[:, some])
-            else:
-                torch.sum(weights, 2, out=mass[:, some])
+            of_queries(weights, power, controls, out=mass[:, some])
     return mass
 
 

@@ -70,16 +70,18 @@ def window_scores_and_mass(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`flexasl.ops.window_scores_and_mass`, in float64. Section 3 of arXiv 2601.07667."""
-    marks = valid, positions, sinks, query_at
-    scores = window_mass(query, key, spec, *marks, power)
+    marks = valid, positions, sinks
+    scores = window_mass(query, key, spec, *marks, query_at, power, controls)
     scores = scores if query_at is not None else scores[..., : key.shape[2] - query.shape[2]]
     if scores.shape[-1] > 0:
         pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
         scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
     by_group = scores.unflatten(1, (key.shape[1], -1))
-    mass = window_mass(query, key, spec, *marks).unflatten(1, (key.shape[1], -1)).sum(2)
+    asking = query_at if query_at is None else query_at[:, controls:]
+    mass = window_mass(query[:, :, controls:], key, spec, *marks, asking).unflatten(1, (key.shape[1], -1)).sum(2)
     return by_group.amax(2) if power == math.inf else by_group.sum(2), mass
 
 
@@ -92,6 +94,7 @@ def window_mass(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> Tensor:
     """`flexasl.ops.window_mass`, in float64."""
     batch, tokens, window = key.shape[0], key.shape[2], query.shape[2]
@@ -104,9 +107,13 @@ def window_mass(
     if rule.sliding_window is not None:
         seen = seen & (at.gather(1, query_at)[:, :, None] - at[:, None] < rule.sliding_window)
     weights = attention_weights(query, key, seen[:, None], rule.scale, rule.softcap, sinks)
+    text, asking = weights[:, :, :controls], weights[:, :, controls:]
     if power == math.inf:
-        return weights.amax(2)
-    return weights.pow(power).where((power == 1) | (weights >= 1e-36 ** (1 / power)), 0).sum(2)
+        return asking.amax(2) if not controls else (asking.amax(2) - text.amax(2)).clamp(min=0)
+    asking, text = (
+        some.pow(power).where((power == 1) | (some >= 1e-36 ** (1 / power)), 0).sum(2) for some in (asking, text)
+    )
+    return asking if not controls else (asking - text * ((query.shape[2] - controls) / controls)).clamp(min=0)
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

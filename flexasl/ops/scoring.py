@@ -29,6 +29,7 @@ def window_scores(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> Tensor:
     """Score of each scored token at each KV head: the attention that it gets from the scoring queries, each weight to
     this power, pooled over neighbouring tokens per query head, and summed over the head's queries; with power infinity
@@ -44,7 +45,7 @@ def window_scores(
 
     Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
-    mass = window_mass(query, key, spec, valid, positions, sinks, query_at, power)
+    mass = window_mass(query, key, spec, valid, positions, sinks, query_at, power, controls)
     return _pooled(mass, query, key, kernel_size, pooling, query_at, power)
 
 
@@ -60,12 +61,15 @@ def window_scores_and_mass(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`window_scores` [B, G, P] float32, and the attention that each of the N keys gets, not pooled and to the power of
-    one: [B, G, N] float32. Where power is one too, from the same pass."""
-    marks = valid, positions, sinks, query_at
-    mass = window_mass(query, key, spec, *marks)
-    powers = mass if power == 1 else window_mass(query, key, spec, *marks, power)
+    """`window_scores` [B, G, P] float32, and the attention that each of the N keys gets from the queries that are no
+    controls, not pooled and to the power of one: [B, G, N] float32. Where that is all, from the same pass."""
+    marks = valid, positions, sinks
+    at = query_at if query_at is None else query_at[:, controls:]
+    mass = window_mass(query[:, :, controls:], key, spec, *marks, at)
+    same = power == 1 and not controls
+    powers = mass if same else window_mass(query, key, spec, *marks, query_at, power, controls)
     scores = _pooled(powers, query, key, kernel_size, pooling, query_at, power)
     return scores, over_heads(mass.unflatten(1, (key.shape[1], -1)), 2)
 
@@ -80,9 +84,11 @@ def window_mass(
     sinks: Tensor | None = None,
     query_at: Tensor | None = None,
     power: float = 1.0,
+    controls: int = 0,
 ) -> Tensor:
     """Each key's attention from each query head, to this power, summed over the scoring queries, or with power infinity
-    the highest: [B, H, N] float32. Weights whose power would be below 1e-36 count as 0.
+    the highest, without what it gets from controls: [B, H, N] float32. Weights whose power would be below 1e-36 count
+    as 0.
 
     KV heads are never expanded, and the logits of one at a time are held.
     """
@@ -96,7 +102,7 @@ def window_mass(
         if sinks is not None:
             own = sinks.float().chunk(groups)[group][:, None]
             weights *= (logits.logsumexp(-1) - own).sigmoid()[..., None]
-        mass.append(over_heads(powers_of(without_padding(weights, valid, query_at), power), 2, power))
+        mass.append(of_queries(powers_of(without_padding(weights, valid, query_at), power), power, controls))
     return torch.cat(mass, 1)
 
 
@@ -164,6 +170,18 @@ def powers_of(weights: Tensor, power: float) -> Tensor:
     # What float32 has no power of would take a CPU many times as long.
     weights.masked_fill_(weights < LEAST ** (1 / power), 0.0)
     return weights.mul_(weights) if power == 2 else weights.pow_(power)
+
+
+def of_queries(weights: Tensor, power: float, controls: int, out: Tensor | None = None) -> Tensor:
+    """Weights [B, R, W, N], raised to this power, as those of all queries [B, R, N]: their sum, or with power infinity
+    the highest; without the same of the first ones, which are controls, and a sum of which counts as that of so many
+    queries as the others are. Never below 0."""
+    asking = weights[:, :, controls:]
+    found = torch.amax(asking, 2, out=out) if power == math.inf else torch.sum(asking, 2, out=out)
+    if not controls:
+        return found
+    text = over_heads(weights[:, :, :controls], 2, power)
+    return found.sub_(text if power == math.inf else text * (asking.shape[2] / controls)).clamp_(min=0.0)
 
 
 def over_heads(scores: Tensor, dim: int, power: float = 1.0) -> Tensor:

@@ -29,9 +29,10 @@ class ASLTwoPass(Policy):
     name = "asl_two_pass"
     takes_presets = True
     second_pass = True
-    takes = Policy.takes - {"if_never", "propagate", "later_turns", "kv_top_p"}
-    fixes: ClassVar[Mapping[str, Any]] = {"if_never": "select"}
+    takes = Policy.takes - {"stages", "if_never", "propagate", "later_turns", "kv_top_p"}
+    fixes: ClassVar[Mapping[str, Any]] = {"if_never": "select", "stages": ()}
     refusals: ClassVar[Mapping[str, str]] = {
+        "stages": f"do not go with policy {name!r}, which reads the selected tokens again, once",
         "if_never": f"does not go with policy {name!r}, which selects in any case",
         "kv_top_p": NO_TOP_P,
         **once_a_prompt(name),

@@ -19,10 +19,21 @@ if TYPE_CHECKING:  # torch is not imported before a prompt is read, so that a co
     from flexasl.selectors.base import Prompts
 
 RULE = frozenset(
-    ("tau", "min_layer", "max_layer", "observe_layers", "variance_reference", "select_on", "if_never"),
+    (
+        "settled_by",
+        "tau",
+        "stages",
+        "min_layer",
+        "max_layer",
+        "observe_layers",
+        "variance_reference",
+        "score_from",
+        "select_on",
+        "if_never",
+    )
 )
-"""Settings that say where adaptive selection selects, and on which scores."""
-SCORES = frozenset(("window", "kernel_size", "pooling", "score_power"))
+"""Settings that say where adaptive selection selects."""
+SCORES = frozenset(("window", "kernel_size", "pooling", "score_power", "contrast"))
 """Settings that say how tokens are scored."""
 CACHE = frozenset(("kv_budget", "kv_top_p", "kv_dtype"))
 """Settings of the cache."""
@@ -95,13 +106,14 @@ class Policy:
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
         """What decides which tokens of these prompts go on, and after which layers; config is resolved. By default
         adaptive selection, or none where `prunes_tokens` is False."""
-        from flexasl.selectors import LayerSelector, Selector
+        from flexasl.selectors import LayerSelector, Selector, StagedSelector
 
         if not self.prunes_tokens:
             return Selector(f"policy {self.name!r} lets every token through every layer")
         lengths, rows, tokens, _, ranking_layers, device = prompts
         where: dict[str, Any] = {"tokens": tokens, "rows": rows, "ranking_layers": ranking_layers, "device": device}
-        return LayerSelector(config, lengths, **where)
+        kind = StagedSelector if config.rule == "lookup" else LayerSelector
+        return kind(config, lengths, **where)
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
         """What decides which cache entries a layer keeps. By default `kv_budget` or `kv_top_p`."""

@@ -68,13 +68,15 @@ def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector
         raise ConfigError(f"policy {policy.name!r}: {error}") from error
     if not isinstance(made, Selector):
         raise ConfigError(f"policy {policy.name!r} returned {article(made)} as its selector; return a Selector")
-    who, several = f"policy {policy.name!r}, whose {type(made).__name__}", type(made).mask is Selector.mask
+    who = f"policy {policy.name!r}, whose {type(made).__name__}"
     rows = range(len(prompts.lengths))
     if not isinstance(made.rows, Sequence) or list(made.rows) != [row for row in rows if row in made.rows]:
         raise ConfigError(f"{who} has rows={shown(made.rows)}; give some of {shown(list(rows))}, ascending")
-    for name, plain in (("propagate", "gather"), ("later_turns", "keep")):
-        if made.rows and getattr(config, name) != plain and (several or not made.once):
-            does = "has no mask" if made.once else "selects several times"
+    for name, plain, can, does in (
+        ("propagate", "gather", made.masks, "has no mask"),
+        ("later_turns", "keep", made.once or made.masks, "selects several times"),
+    ):
+        if made.rows and getattr(config, name) != plain and not can:
             raise ConfigError(f"{name}={getattr(config, name)!r} does not go with {who} {does}; give {name}={plain!r}")
     return made
 

@@ -48,4 +48,4 @@ class FixedLayer(Policy):
                 f"layer={layer} has a sliding window, so it cannot rank the whole prompt; "
                 f"give one of {', '.join(map(str, ranking_layers))}"
             )
-        return config.pooled().replace(min_layer=layer, max_layer=layer).resolve(num_layers, ranking_layers)
+        return config.scored().replace(min_layer=layer, max_layer=layer).resolve(num_layers, ranking_layers)

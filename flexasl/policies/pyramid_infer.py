@@ -50,7 +50,7 @@ class PyramidInfer(Policy):
                 f"policy {self.name!r} ranks tokens at every layer, but only layers "
                 f"{', '.join(map(str, ranking_layers))} see the whole prompt; give another policy"
             )
-        return config.pooled().replace(min_layer=first, max_layer=last).resolve(num_layers)
+        return config.scored().replace(min_layer=first, max_layer=last).resolve(num_layers)
 
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
         from flexasl.selectors import ScheduledSelector

@@ -25,4 +25,4 @@ class SnapKV(Policy):
     def rule(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         if not config.compresses_cache:
             config = config.replace(kv_budget=config.select_tokens)
-        return config.pooled().resolve(num_layers, ranking_layers)
+        return config.scored().resolve(num_layers, ranking_layers)

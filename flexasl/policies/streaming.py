@@ -23,12 +23,13 @@ class Streaming(SnapKV):
     """
 
     name = "streaming"
-    takes = SnapKV.takes - {"kv_top_p", "kernel_size", "pooling", "score_power"}
+    takes = SnapKV.takes - {"kv_top_p", "kernel_size", "pooling", "score_power", "contrast"}
     refusals: ClassVar[Mapping[str, str]] = {
         **SnapKV.refusals,
         "kv_top_p": f"goes by attention, policy {name!r} by position; give kv_budget",
         "kernel_size": f"would have no effect under policy {name!r}, which goes by position",
         "score_power": f"would have no effect under policy {name!r}, which goes by position",
+        "contrast": f"would have no effect under policy {name!r}, which goes by position",
         "pooling": f"would have no effect under policy {name!r}, which goes by position",
     }
 

@@ -3,5 +3,6 @@
 from flexasl.selectors.adaptive import LayerSelector
 from flexasl.selectors.base import Prompts, Selection, Selector, Trace
 from flexasl.selectors.scheduled import ScheduledSelector
+from flexasl.selectors.staged import StagedSelector
 
-__all__ = ["LayerSelector", "Prompts", "ScheduledSelector", "Selection", "Selector", "Trace"]
+__all__ = ["LayerSelector", "Prompts", "ScheduledSelector", "Selection", "Selector", "StagedSelector", "Trace"]

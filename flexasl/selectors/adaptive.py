@@ -15,7 +15,7 @@ from flexasl.checks import instance, integer, renames
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import rank_variance, select_tokens, token_ranks
-from flexasl.selectors.base import Selection, Selector, Trace, budget_of, within_budget
+from flexasl.selectors.base import Selection, Selector, Trace, budget_of, combined, within_budget
 
 
 def variance_ratio(variance: Tensor, variance_reference: str) -> Tensor:
@@ -25,10 +25,6 @@ def variance_ratio(variance: Tensor, variance_reference: str) -> Tensor:
     return torch.where(reference > 0, variance / reference, 0.0)
 
 
-FADE = 0.8
-"""What a score counts one layer later, for `select_on="recent"`."""
-
-
 def scores_to_select_on(scores: Sequence[Tensor], select_on: str) -> Tensor:
     """What tokens are selected on, of the same shape as the scores of each observed layer, the selection layer's last:
     see `ASLConfig.select_on`."""
@@ -36,7 +32,7 @@ def scores_to_select_on(scores: Sequence[Tensor], select_on: str) -> Tensor:
         return scores[-1]
     best = scores[0]
     for later in scores[1:]:
-        best = torch.maximum(best * FADE if select_on == "recent" else best, later)
+        best = combined(best, later, select_on)
     return best
 
 
@@ -50,6 +46,7 @@ class LayerSelector(Selector):
     """
 
     once = True
+    masks = True
 
     @renames(voters="ranking_layers")
     def __init__(
@@ -108,7 +105,7 @@ class LayerSelector(Selector):
         if self._compares:
             variance, union = rank_variance(torch.stack(self._ranks), self._budget)
             self._variances.append(variance)
-            ratio = variance_ratio(torch.stack(self._variances), self.config.variance_reference)[-1]
+            ratio = variance_ratio(torch.stack(self._variances), self.config.variance_reference or "peak")[-1]
             self._seen.append((layer, list(self.rows), torch.stack([variance, union.double(), ratio])))
             self._settled = ratio < self._tau
 
@@ -168,7 +165,8 @@ class LayerSelector(Selector):
         """Tokens of each row in `rows` that would be kept if it selected now: [R, N] bool."""
         ranks = self._ranks[-1]
         if len(self._scores) > 1:
-            ranks = token_ranks(scores_to_select_on(self._scores, self.config.select_on), self._valid_prefix)
+            scores = scores_to_select_on(self._scores, self.config.select_on or "recent")
+            ranks = token_ranks(scores, self._valid_prefix)
         return select_tokens(ranks, self._budget, self.config.window, self._valid)
 
     def _drop(self, fired: list[bool]) -> None:
@@ -199,7 +197,8 @@ class LayerSelector(Selector):
 
 def _checked(config: ASLConfig, ranking_layers: Sequence[int] | None) -> ASLConfig:
     """The settings, which must be resolved, and for these layers."""
-    instance("config", config, ASLConfig, "an ASLConfig")
+    if instance("config", config, ASLConfig, "an ASLConfig").rule == "lookup":
+        raise ConfigError("settled_by='lookup' is for StagedSelector, in a prefill; give settled_by='variance'")
     refuse_open(config)
     for name in ("min_layer", "max_layer"):
         layer = getattr(config, name)

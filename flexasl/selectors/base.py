@@ -64,17 +64,19 @@ class Prompts(NamedTuple):
 
 @dataclass
 class Trace:
-    """The rank variance of one row, layer by layer."""
+    """What a rule has seen of one row, layer by layer: its rank variance, or its look-ups."""
 
     eval_layers: list[int] = field(default_factory=list)
     variance: list[float] = field(default_factory=list)
     variance_ratio: list[float] = field(default_factory=list)
     union_size: list[int] = field(default_factory=list)
+    lookup: list[float] = field(default_factory=list)
+    """Under the rule of look-ups, the highest score of a far token."""
 
     def cut(self, layer: int) -> None:
         """Forgets what came after this layer."""
         count = sum(seen <= layer for seen in self.eval_layers)
-        for values in (self.eval_layers, self.variance, self.variance_ratio, self.union_size):
+        for values in (self.eval_layers, self.variance, self.variance_ratio, self.union_size, self.lookup):
             del values[count:]
 
 
@@ -96,12 +98,20 @@ class Selector:
     first_layer: int | None = None
     """The earliest layer after which a row may lose tokens; None: none will."""
     once: bool = False
-    """Whether a row is selected from once at most, and `mask` is there: `propagate="mask"` and `later_turns="prune"`
-    need both."""
+    """Whether a row is selected from once at most."""
+    masks: bool = False
+    """Whether `mask` is there, which `propagate="mask"` needs."""
+    budgets: Sequence[Sequence[int]] | None = None
+    """Of every row of the batch, tokens that go on from each of its selections; None: the budget, once."""
+
+    @property
+    def stages_left(self) -> Tensor | None:
+        """Of each row in `rows`, which of its `budgets` the next selection has: [R] int64; None for the only one."""
+        return None
 
     @property
     def traces(self) -> Mapping[int, Trace]:
-        """By row, what a rule of rank variance has seen; empty where there is no such rule."""
+        """By row, what an adaptive rule has seen; empty where there is none."""
         return {}
 
     def needs(self, layer: int) -> bool:
@@ -118,12 +128,25 @@ class Selector:
 
     def mask(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """`select` without a look at the numbers: which rows in `rows` select [R] bool, and what they would keep [R, N]
-        bool; None where it is too early."""
+        bool, of the tokens that are left, at the right end; None where it is too early."""
         raise NotImplementedError
 
     def reason(self, row: int, selection: Selection | None) -> str:
         """Why the row was pruned where it was, by its last selection, or was not pruned: one sentence."""
         return self._why
+
+
+FADE = 0.8
+"""What a score counts one layer later, for `select_on="recent"` and `"sum"`."""
+
+
+def combined(before: Tensor | None, scores: Tensor, select_on: str) -> Tensor:
+    """Scores of the layers before and of one more as those of all of them, see `ASLConfig.select_on`."""
+    if before is None or select_on == "last":
+        return scores
+    if select_on == "max":
+        return torch.maximum(before, scores)
+    return before * FADE + scores if select_on == "sum" else torch.maximum(before * FADE, scores)
 
 
 def budget_of(config: ASLConfig, prompt_tokens: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from flexasl import checks
 from flexasl.checks import instance, integer, several
-from flexasl.config import OWN_POOLING, ASLConfig
+from flexasl.config import OWN_SCORES, ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.patching import patch, without_peft
 from flexasl.replaying import replay_scores
@@ -57,7 +57,9 @@ def calibrate(
     from flexasl.tools import run
 
     config = instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
-    config = (config or ASLConfig(select_tokens=SELECT_TOKENS)).pooled(OWN_POOLING).replace(calibrated_for=None)
+    config = (config or ASLConfig(select_tokens=SELECT_TOKENS)).scored(OWN_SCORES).replace(calibrated_for=None)
+    if config.rule == "lookup":
+        raise FlexASLError("settled_by='lookup' is not calibrated; give settled_by='variance', or None")
     sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
     tasks = tuple(dict.fromkeys(several("tasks", tasks, str, "tasks such as 'needle'")))
     samples, length, seed = integer("samples", samples), integer("length", length, 1), integer("seed", seed)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from flexasl.config import SELECT_ON, ASLConfig
+from flexasl.config import ASLConfig
 from flexasl.tools.calibration.tables import Outcome
 
 SETTINGS = ("min_layer", "max_layer", "tau", "observe_layers", "variance_reference", "select_on")
 """What calibration looks for."""
 TAUS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 OBSERVED = (4, 8)
+COMBINED = ("last", "max", "recent")
 FIRST, LAST = (1 / 3, 1 / 2), (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 """Depths of `min_layer` and `max_layer` that are tried, as shares of the layers."""
 MANY = 10
@@ -62,7 +63,9 @@ def default_of(config: ASLConfig) -> ASLConfig:
 
 def paper_of(config: ASLConfig) -> ASLConfig:
     """The config with the published rule."""
-    return default_of(config).replace(variance_reference="initial", select_on="last", if_never="keep")
+    return default_of(config).replace(
+        settled_by="variance", variance_reference="initial", select_on="last", if_never="keep"
+    )
 
 
 def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> list[ASLConfig]:
@@ -79,7 +82,7 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
     for count, first, last, tau in itertools.product(observed, firsts, lasts, taus):
         if not count - 1 <= first < last:
             continue
-        for reference, on in itertools.product(("peak", "initial"), SELECT_ON):
+        for reference, on in itertools.product(("peak", "initial"), COMBINED):
             rule = config.replace(
                 min_layer=ranking_layers[first],
                 max_layer=ranking_layers[last],
@@ -106,7 +109,8 @@ def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig 
 def _distance(rule: ASLConfig, default: ASLConfig) -> tuple[float, ...]:
     """How many settings differ, then how far the numbers are from the default's."""
     mine, theirs = settings_of(rule), settings_of(default)
-    numbers = [abs(mine[name] - theirs[name]) for name in SETTINGS if not isinstance(mine[name], str)]
+    both = [(mine[name], theirs[name]) for name in SETTINGS if isinstance(theirs[name], (int, float))]
+    numbers = [abs(one - other) for one, other in both]
     return (sum(mine[name] != theirs[name] for name in SETTINGS), *numbers)
 
 

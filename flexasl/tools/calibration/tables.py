@@ -64,7 +64,7 @@ class Table:
         place = self._place(rule, self.ranking_layers.index(rule.min_layer), self.ranking_layers.index(rule.max_layer))
         if place is None:
             return Outcome(None, True, 1.0)
-        return self._selected(rule.observe_layers, rule.select_on)[place]
+        return self._selected(rule.observe_layers, rule.select_on or "last")[place]
 
     def fixed(self, layer: int) -> Outcome:
         """Selection at this layer, on its own scores."""
@@ -75,7 +75,7 @@ class Table:
         if first == last:
             return never
         assert rule.observe_layers and rule.tau
-        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference)[: last - first + 1]
+        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference or "peak")[: last - first + 1]
         return next((first + place for place, ratio in enumerate(ratios) if ratio < rule.tau), never)
 
     def _ratio(self, observe: int, first: int, reference: str) -> list[float]:

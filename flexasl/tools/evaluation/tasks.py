@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flexasl import checks
 from flexasl.checks import instance, integer
 from flexasl.errors import FlexASLError
-from flexasl.tools.evaluation import infinitebench, ruler, scoring
+from flexasl.tools.evaluation import infinitebench, recall, ruler, scoring
 from flexasl.tools.evaluation.haystack import hide
 from flexasl.tools.evaluation.samples import Draft, Recipe, Sample, fill
 from flexasl.tools.evaluation.sources import HOTPOTQA, SQUAD, Sources
@@ -240,10 +240,27 @@ _INFINITEBENCH = (
     _from_file("code_run", "the value of a function of many", 5, scoring.last_integer),
     _from_file("code_debug", "the function with a mistake", 5, scoring.chosen_function),
 )
-TASKS = {task.name: task for task in (_NEEDLE, *_RULER, *_INFINITEBENCH)}
+_RECALL = (
+    Task(
+        name="by_meaning",
+        about="who does something, said in other words",
+        max_new_tokens=32,
+        score=scoring.match_all,
+        recipe=lambda which, sources: recall.by_meaning(which.random(), sources, which.seed + which.number),
+    ),
+    Task(
+        name="uniform",
+        about="one of many sentences of one kind",
+        max_new_tokens=32,
+        score=scoring.match_all,
+        recipe=lambda which, sources: recall.uniform(which.random(), which.seed + which.number),
+    ),
+)
+TASKS = {task.name: task for task in (_NEEDLE, *_RULER, *_RECALL, *_INFINITEBENCH)}
 SUITES = {
     "ruler": Suite(tuple(task.name for task in _RULER)),
     "infinitebench": Suite(tuple(task.name for task in _INFINITEBENCH)),
     "niah": Suite(("needle",)),
+    "recall": Suite(tuple(task.name for task in _RECALL)),
     "quick": Suite(("needle", "number_string", "passkey", "niah_multivalue"), (1024,), 5, (256,), 64),
 }

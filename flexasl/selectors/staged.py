@@ -1,0 +1,285 @@
+"""Selection in stages, each where the question has looked up what it asks for.
+
+Shapes: R rows that are left, P prefix tokens, N prompt tokens (P + window), S stages, the final one included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexasl.checks import instance, integer
+from flexasl.config import ASLConfig, refuse_open
+from flexasl.errors import ConfigError
+from flexasl.ops import select_tokens, token_ranks
+from flexasl.selectors.base import Selection, Selector, Trace, budget_of, combined, within_budget
+
+NEAR = 32
+"""Tokens beside one that is kept in any case, beyond those that its score is pooled over, which are no far tokens."""
+
+
+PATIENCE = 0.9
+"""What `tau` becomes one layer later, counted from the first layer of a stage's range."""
+
+
+class _Stage(NamedTuple):
+    """What holds for all rows at one stage."""
+
+    tau: float
+    first: int
+    last: int
+
+    def threshold(self, layer: int) -> float:
+        return self.tau * PATIENCE ** max(0, layer - self.first)
+
+
+class StagedSelector(Selector):
+    """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a head
+    gives a share of at least `tau` of its attention to one far token, by the scores of all layers up to there; at the
+    end of the range in any case, unless `if_never="keep"`. The threshold falls by a tenth with every layer of the
+    range, half as fast as scores fade.
+
+    A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
+    that would drop nothing is passed over. Tokens with a score of infinity are kept; they and those beside them are no
+    far tokens.
+    """
+
+    masks = True
+    budgets: Sequence[Sequence[int]]
+
+    def __init__(
+        self,
+        config: ASLConfig,
+        lengths: Sequence[int],
+        *,
+        tokens: int | None = None,
+        rows: Sequence[int] | None = None,
+        ranking_layers: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """As `LayerSelector`."""
+        if instance("config", config, ASLConfig, "an ASLConfig").rule != "lookup":
+            raise ConfigError("settled_by='variance' is for LayerSelector; give settled_by='lookup'")
+        refuse_open(config)
+        self.config = config
+        self.lengths = [integer("lengths", length, 0) for length in lengths]
+        most = max(self.lengths, default=0)
+        self.tokens = most if tokens is None else integer("tokens", tokens, most)
+        self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
+        self.stages = [_Stage(*_bounds(stage)) for stage in config.stages or ()] + [_Stage(*_bounds(config))]
+        for name, layer in (
+            (name, layer) for stage in self.stages for name, layer in zip(stage._fields[1:], stage[1:])
+        ):
+            if ranking_layers is not None and layer not in ranking_layers:
+                raise ConfigError(
+                    f"{'min' if name == 'first' else 'max'}_layer={layer} does not see the whole prompt; give one of "
+                    f"{', '.join(map(str, ranking_layers))}, or settings resolved for these ranking_layers"
+                )
+        opens = min(stage.first for stage in self.stages)
+        since = config.score_from if config.select_on != "last" else opens
+        counting = range(self.stages[-1].last + 1) if ranking_layers is None else ranking_layers
+        assert since is not None
+        self._needed = frozenset(layer for layer in counting if since <= layer <= self.stages[-1].last)
+        self.budgets = [self._counts(length) for length in self.lengths]
+        """Of every row of the batch, tokens that go on from each stage."""
+        self._selects_anyway = config.if_never == "select"
+        self._traces = {row: Trace() for row in self.rows}
+        self._seen: list[tuple[int, list[int], Tensor]] = []
+        self._scores: Tensor | None = None
+        self._always: Tensor | None = None
+        self._far: Tensor | None = None
+        self._settled: Tensor | None = None
+        self._stage: Tensor
+        self._at = [self._next(row, 0) for row in self.rows]
+        self.first_layer = opens if self.rows else None
+        self._on(torch.device(device))
+
+    def needs(self, layer: int) -> bool:
+        return bool(self.rows) and layer in self._needed
+
+    def observe(self, layer: int, scores: Tensor) -> None:
+        """Takes scores [R, P] float32; they may come without their first positions where these are padding in every
+        row. Nothing is moved to the host."""
+        prefix = self.tokens - self.config.window
+        scores = F.pad(scores, (prefix - scores.shape[1], 0))
+        if self._valid is not None:
+            scores = scores.masked_fill(~self._valid[:, :prefix], 0.0)
+        self._always = scores == float("inf")
+        self._far = self._far_tokens(self._always) if self._far is None else self._far
+        scores = scores.masked_fill(self._always, 0.0).nan_to_num(nan=0.0)
+        assert self.config.select_on is not None
+        self._scores = combined(self._scores, scores, self.config.select_on)
+        highest = self._scores.masked_fill(self._always | ~self._far, 0.0).amax(1)
+        self._seen.append((layer, list(self.rows), highest))
+        self._settled = highest >= self._thresholds(layer)[self._stage]
+
+    def select(self, layer: int) -> list[Selection]:
+        """The selections of rows that make one. Moves one bool a row to the host, or none where that is known."""
+        if self._settled is None:
+            return []
+        ends = self._ends(layer)
+        if ends:
+            self._at = [len(self.stages) - 1] * len(self.rows)
+        may = [layer >= self.stages[stage].first for stage in self._at]
+        must = [ends or (self._selects_anyway and layer >= self.stages[stage].last) for stage in self._at]
+        unsure = any(can and not does for can, does in zip(may, must))
+        settled = self._settled.tolist() if unsure else [False] * len(self.rows)
+        fired = [does or (can and own) for can, does, own in zip(may, must, settled)]
+        if not any(fired):
+            return []
+        self._stage = torch.tensor(self._at, dtype=torch.int64, device=self._stage.device)
+        keep, made = self._choose(), []
+        for place, row in enumerate(self.rows):
+            if fired[place]:
+                stage = self._at[place]
+                made.append(Selection(row, layer, keep[place], self.budgets[row][stage]))
+                self._at[place] = self._next(row, stage + 1)
+        self._advance(torch.tensor(fired, dtype=torch.bool, device=keep.device), keep)
+        self._leave()
+        return made
+
+    def mask(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        if self._settled is None:
+            return None
+        over = self._stage == len(self.stages)
+        if self._ends(layer):
+            selects, self._stage = ~over, torch.where(over, self._stage, len(self.stages) - 1)
+        else:
+            late = layer >= self._lasts[self._stage]
+            selects = (self._settled | late) if self._selects_anyway else self._settled
+            selects = selects & (layer >= self._firsts[self._stage])
+        keep = self._choose()
+        self._advance(selects, keep)
+        return selects, keep
+
+    @property
+    def stages_left(self) -> Tensor:
+        return self._stage
+
+    @property
+    def traces(self) -> Mapping[int, Trace]:
+        for layer, rows, values in self._seen:
+            for row, weight in zip(rows, values.tolist(), strict=True):
+                self._traces[row].eval_layers.append(layer)
+                self._traces[row].lookup.append(weight)
+        self._seen.clear()
+        return self._traces
+
+    def reason(self, row: int, selection: Selection | None) -> str:
+        config, trace = self.config, self.traces.get(row)
+        if trace is None:
+            return within_budget(config, self.lengths[row])
+        highest = max(trace.lookup, default=0.0)
+        never = f"no head gave enough of its attention to one far token (highest {highest:.2f}, tau={config.tau})"
+        if selection is None:
+            return f"{never}; if_never='keep' keeps every token"
+        final = selection.count == self.budgets[row][-1]
+        stage = self.stages[-1 if final else self.budgets[row].index(selection.count)]
+        least = stage.threshold(selection.layer)
+        weight = dict(zip(trace.eval_layers, trace.lookup)).get(selection.layer, highest)
+        if weight >= least:
+            fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
+            return f"a head gave {weight:.2f} of its attention to one far token, at least {least:.2f}{fallen}"
+        if not final:
+            return f"{never}; if_never='keep' keeps what is left"
+        if self.stages[-1].first == self.stages[-1].last:
+            return f"the selection is set to layer {config.max_layer}"
+        return f"{never} by max_layer={config.max_layer}; if_never='select' selects there"
+
+    def _counts(self, length: int) -> list[int]:
+        """Tokens that go on from a prompt after each stage, ascending stages."""
+        counts, left, final = [], length, budget_of(self.config, length)
+        for stage in self.config.stages or ():
+            share = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
+            left = min(left, max(share, final))
+            counts.append(left)
+        return [*counts, final]
+
+    def _next(self, row: int, stage: int) -> int:
+        """The first stage from this one on that drops tokens, the final one at the latest; one more where that is
+        over."""
+        counts = self.budgets[row]
+        left = counts[stage - 1] if stage else self.lengths[row]
+        while stage < len(counts) - 1 and counts[stage] == left:
+            stage += 1
+        return stage
+
+    def _on(self, device: torch.device) -> None:
+        """What the rows are compared with, as tensors."""
+        count, never = len(self.stages), 2**31
+        starts = torch.tensor([self.tokens - self.lengths[row] for row in self.rows], dtype=torch.int64, device=device)
+        padded = any(self.lengths[row] < self.tokens for row in self.rows)
+        at = torch.arange(self.tokens, dtype=torch.int64, device=device)
+        self._valid = at >= starts[:, None] if padded else None
+        """[R, N] bool, None for all: tokens that are left, at the right end."""
+        self._firsts, self._lasts = (
+            torch.tensor([*ends, never], dtype=torch.int64, device=device)
+            for ends in ([one.first for one in self.stages], [one.last for one in self.stages])
+        )
+
+        def by_row(make: Callable[[int], list[int]]) -> Tensor:
+            values = [make(row) for row in self.rows]
+            return torch.tensor(values, dtype=torch.int64, device=device).view(len(self.rows), count + 1)
+
+        window = self.config.window
+        self._prefixes = by_row(lambda row: [*(max(0, budget - window) for budget in self.budgets[row]), 0])
+        self._nexts = by_row(lambda row: [*(self._next(row, stage + 1) for stage in range(count)), count])
+        self._stage = torch.tensor(self._at, dtype=torch.int64, device=device)
+
+    def _far_tokens(self, always: Tensor) -> Tensor:
+        """Tokens [R, P] bool that are far from all that are kept in any case, from the window and from the start."""
+        assert self.config.kernel_size is not None
+        reach = NEAR + self.config.kernel_size // 2
+        marked = always if self._valid is None else always | ~self._valid[:, : always.shape[1]]
+        ends = F.pad(marked.float(), (1, 1), value=1.0)[:, None]
+        return F.max_pool1d(ends, 2 * reach + 1, stride=1, padding=reach)[:, 0, 1:-1] == 0
+
+    def _thresholds(self, layer: int) -> Tensor:
+        """Of each stage, and of none [S + 1]."""
+        made = [one.threshold(layer) for one in self.stages]
+        return torch.tensor([*made, 2.0**31], dtype=torch.float32, device=self._stage.device)
+
+    def _ends(self, layer: int) -> bool:
+        """Whether all rows select at this layer for good."""
+        return self._selects_anyway and layer == self.stages[-1].last
+
+    def _choose(self) -> Tensor:
+        """Tokens of each row in `rows` that would be kept if it selected now: [R, N] bool."""
+        assert self._scores is not None and self._always is not None
+        valid = None if self._valid is None else self._valid[:, : self._scores.shape[1]]
+        ranks = token_ranks(self._scores.masked_fill(self._always, float("inf")), valid)
+        budget = self._prefixes.gather(1, self._stage[:, None])[:, 0]
+        return select_tokens(ranks, budget, self.config.window, self._valid)
+
+    def _advance(self, selects: Tensor, keep: Tensor) -> None:
+        """Rows that select go on to their next stage, and what they keep moves to the right end, in its order."""
+        assert self._scores is not None and self._far is not None
+        valid = torch.ones_like(keep) if self._valid is None else self._valid
+        left = torch.where(selects[:, None], keep, valid)
+        order = left.to(torch.uint8).argsort(dim=-1, stable=True)
+        places = order[:, : self._scores.shape[1]]
+        self._valid = left.gather(1, order)
+        self._scores = self._scores.gather(1, places)
+        self._far = self._far.gather(1, places) & self._valid[:, : places.shape[1]]
+        self._stage = torch.where(selects, self._nexts.gather(1, self._stage[:, None])[:, 0], self._stage)
+        self._settled = self._always = None
+
+    def _leave(self) -> None:
+        """Rows that made their final selection leave `rows`."""
+        going = [place for place, stage in enumerate(self._at) if stage < len(self.stages)]
+        if len(going) == len(self.rows):
+            return
+        self.rows, self._at = [self.rows[place] for place in going], [self._at[place] for place in going]
+        index = torch.tensor(going, dtype=torch.int64, device=self._stage.device)
+        assert self._scores is not None and self._far is not None and self._valid is not None
+        self._scores, self._far, self._valid = self._scores[index], self._far[index], self._valid[index]
+        self._prefixes, self._nexts, self._stage = self._prefixes[index], self._nexts[index], self._stage[index]
+
+
+def _bounds(stage: object) -> tuple[float, int, int]:
+    """Of a stage, or of settings."""
+    return tuple(getattr(stage, name) for name in ("tau", "min_layer", "max_layer"))

@@ -1,0 +1,234 @@
+"""Selection in stages against its rule, written once more in plain Python for one row at a time."""
+
+from itertools import pairwise
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexasl import ASLConfig, ConfigError
+from flexasl.config import SELECT_ON
+from flexasl.replaying import replay_scores
+from flexasl.selectors import LayerSelector, StagedSelector, staged
+from flexasl.stages import Stage
+
+LAYERS = 7
+INF = float("inf")
+
+
+def combine(before, scores, select_on):
+    if before is None or select_on == "last":
+        return scores
+    fade = np.float32(1 if select_on == "max" else 0.8)
+    return before * fade + scores if select_on == "sum" else np.maximum(before * fade, scores)
+
+
+def budgets(config, length):
+    """Tokens that go on from each stage, the final one last."""
+    final = min(config.token_budget(length), length)
+    counts = [length]
+    for stage in config.stages:
+        wanted = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
+        counts.append(min(counts[-1], max(wanted, final)))
+    return [*counts[1:], final]
+
+
+def decide(config, scores, counting, near):
+    """The rule for one row: scores [layer][prefix token] → what was selected, as (layer, prompt positions), and the
+    highest score of a far token by layer."""
+    prefix, window = len(scores[0]), config.window
+    counts, stages = budgets(config, prefix + window), [*config.stages, config]
+    reach = near + config.kernel_size // 2
+    marked = [-1, *np.flatnonzero(np.isinf(scores[0])), prefix]
+    far = {j for j in range(prefix) if min(abs(j - at) for at in marked) > reach}
+    left, best, made, seen = list(range(prefix)), None, [], {}
+    pending = [
+        at
+        for at in range(len(stages))
+        if at == len(counts) - 1 or counts[at] < (counts[at - 1] if at else prefix + window)
+    ]
+    for layer in counting:
+        if not pending:
+            break
+        own = np.where(np.isinf(scores[layer]), 0, scores[layer]).astype(np.float32)
+        best = combine(best, own, config.select_on)
+        forced = set(np.flatnonzero(np.isinf(scores[layer])))
+        seen[layer] = max((float(best[j]) for j in left if j in far and j not in forced), default=0.0)
+        selects = config.if_never == "select"
+        if selects and layer == config.max_layer:
+            pending = pending[-1:]
+        stage = stages[pending[0]]
+        settled = layer >= stage.min_layer and seen[layer] >= np.float32(stage.tau)
+        if settled or (selects and layer >= stage.max_layer):
+            order = sorted(left, key=lambda j: (j not in forced, -best[j], j))
+            left = sorted(order[: counts[pending.pop(0)] - window])
+            made.append((layer, [*left, *range(prefix, prefix + window)]))
+    return made, seen
+
+
+@st.composite
+def configs(draw):
+    """Any resolved settings of the rule, and the layers that count."""
+    layers = draw(st.just(list(range(LAYERS))) | st.sets(st.integers(0, LAYERS - 1), min_size=2).map(sorted))
+    window, share = draw(st.integers(1, 3)), st.floats(0.1, 1.0)
+    taus = st.sampled_from([None, 0.1, 0.4, 0.5, 0.7, 0.9, 1.0])
+    stages = []
+    for _ in range(draw(st.integers(0, 3))):
+        ends = sorted(draw(st.sampled_from(layers)) for _ in range(2))
+        first, last = (end if draw(st.booleans()) else None for end in ends)
+        stages.append(Stage(tokens=draw(share | st.integers(2, 30)), tau=draw(taus), min_layer=first, max_layer=last))
+    first, last = sorted(draw(st.sampled_from(layers)) for _ in range(2))
+    config = ASLConfig(
+        settled_by="lookup",
+        select_tokens=draw(st.integers(window + 1, 12) | st.floats(0.05, 1.0)),
+        window=window,
+        kernel_size=draw(st.sampled_from([1, 3, 5])),
+        stages=stages,
+        min_layer=draw(st.sampled_from([first, None])),
+        max_layer=last,
+        score_from=draw(st.sampled_from([None, 0, 3])),
+        tau=draw(taus),
+        select_on=draw(st.sampled_from(SELECT_ON)),
+        if_never=draw(st.sampled_from(["select", "keep"])),
+    ).resolve(LAYERS, layers)
+    opens = min(stage.min_layer for stage in (*config.stages, config))
+    since = opens if config.select_on == "last" else config.score_from
+    return config, layers, [layer for layer in layers if since <= layer <= config.max_layer]
+
+
+@st.composite
+def stacks(draw, rows):
+    """scores[row] [layer, prefix token] in tenths, with ties, and some tokens that are kept in any case."""
+    rng, made = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), []
+    for _ in range(rows):
+        prefix = draw(st.integers(1, 30))
+        high = np.array(draw(st.lists(st.integers(1, 10), min_size=LAYERS, max_size=LAYERS)))
+        scores = (rng.integers(0, high[:, None] + 1, (LAYERS, prefix)) / 10).astype(np.float32)
+        scores[:, rng.permutation(prefix)[: draw(st.integers(0, 3))]] = INF
+        made.append(scores)
+    return made
+
+
+def run(config, layers, scores, tokens, rows, masks=False):
+    """Feeds a selector as a prefill does: each row's tokens that are left at the right end, junk in padding. Gives what
+    was selected by row, as `decide` does, and the layers that were needed."""
+    lengths = [row.shape[1] + config.window for row in scores]
+    selector = StagedSelector(config, lengths, tokens=tokens, rows=rows, ranking_layers=layers)
+    left, made, asked = {row: np.arange(lengths[row]) for row in rows}, {row: [] for row in rows}, []
+    for layer in layers:
+        if not selector.needs(layer):
+            continue
+        asked.append(layer)
+        fed = torch.full((len(selector.rows), tokens - config.window), 1e9)
+        for place, row in enumerate(selector.rows):
+            own = left[row][: -config.window]
+            fed[place, fed.shape[1] - len(own) :] = torch.tensor(scores[row][layer, own])
+        selector.observe(layer, fed)
+        if masks:
+            selects, keep = selector.mask(layer)
+            found = [(row, keep[place]) for place, row in enumerate(selector.rows) if selects[place]]
+        else:
+            found = [(made_.row, made_.keep) for made_ in selector.select(layer)]
+        for row, keep in found:
+            assert len(keep) == tokens and not keep[: tokens - len(left[row])].any(), "padding is not kept"
+            left[row] = left[row][keep[tokens - len(left[row]) :].numpy()]
+            made[row].append((layer, left[row].tolist()))
+    return selector, made, asked
+
+
+@given(case=configs(), data=st.data())
+def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
+    config, layers, counting = case
+    scores = data.draw(stacks(data.draw(st.integers(1, 4))))
+    tokens = max(row.shape[1] for row in scores) + config.window + data.draw(st.sampled_from([0, 0, 5]))
+    rows = data.draw(st.lists(st.sampled_from(range(len(scores))), min_size=1, unique=True).map(sorted))
+    near = data.draw(st.sampled_from([0, 2, 5]))
+    with mock.patch.object(staged, "NEAR", near), mock.patch.object(staged, "PATIENCE", 1.0):
+        selector, made, asked = run(config, layers, scores, tokens, rows)
+        masking, masked, _ = run(config, layers, scores, tokens, rows, masks=True)
+    assert made == masked
+    assert set(selector.traces) == set(masking.traces) == set(rows)
+    latest = 0
+    for row in rows:
+        want, seen = decide(config, scores[row], counting, near)
+        assert made[row] == want
+        for one, other in pairwise(want):
+            assert set(other[1]) <= set(one[1]) and other[0] > one[0]
+        trace = selector.traces[row]
+        assert dict(zip(trace.eval_layers, trace.lookup, strict=True)) == seen
+        latest = max(latest, max(seen))
+    assert asked == [layer for layer in counting if layer <= latest]
+
+
+def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch):
+    settings = {"select_tokens": 5, "window": 1, "kernel_size": 3, "min_layer": 1, "max_layer": 5, "stages": ()}
+    settings["settled_by"] = "lookup"
+    monkeypatch.setattr(staged, "PATIENCE", 1.0)
+    config = ASLConfig(**settings).resolve(LAYERS)
+    reach = staged.NEAR + 1
+    for token, weight, layer in (
+        (reach, 0.5, 1),
+        (reach, 0.49, 5),
+        (reach - 1, 0.5, 5),
+        (99 - reach, 0.5, 5),
+        (98 - reach, 0.5, 1),
+    ):
+        scores = torch.zeros(1, 99)
+        scores[0, token] = weight
+        selector = StagedSelector(config, [100])
+        made = []
+        for at in range(LAYERS):
+            if selector.needs(at):
+                selector.observe(at, scores)
+                made += selector.select(at)
+        assert [(one.layer, one.count) for one in made] == [(layer, 5)], (token, weight)
+        assert made[0].keep.nonzero().flatten().tolist() == [0, 1, 2, token, 99]
+        reason = selector.reason(0, made[0])
+        wanted = (
+            "a head gave 0.50 of its attention to one far token"
+            if layer == 1
+            else "no head gave enough of its attention"
+        )
+        assert wanted in reason
+
+
+def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
+    config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
+    with pytest.raises(ConfigError, match=r"min_layer=1 does not see the whole prompt; give one of 2, 4, 6"):
+        StagedSelector(config, [100], ranking_layers=[2, 4, 6])
+
+
+def test_no_layer_is_needed_without_rows_or_beyond_the_last_one():
+    config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, score_from=1).resolve(LAYERS)
+    assert not any(StagedSelector(config, [9, 9], rows=[]).needs(layer) for layer in range(LAYERS))
+    selector = StagedSelector(config, [99])
+    assert [layer for layer in range(LAYERS) if selector.needs(layer)] == [1, 2, 3, 4]
+
+
+def test_the_threshold_falls_by_a_tenth_with_every_layer_of_the_range():
+    config = ASLConfig(
+        settled_by="lookup", select_tokens=5, window=1, kernel_size=1, min_layer=1, max_layer=6, stages=()
+    )
+    resolved, token = config.replace(tau=0.5, select_on="last").resolve(LAYERS), 50
+    for weight, layer in ((0.5, 1), (0.46, 2), (0.41, 3), (0.37, 4), (0.33, 5)):
+        scores = torch.zeros(1, 99)
+        scores[0, token] = weight
+        selector, made = StagedSelector(resolved, [100]), []
+        for at in range(LAYERS):
+            if selector.needs(at):
+                selector.observe(at, scores)
+                made += selector.select(at)
+        assert [one.layer for one in made] == [layer]
+
+
+def test_each_rule_has_its_selector():
+    lookup, variance = (ASLConfig(settled_by=rule).resolve(LAYERS) for rule in ("lookup", "variance"))
+    with pytest.raises(ConfigError, match="is for StagedSelector"):
+        LayerSelector(lookup, [100])
+    with pytest.raises(ConfigError, match="is for StagedSelector"):
+        replay_scores(torch.rand(LAYERS, 60), ASLConfig(settled_by="lookup"))
+    with pytest.raises(ConfigError, match="is for LayerSelector"):
+        StagedSelector(variance, [100])
