@@ -108,7 +108,7 @@ def _prefills(model: Any, batch: int, tokens: int, args: argparse.Namespace, sto
             row = {"what": what, "seconds": []} | _peak_and_waits(model, ids)
             if patch is not None:
                 told = patch.report.rows[0]
-                limit = _limit(model.config, tokens, told.kept_tokens, told.selected_layer)
+                limit = _limit(model.config, tokens, told.layer_tokens)
                 row |= {"layer": told.selected_layer, "kept": told.kept_tokens, "limit": limit}
         found.append(row)
     for turn in range(args.pairs):
@@ -203,17 +203,16 @@ def _counted(run: Any, ids: torch.Tensor) -> tuple[int | None, dict[str, int]]:
     return len(waits), dict(places.most_common(20))
 
 
-def _limit(config: Any, tokens: int, kept: int, layer: int | None) -> float:
+def _limit(config: Any, tokens: int, ran: tuple[int, ...]) -> float:
     """The share of the layers' floating-point operations that is left."""
-    layers, width = config.num_hidden_layers, config.hidden_size
+    width = config.hidden_size
     dim = width // config.num_attention_heads
     weights = 2 * width * width + 2 * width * config.num_key_value_heads * dim + 3 * width * config.intermediate_size
 
     def cost(count: int) -> int:
         return 2 * weights * count + 2 * width * count * count
 
-    whole = layers if layer is None else layer + 1
-    return (whole + (layers - whole) * cost(kept) / cost(tokens)) / layers
+    return statistics.fmean(cost(count) for count in ran) / cost(tokens)
 
 
 def _model(name: str, dtype: torch.dtype, device: str, positions: int) -> Any:

@@ -34,7 +34,8 @@ def main() -> None:
     config = flexasl.ASLConfig(select_tokens=args.budget)
     axes = figure.subplots((len(SHOWN) + 1) // 2, 2, sharex=True, sharey=True).flatten()
     for axis, name in zip(axes, SHOWN, strict=False):
-        held, report = kept(model, torch.tensor([ids]), config, name)
+        asking = {"tokenizer": tokenizer, "question": question} if name.startswith("asl") else {}
+        held, report = kept(model, torch.tensor([ids]), config, name, **asking)
         axis.imshow(held, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.axvspan(start, end, color="#dd6b20", alpha=0.35, linewidth=0)
         axis.set_title(f"{name}: {report.kv_share:.0%} of the full cache", fontsize=10, loc="left")
@@ -51,9 +52,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def kept(model: Any, ids: torch.Tensor, config: flexasl.ASLConfig, policy: str) -> tuple[torch.Tensor, Any]:
+def kept(
+    model: Any, ids: torch.Tensor, config: flexasl.ASLConfig, policy: str, **asking: Any
+) -> tuple[torch.Tensor, Any]:
     """Share of KV heads that hold a token, [layers, tokens], and the report."""
-    with flexasl.patch(model, config, policy) as patch:
+    with flexasl.patch(model, config, policy, **asking) as patch:
         layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
     held = torch.zeros(len(layers), ids.shape[1])
     for row, layer in zip(held, layers, strict=True):

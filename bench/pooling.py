@@ -22,7 +22,6 @@ from flexasl.tools.evaluation.tasks import build
 
 TASKS = ["needle", "passkey", "number_string", "niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery"]
 POOLINGS = [("avgpool", 7), ("avgpool", 15), ("avgpool", 31), ("maxpool", 15), ("maxpool", 25), ("maxpool", 31)]
-OBSERVED = [1, 4, 8]
 LAYERS = range(12, 23)
 
 
@@ -43,24 +42,18 @@ def main() -> None:
         with Memo(len(prompt.ids)).over(costly_modules(decoder_layers(model))):
             for pooling, width in POOLINGS:
                 config = flexasl.ASLConfig(select_tokens=args.select_tokens, kernel_size=width, pooling=pooling)
-                (recording,), ranking_layers = record(model, [prompt], config, lambda done: None)
-                known = Table(recording, config, costs, ranking_layers)
-                for observed in OBSERVED:
-                    name = f"{pooling} {width}, best of {observed}" if observed > 1 else f"{pooling} {width}, one layer"
+                rule = config.resolve(len(costs))
+                (recording,), ranking_layers = record(model, [prompt], rule, tokenizer, lambda done: None)
+                known = Table(recording, costs, ranking_layers)
+                for select_on in ("last", "recent"):
+                    name = f"{pooling} {width}, {'one layer' if select_on == 'last' else 'best of all'}"
                     for layer in LAYERS:
-                        at = config.replace(
-                            min_layer=layer,
-                            max_layer=layer,
-                            observe_layers=observed,
-                            select_on="max",
-                            if_never="select",
-                        ).resolve(len(costs), ranking_layers)
-                        kept.setdefault(name, {}).setdefault(layer, []).append(known.outcome(at).kept)
-                rule = config.resolve(len(costs), ranking_layers)
+                        at = rule.replace(stages=(), min_layer=layer, max_layer=layer, select_on=select_on)
+                        kept.setdefault(name, {}).setdefault(layer, []).append(known.outcome(at).held)
                 ruled.setdefault(f"{pooling} {width}", []).append((task, known.outcome(rule)))
     rows = [[name, *(f"{fmean(by[layer]):.2f}" for layer in LAYERS)] for name, by in kept.items()]
     chosen = [
-        [name, f"{fmean(o.kept for _, o in seen):.2f}", f"{fmean(o.cost for _, o in seen):.3f}", *_layers(seen)]
+        [name, f"{fmean(o.held for _, o in seen):.2f}", f"{fmean(o.cost for _, o in seen):.3f}", *_layers(seen)]
         for name, seen in ruled.items()
     ]
     body = "\n\n".join(
@@ -69,7 +62,7 @@ def main() -> None:
             f"select_tokens={args.select_tokens}. Share of prompts of which the selection holds 90 % of the tokens of "
             "every answer.",
             "Selection at a fixed layer, by what is pooled over how many tokens, on one layer's scores or each token's "
-            "best of several:",
+            "best of all so far:",
             table(["", *map(str, LAYERS)], rows),
             "The default rule with each pooling: share kept, cost of the prefill, and the mean layer by task:",
             table(["pooling", "kept", "cost", *TASKS], chosen),

@@ -1,8 +1,8 @@
 """Prefill time of a patched model as a share of the unpatched one's, beside the limit that arithmetic sets.
 
-A prompt of N tokens pruned to K after layer s cannot take less than (s + 1 + (L - 1 - s) c) / L of the full time, where
-c is what a layer costs on K tokens as a share of one on N, measured here. Runs alternate, and shares are medians of
-pairs, because machines are shared.
+A prompt cannot take less of the full time than the mean over layers of what a layer costs on the tokens that are left,
+as a share of its cost on all of them, measured here. `asl` ranks by the question, fixed layers by the window. Runs
+alternate, and shares are medians of pairs, because machines are shared.
 """
 
 from __future__ import annotations
@@ -16,43 +16,50 @@ import torch
 from setting import arguments, setting, table, write
 
 import flexasl
-from flexasl import embedded
 from flexasl.prefill import Prefill
+from flexasl.tools.loading import load_model
 from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
+
+FACT = magic_number(1)
 
 
 def main() -> None:
     args = _arguments()
     setting()
-    model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
-    layers = model.config.num_hidden_layers
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    asking = {"tokenizer": tokenizer, "question": FACT.question}
     rows, data = [], []
     for tokens in args.tokens:
         ids = _prompt(tokenizer, tokens, args.device)
-        keep_all = _pairs(model, ids, flexasl.ASLConfig(select_tokens=1.0), "asl", args.pairs)
+        keep_all = _pairs(model, ids, args.pairs, config=flexasl.ASLConfig(select_tokens=1.0), **asking)
         rows.append(
             [ids.shape[1], "all", "", _seconds(keep_all, 0), _seconds(keep_all, 1), _share(keep_all), "1.000", ""]
         )
         data.append({"tokens": ids.shape[1], "keep": "all", "pairs": keep_all})
-        cost = _layer_share(model, ids.shape[1], args.select_tokens, args.pairs)
         config = flexasl.ASLConfig(select_tokens=args.select_tokens)
-        for name, policy in [("asl", "asl")] + [(f"layer {s}", flexasl.policies.FixedLayer(s)) for s in args.layers]:
-            pairs = _pairs(model, ids, config, policy, args.pairs)
-            selected, scoring = _decision(model, ids, config, policy)
-            limit = (selected + 1 + (layers - 1 - selected) * cost) / layers
+        known = {ids.shape[1]: 1.0}
+        for name in ["asl", *(f"fixed_layer:layer={layer}" for layer in args.layers)]:
+            patching = {"config": config, "policy": name} | (asking if name == "asl" else {})
+            pairs = _pairs(model, ids, args.pairs, **patching)
+            row, scoring = _decision(model, ids, **patching)
+            for left in {*row.layer_tokens} - {*known}:
+                known[left] = _layer_share(model, ids.shape[1], left, args.pairs)
+            limit = statistics.fmean(known[left] for left in row.layer_tokens)
+            selected = ", ".join(str(selection.layer) for selection in row.selections)
             median = statistics.median(b / a for a, b in pairs)
             rows.append(
                 [ids.shape[1], f"{args.select_tokens}, {name}", selected, _seconds(pairs, 0), _seconds(pairs, 1)]
                 + [_share(pairs), f"{limit:.3f} ({median / limit - 1:+.1%})", f"{scoring:.2%}"]
             )
             data.append(
-                {"tokens": ids.shape[1], "keep": args.select_tokens, "policy": name, "selected_layer": selected}
-                | {"pairs": pairs, "limit": limit, "layer_share": cost, "scoring_share": scoring}
+                {"tokens": ids.shape[1], "keep": args.select_tokens, "policy": name}
+                | {"selected_layers": [selection.layer for selection in row.selections], "pairs": pairs}
+                | {"limit": limit, "layer_shares": dict(known), "scoring_share": scoring}
             )
     heads = [
         "tokens",
         "kept",
-        "layer",
+        "layers",
         "unpatched, s",
         "patched, s",
         "share",
@@ -62,14 +69,14 @@ def main() -> None:
     write(args.out, "Prefill", table(heads, rows), {"rows": data})
 
 
-def _pairs(model: Any, ids: torch.Tensor, config: Any, policy: Any, count: int) -> list[tuple[float, float]]:
+def _pairs(model: Any, ids: torch.Tensor, count: int, **patching: Any) -> list[tuple[float, float]]:
     """Seconds of one prefill unpatched and patched, turn by turn; who goes first alternates."""
     pairs = []
     for turn in range(count):
         seconds = {}
         for patched in (turn % 2 == 0, turn % 2 == 1):
             if patched:
-                with flexasl.patch(model, config, policy):
+                with flexasl.patch(model, **patching):
                     seconds[patched] = _prefill(model, ids)
             else:
                 seconds[patched] = _prefill(model, ids)
@@ -86,8 +93,8 @@ def _prefill(model: Any, input_ids: torch.Tensor, **inputs: torch.Tensor) -> flo
     return time.perf_counter() - start
 
 
-def _decision(model: Any, ids: torch.Tensor, config: Any, policy: Any) -> tuple[int, float]:
-    """The layer selected, and the share of prefill that scoring, ranking, variance and selection take."""
+def _decision(model: Any, ids: torch.Tensor, **patching: Any) -> tuple[Any, float]:
+    """The report of the prompt, and the share of prefill that scoring and decision take."""
     spent, observe, advance = 0.0, Prefill.observe, Prefill.advance
 
     def timed(inner: Any) -> Any:
@@ -104,13 +111,12 @@ def _decision(model: Any, ids: torch.Tensor, config: Any, policy: Any) -> tuple[
 
     Prefill.observe, Prefill.advance = timed(observe), timed(advance)  # type: ignore[method-assign]
     try:
-        with flexasl.patch(model, config, policy) as patch:
+        with flexasl.patch(model, **patching) as patch:
             total = _prefill(model, ids)
     finally:
         Prefill.observe, Prefill.advance = observe, advance  # type: ignore[method-assign]
     assert patch.report is not None
-    selected = patch.report.rows[0].selected_layer
-    return (patch.report.num_layers - 1 if selected is None else selected), spent / total
+    return patch.report.rows[0], spent / total
 
 
 @torch.no_grad()
@@ -133,9 +139,9 @@ def _layer_share(model: Any, tokens: int, kept: int, count: int) -> float:
 
 
 def _prompt(tokenizer: Any, tokens: int, device: str) -> torch.Tensor:
-    fact = magic_number(1)
-    message = needle_prompt(tokenizer, tokens, 0.5, fact.needle, fact.question, 1, answer_prefix=fact.answer_prefix)
-    return torch.tensor([prompt_ids(tokenizer, message, fact.answer_prefix)], device=device)
+    needle, question, begin, _ = FACT
+    message = needle_prompt(tokenizer, tokens, 0.5, needle, question, 1, answer_prefix=begin)
+    return torch.tensor([prompt_ids(tokenizer, message, begin)], device=device)
 
 
 def _wait(states: torch.Tensor) -> None:
@@ -153,6 +159,7 @@ def _share(pairs: list[tuple[float, float]]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
+    parser.add_argument("--model", help="folder, hub id or GGUF file; default: the embedded one")
     parser.add_argument("--layers", type=int, nargs="*", default=[15, 18], help="fixed layers to compare with")
     parser.add_argument("--pairs", type=int, default=5, help="paired runs of each kind")
     return parser.parse_args()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flexasl.tools.evaluation import plots
-from flexasl.tools.evaluation.runner import ANSWERS, answer_key
+from flexasl.tools.evaluation.records import ANSWERS, check
+from flexasl.tools.evaluation.runner import answer_key
 from flexasl.tools.evaluation.storage import read_all
 from flexasl.tools.evaluation.tables import Results, score_tables
 
@@ -22,7 +23,7 @@ PICTURES = {
     "pareto.png": plots.pareto,
     "needle.png": plots.heat_map,
     "layers.png": plots.chosen_layers,
-    "variance.png": plots.variance_curves,
+    "decisions.png": plots.decisions,
 }
 
 
@@ -49,7 +50,7 @@ def main() -> None:
 def _read(place: Path) -> list[dict[str, Any]]:
     if place.is_dir():
         return read_all(place, ANSWERS, answer_key)
-    return [json.loads(line) for line in gzip.decompress(place.read_bytes()).splitlines()]
+    return [check(ANSWERS, json.loads(line)) for line in gzip.decompress(place.read_bytes()).splitlines()]
 
 
 def _write(place: Path, records: list[dict[str, Any]]) -> None:

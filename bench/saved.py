@@ -68,7 +68,8 @@ def known(model: Any, tokenizer: Any, text: str, facts: list[Fact], config: ASLC
     answers = []
     for fact in facts:
         ids = prompt_ids(tokenizer, f"{text}\n\n{fact.question}", fact.answer_prefix)
-        said = run.answer(model, tokenizer, ids, max_new_tokens=ANSWER_TOKENS, config=config, policy="asl")
+        asking: dict[str, Any] = {"config": config, "policy": "asl", "question": fact.question}
+        said = run.answer(model, tokenizer, ids, max_new_tokens=ANSWER_TOKENS, **asking)
         answers.append(_result(said, fact, None))
     return answers
 
@@ -80,7 +81,8 @@ def saved(
     ids, notes = run.opening_ids(tokenizer, text, about)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "document.safetensors"
-        cache = run.prefill(model, ids, config=config, policy="asl" if config else "full")
+        policy = "asl" if config else "full"
+        cache = run.prefill(model, ids, config=config, policy=policy, tokenizer=tokenizer, question=about or None)
         cache.save(path, notes)
         size, answers = path.stat().st_size, []
         for fact in facts:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from flexasl.replaying import Replay, replay
     from flexasl.report import Report
     from flexasl.retention import Retention
-    from flexasl.selectors import LayerSelector, Selection, Selector
+    from flexasl.selectors import LayerSelector, Selection, Selector, StagedSelector
+    from flexasl.stages import Stage
     from flexasl.tools import embedded as embedded
     from flexasl.tools import loading as loading
     from flexasl.tools import run as run
@@ -42,6 +43,8 @@ __all__ = [
     "Scoring",
     "Selection",
     "Selector",
+    "Stage",
+    "StagedSelector",
     "UnsupportedError",
     "Visibility",
     "calibrate",
@@ -67,6 +70,8 @@ _HOMES = {
     "Scoring": "attention",
     "Selection": "selectors",
     "Selector": "selectors",
+    "Stage": "stages",
+    "StagedSelector": "selectors",
     "UnsupportedError": "errors",
     "Visibility": "masks",
     "calibrate": "tools.calibration",

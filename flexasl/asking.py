@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flexasl.checks import integer
+from flexasl.checks import ascending
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.rows import Rows
@@ -70,6 +70,16 @@ class Asked:
         again = tokens > self._budget and ranking
         return [at for at in self.controls if at in sure] if again else [], ranking
 
+    def silent(self, tokens: Tensor) -> Tensor:
+        """Which of the controls and of `ranking`, [W] bool, are not in `left` of so many tokens, [] int64."""
+
+        def gone(left: int) -> Tensor:
+            sure, places = set().union(*self.left(left)), [*self.controls, *self.ranking]
+            return torch.tensor([at not in sure for at in places], dtype=torch.bool, device=tokens.device)
+
+        again = torch.where(tokens > self._budget, gone(self._budget + 1), gone(self._budget))
+        return again & (tokens < self._tokens)
+
 
 class Questions:
     """The questions of a batch of prompts, some of which have one."""
@@ -88,18 +98,17 @@ class Questions:
         self.given = list(questions)
         self.rows: list[Asked | None] = []
         for row, (question, length) in enumerate(zip(questions, lengths)):
-            positions = [] if question is None else [at - self._firsts[row] for at in question.tolist()]
-            for at in positions[:1] + positions[-1:]:
-                integer(f"question of row {row}: position", at, 0, length - 1)
-            if any(one >= other for one, other in pairwise(positions)):
-                raise FlexASLError(f"question of row {row}: positions do not ascend; give each once, in order")
+            first = self._firsts[row]
+            given = () if question is None else question
+            positions = [at - first for at in ascending(f"question of row {row}: position", given, first, tokens - 1)]
             sizes = length, self._budgets[row], config.window, past, bool(config.contrast)
             self.rows.append(Asked(positions, *sizes) if positions else None)
         self._masks: tuple[Rows | None, dict[tuple[int, ...], Tensor]] = None, {}
 
-    def set_scoring_tokens(self, rows: Rows) -> None:
+    def set_scoring_tokens(self, rows: Rows, left: Tensor | None = None) -> None:
         """Says whose queries rank the tokens that rows have left: where a row has a question, its tokens', after those
-        that they are compared with; else the window's."""
+        that they are compared with; else the window's. left [B] int64: how many it has where the others are masked
+        out."""
         places: list[Tensor | None] = []
         controls = []
         for row, asked in enumerate(self.rows):
@@ -107,10 +116,18 @@ class Questions:
             places.append(self._places(rows, row, [*first, *ranking]) if ranking else None)
             controls.append(len(first) if ranking else 0)
         rows.scoring_tokens, rows.controls = places, controls
+        if left is not None:
+            rows.silent = [None if one is None else one.silent(left[row]) for row, one in enumerate(self.rows)]
 
-    def kept(self, rows: Rows, limits: Sequence[int] | None = None, controls: bool = False) -> Tensor:
+    def kept(
+        self, rows: Rows, limits: Sequence[int] | None = None, controls: bool = False, cut: Tensor | None = None
+    ) -> Tensor:
         """Which of the tokens that are left are kept whatever they score, of so many in each row (None: of what goes
-        on); with controls, as another selection comes: [B, M] bool, each row at the right end."""
+        on); with controls, as another selection comes: [B, M] bool, each row at the right end. cut [B] bool: rows of
+        which tokens are masked out."""
+        if cut is not None and limits is not None:
+            whole, less = (self.kept(rows, some, controls) for some in (limits, list(map(min, limits, self._budgets))))
+            return torch.where(cut[:, None], less, whole)
         limits = list(map(min, self._budgets, self._lengths)) if limits is None else limits
         known, made = self._masks
         if known is not rows:

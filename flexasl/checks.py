@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -72,6 +73,19 @@ def integer(
     return whole
 
 
+def ascending(name: str, values: Any, least: int, most: int, *, error: type[FlexASLError] = FlexASLError) -> list[int]:
+    """The values, a sequence or a tensor, as ints within these bounds, each once and in order; name is that of one."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
+        raise error(f"{name}s are {shown(values)}; give whole numbers in order")
+    whole = [value if type(value) is int else integer(name, value, least, most, error=error) for value in listed]
+    for value in whole[:1] + whole[-1:]:
+        integer(name, value, least, most, error=error)
+    if any(one >= other for one, other in pairwise(whole)):
+        raise error(f"{name}s do not ascend; give each once, in order")
+    return whole
+
+
 def real(name: str, value: Any, allowed: str, *, error: type[FlexASLError] = FlexASLError) -> float | int:
     """The value as a finite int or float; allowed says in words which."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -79,8 +93,8 @@ def real(name: str, value: Any, allowed: str, *, error: type[FlexASLError] = Fle
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def amount(name: str, value: Any, window: int) -> int | float:
-    """A count of tokens beyond the window, or a share in (0, 1]."""
+def amount(name: str, value: Any, least: int, why: str = "is too small") -> int | float:
+    """A count of at least so many tokens, or a share in (0, 1]; why: what is wrong with fewer."""
     if not isinstance(value, (bool, float)):
         with contextlib.suppress(TypeError):  # integers of NumPy, torch and others
             value = operator.index(value)
@@ -92,10 +106,8 @@ def amount(name: str, value: Any, window: int) -> int | float:
             raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
         return share
     count = int(value)
-    if count <= window:
-        raise ConfigError(
-            f"{name}={count} does not exceed window={window}, whose tokens are always kept; give at least {window + 1}"
-        )
+    if count < least:
+        raise ConfigError(f"{name}={count} {why}; give at least {least}")
     return count
 
 

@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from flexasl import checks, stored
 from flexasl.calibrated import CalibratedFor
-from flexasl.checks import amount, article, instance, integer, one_of, real
+from flexasl.checks import amount, article, ascending, instance, integer, one_of, real
 from flexasl.errors import ConfigError
 from flexasl.stages import Stage
 
@@ -36,8 +36,10 @@ OWN_SCORES: dict[str, Any] = PUBLISHED_SCORES | {"kernel_size": 25, "pooling": "
 LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {"score_power": "max", "contrast": True}
 """How they are scored under the rule of look-ups."""
 KV_DTYPES = ("int8", "fp8")
-LOOKUP_TAU, STAGE_TAU = 0.5, 0.3
+LOOKUP_TAU, STAGE_TAU = 0.5, 0.95
 """Shares of a head's attention that count as a look-up, for the final selection and for a loose one."""
+STAGE_TOKENS = 0.4
+"""What goes on from a loose selection, as a share of the prompt."""
 PAPER_RULE: dict[str, Any] = {
     "settled_by": "variance",
     "variance_reference": "initial",
@@ -63,22 +65,21 @@ class ASLConfig:
     kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
     kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
         as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
-    settled_by: What says that the ranking has settled: `"variance"`, as in the paper, that the variance of ranks over
-        `observe_layers` has fallen below `tau` of a reference; or `"lookup"`, that a head gives a share of at least
-        `tau` of its attention to one far token, of which a tenth less is asked with every further layer. None:
-        `"variance"`.
+    settled_by: What says that the ranking has settled: `"lookup"`, that a head gives a share of at least `tau` of its
+        attention to one far token, of which 15 percent less is asked with every further layer; or `"variance"`, as in
+        the paper, that the variance of ranks over `observe_layers` has fallen below `tau` of a reference. None:
+        `"variance"` where `variance_reference` or `observe_layers` is given, else `"lookup"`.
     tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
         in the paper, and 0.05 with `"peak"`.
-    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: a third of the
-        tokens with `"lookup"`, no stage with `"variance"`, which takes none.
-    min_layer: First layer at which selection can happen. None: with `"lookup"` a third of the layers; with
-        `"variance"` a third with the `"initial"` reference, three eighths with `"peak"`, but no less than
-        `observe_layers - 1`.
+    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: two fifths of
+        the tokens with `"lookup"`, no stage with `"variance"`, which takes none.
+    min_layer: First layer at which selection can happen. None: a third of the layers; with
+        `"variance"` and the `"peak"` reference three eighths; no less than `observe_layers - 1`.
     max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
         `"initial"` reference, as in the paper.
     observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
         paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
-    score_from: First layer whose scores count with `"lookup"`. None: a sixth of the layers.
+    score_from: First layer whose scores count with `"lookup"`. None: an eighth of the layers.
     window: Last prompt tokens, whose queries score the others, and which are always kept.
     kernel_size: Tokens that each score is pooled over; odd. None: 25, so that a token is kept together with what
         stands around it; 7 with the `"initial"` reference and for other methods than `asl`, as in the papers.
@@ -170,7 +171,10 @@ class ASLConfig:
         """
         path = checks.path("path", path)
         try:
-            return cls.from_dict(stored.read(path))
+            settings = stored.read(path)
+            if isinstance(settings, dict) and {"settings", "evidence"} <= settings.keys():
+                raise ConfigError("it is a profile; give the settings beside it, or flexasl.patch(model, profile=...)")
+            return cls.from_dict(settings)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{os.fspath(path)} does not exist; give a JSON file of settings") from error
         except (ConfigError, stored.Unfit) as error:
@@ -190,6 +194,10 @@ class ASLConfig:
         if self.calibrated_for is not None:
             self.calibrated_for.refuse_depth(num_layers)
         self._refuse_beyond(num_layers)
+        if ranking_layers is not None:
+            ranking_layers = ascending("ranking_layers: layer", ranking_layers, 0, num_layers - 1, error=ConfigError)
+            if not ranking_layers:
+                raise ConfigError("ranking_layers is empty; give at least one layer, or None for all")
         if self.rule == "lookup":
             return self._resolve_lookup(range(num_layers) if ranking_layers is None else ranking_layers, num_layers)
         if ranking_layers is not None and len(ranking_layers) < num_layers:
@@ -225,7 +233,8 @@ class ASLConfig:
     @property
     def rule(self) -> str:
         """`settled_by`, also where it is left open."""
-        return self.settled_by or "variance"
+        of_variance = self.variance_reference is not None or self.observe_layers is not None
+        return self.settled_by or ("variance" if of_variance else "lookup")
 
     def token_budget(self, prompt_tokens: int) -> int:
         """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
@@ -273,45 +282,64 @@ class ASLConfig:
         def from_on(layer: int) -> int:
             return next((one for one in ranking_layers if one >= layer), ranking_layers[-1])
 
+        def refuse(name: str, layer: int) -> NoReturn:
+            raise ConfigError(
+                f"{name}={layer} leaves no layer to select at; layers with full attention are "
+                f"{', '.join(map(str, ranking_layers))} of {num_layers}"
+            )
+
         def up_to(name: str, layer: int) -> int:
             if layer < ranking_layers[0]:
-                raise ConfigError(
-                    f"{name}={layer} leaves no layer to select at; layers with full attention are "
-                    f"{', '.join(map(str, ranking_layers))} of {num_layers}"
-                )
+                refuse(name, layer)
             return [one for one in ranking_layers if one <= layer][-1]
 
+        opens = from_on(num_layers // 8 if self.score_from is None else self.score_from)
         last = None if self.max_layer is None else up_to("max_layer", self.max_layer)
         if self.min_layer is None:
-            first = from_on(num_layers // 3)
+            first = max(from_on(num_layers // 3), opens)
             first = first if last is None else min(first, last)
         else:
             first = from_on(self.min_layer)
             if first < self.min_layer or (last is not None and last < first):
-                up_to("min_layer", -1)
+                refuse("min_layer", self.min_layer)
         last = max(first, up_to("max_layer", max(7 * (num_layers - 1) // 10, first))) if last is None else last
-        open_stages = (Stage(tokens=0.33),) if ranking_layers[0] < first else ()
+        open_stages = (Stage(tokens=STAGE_TOKENS),) if opens < last else ()
         stages, before = [], ranking_layers[0]
         for stage in open_stages if self.stages is None else self.stages:
             start, stop = stage.min_layer, stage.max_layer
             for name, given in (("min_layer", start), ("max_layer", stop)):
                 if given is not None and given >= num_layers:
-                    raise ConfigError(f"stages: {name}={given} is beyond the model, which has {num_layers} layers")
+                    raise ConfigError(
+                        f"stages: {name}={given} is beyond the model, which has {num_layers} layers; give at most "
+                        f"{num_layers - 1}"
+                    )
             stop = None if stop is None else max(up_to("stages: max_layer", stop), before)
-            start = max(from_on(num_layers // 6 if start is None else start), before)
+            start = max(opens if start is None else from_on(start), before)
             start = start if stop is None else min(start, stop)
-            stop = max(start, min(from_on(num_layers // 3), first)) if stop is None else stop
+            if start > last and stage.min_layer is not None:
+                raise ConfigError(
+                    f"stages: min_layer={stage.min_layer} comes after max_layer={last}, where the final selection is "
+                    "made at the latest; give a smaller one, or a greater max_layer"
+                )
+            if start > last:
+                continue
+            if stop is None:
+                stop = max([start, *(one for one in ranking_layers if one <= num_layers // 4)])
             tau = STAGE_TAU if stage.tau is None else stage.tau
             stages.append(Stage(tokens=stage.tokens, tau=tau, min_layer=start, max_layer=stop))
             before = start
-        opening = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
-        since = from_on(num_layers // 6 if self.score_from is None else self.score_from)
+        selects = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
+        if self.score_from is not None and self.score_from > selects:
+            raise ConfigError(
+                f"score_from={self.score_from} comes behind layer {selects}, from which on tokens are selected; give "
+                f"at most {selects}"
+            )
         return self.replace(
             settled_by="lookup",
             tau=LOOKUP_TAU if self.tau is None else self.tau,
             stages=tuple(stages),
             observe_layers=None,
-            score_from=min(since, opening),
+            score_from=min(opens, selects),
             min_layer=first,
             max_layer=last,
             if_never=self.if_never or "select",
@@ -360,7 +388,8 @@ class ASLConfig:
         for name in ("select_tokens", "kv_budget"):
             value = getattr(self, name)
             if value is not None or name == "select_tokens":
-                self._set(name, amount(name, value, self.window))
+                why = f"does not exceed window={self.window}, whose tokens are always kept"
+                self._set(name, amount(name, value, self.window + 1, why))
         if self.score_power not in ("max", None):
             power = real("score_power", self.score_power, "a number of at least 1, or 'max'", error=ConfigError)
             if power < 1:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexasl import checks
-from flexasl.checks import article, instance
-from flexasl.config import ASLConfig
+from flexasl.checks import article, instance, shown
+from flexasl.config import LOOKUP_SCORES, ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.policies import Policy, choose
+from flexasl.profiles import Profile, find, is_open, path_for, place_for, store
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +32,8 @@ def patch(
     foreign_hooks: Literal["refuse", "packed"] = "refuse",
     tokenizer: Any = None,
     question: Any = None,
+    profile: str | os.PathLike[str] | Literal[False] | None = None,
+    calibrate: bool | Mapping[str, Any] = False,
 ) -> BasePatch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
@@ -50,6 +55,11 @@ def patch(
     later on the patch, or given to one call of `generate`. Without both, and where nothing is found, the last `window`
     tokens rank. See docs/question.md.
 
+    profile: a file of settings that calibration found for the model, which fills in what the config leaves open; None:
+    one that comes with the library or was stored on this machine is looked for; False: none. calibrate: where none is
+    found, find settings now, which takes minutes and shows its progress, and store them for the next time; True, or
+    arguments of `flexasl.calibrate`. It needs the tokenizer. See docs/calibration.md.
+
     Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be
     patched and `ConfigError` for settings that do not fit it, that the policy would ignore, or that were calibrated for
     another model; the model is then untouched.
@@ -64,18 +74,32 @@ def patch(
     from flexasl.integrations import questions
 
     questions.check(question, tokenizer)
-    made = _patched(without_peft(model), settings, chosen, kernel, compile, foreign_hooks)
+    found = _profile(without_peft(model), tokenizer, settings, chosen, profile, calibrate)
+    made = _patched(without_peft(model), settings, chosen, kernel, compile, foreign_hooks, found)
+    if profile and made.profile is None:
+        made.remove()
+        raise ConfigError(
+            f"profile={shown(profile)} would have no effect, because the config sets other scores than it was found "
+            "for, or layers that leave no room for its own; leave it out"
+        )
     made.tokenizer, made.question = tokenizer, question
     return made
 
 
 def _patched(
-    model: Any, settings: ASLConfig, policy: Policy, kernel: str, compile: bool, foreign_hooks: str
+    model: Any,
+    settings: ASLConfig,
+    policy: Policy,
+    kernel: str,
+    compile: bool,
+    foreign_hooks: str,
+    profile: Profile | Literal[False] | None,
 ) -> BasePatch:
     if _is_a(model, "transformers", "PreTrainedModel"):
         from flexasl.integrations.transformers import Patch
 
-        return Patch(model, settings, policy, kernel=kernel, compile=compile, foreign_hooks=foreign_hooks)
+        how: dict[str, Any] = {"kernel": kernel, "compile": compile, "foreign_hooks": foreign_hooks}
+        return Patch(model, settings, policy, **how, profile=profile)
     others = {
         "torchtune": ("torchtune.modules", "TransformerDecoder"),
         "torchtitan": ("torchtitan.models.common.decoder", "Decoder"),
@@ -91,6 +115,56 @@ def _patched(
     adapter: Any = importlib.import_module(f"flexasl.integrations.{framework}")
     patched: BasePatch = adapter.Patch(model, settings, policy, kernel=kernel, foreign_hooks=foreign_hooks)
     return patched
+
+
+def _profile(
+    model: Any, tokenizer: Any, settings: ASLConfig, policy: Policy, given: Any, calibrate: bool | Mapping[str, Any]
+) -> Profile | Literal[False] | None:
+    """The profile that is given or made now; what was given, None or False, where there is none."""
+    instance("calibrate", calibrate, (bool, Mapping), "True, False or arguments of flexasl.calibrate", ConfigError)
+    asked = "profile" if given is not None and given is not False else "calibrate"
+    if asked == "calibrate" and calibrate is False:
+        return False if given is False else None
+    value = shown(given if asked == "profile" else calibrate)
+    if given is not None and calibrate is not False:
+        both = f"profile={shown(given)} and calibrate={shown(calibrate)}"
+        raise ConfigError(f"{both} exclude each other; give one of them")
+    if not _is_a(model, "transformers", "PreTrainedModel"):
+        raise UnsupportedError(f"{asked}={value} is for transformers models, and this one is {article(model)}")
+    if not policy.takes_profiles or not is_open(settings):
+        why = "where the config leaves nothing open" if policy.takes_profiles else f"under policy {policy.name!r}"
+        raise ConfigError(f"{asked}={value} would have no effect {why}; leave it out")
+    from flexasl.integrations.transformers.fingerprint import calibrated_for
+
+    known = calibrated_for(model)
+    if asked == "profile":
+        return Profile.load(given).of(known)
+    if tokenizer is None:
+        raise ConfigError(f"calibrate={value} needs the tokenizer to make prompts with; give tokenizer=")
+    stored = find(known)
+    if stored is not None:
+        return stored
+    from flexasl.calibration import calibrate_visibly
+
+    how = dict(calibrate) if isinstance(calibrate, Mapping) else {}
+    _refuse_other_scores(settings, how.get("config"), value)
+    storable = path_for(known) is not None  # else it is known by its shape alone
+    if storable:
+        place_for(known)
+    made = calibrate_visibly(model, tokenizer, **how).profile()
+    return Profile.load(store(made)) if storable else dataclasses.replace(made, where="made now")
+
+
+def _refuse_other_scores(settings: ASLConfig, config: Any, value: str) -> None:
+    """Raises `ConfigError` where the settings have other scores than those that calibration would find layers for."""
+    found = (config if isinstance(config, ASLConfig) else ASLConfig()).scored(LOOKUP_SCORES)
+    for name in LOOKUP_SCORES:
+        given, other = getattr(settings, name), getattr(found, name)
+        if given not in (None, other):
+            raise ConfigError(
+                f"{name}={given!r} is given, and calibrate={value} finds settings for {name}={other!r}; give "
+                f"calibrate={{'config': ASLConfig({name}={given!r})}}"
+            )
 
 
 def _is_a(model: Any, module: str, name: str) -> bool:

@@ -79,10 +79,11 @@ class Prefill:
         self.device = torch.device(device)
         self.ranking_layers = ranking_layers
         self.questions = None
-        if question is not None and any(own is not None and len(own) for own in question):
+        if question is not None:
             # A score of the policy's own compares nothing.
             compared = config if policy.score is None else config.replace(contrast=False)
-            self.questions = Questions(question, self.lengths, self.tokens, compared, past)
+            questions = Questions(question, self.lengths, self.tokens, compared, past)
+            self.questions = questions if any(questions.rows) else None
         self.question_texts = list(question_texts or [None] * len(self.lengths))
         self.rows = self._with_scoring_tokens(
             Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
@@ -193,7 +194,10 @@ class Prefill:
     def advance(self) -> Tensor | None:
         """After a layer: which of its tokens [K] int64 go on to the next one, or None where all do."""
         if self._kept is not None:
-            self.rows, self._kept = self.rows.masked(self._kept), None
+            self.rows = self.rows.masked(self._kept)
+            if self._packs and self.questions is not None:
+                self.questions.set_scoring_tokens(self.rows, self._padded(self._kept).sum(-1))
+            self._kept = None
         if not self._fresh:
             return None
         before, made = self.rows, {selection.row: selection for selection in self._fresh}
@@ -263,7 +267,8 @@ class Prefill:
         else:
             stages = range(len(budgets[0]))
             limits = [[min(of_row[stage], n) for of_row, n in zip(budgets, self.lengths)] for stage in stages]
-            by_stage = [questions.kept(self.rows, limits[stage], stage < stages[-1]) for stage in stages]
+            cut = None if self.rows.kept is None else self._chosen >= 0
+            by_stage = [questions.kept(self.rows, limits[stage], stage < stages[-1], cut) for stage in stages]
             rows = torch.tensor(undecided, dtype=torch.int64, device=self.device)
             asking = torch.stack(by_stage)[left.clamp(max=stages[-1]), rows]
         if self.rows.kept is None or not self._packs:

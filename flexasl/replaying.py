@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexasl.asking import Asked
 from flexasl.attention import FlexASLAttention
-from flexasl.checks import article, instance, renames
+from flexasl.checks import article, ascending, instance, renames
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.ops import token_ranks
@@ -22,7 +23,8 @@ from flexasl.policies import Policy, choose
 from flexasl.policies.contract import resolved
 from flexasl.prefill import Entries, Prefill
 from flexasl.rows import left_padded_lengths
-from flexasl.selectors import LayerSelector, Trace
+from flexasl.selectors import LayerSelector, Selector, Trace
+from flexasl.selectors.staged import StagedSelector
 
 
 @dataclass
@@ -32,14 +34,19 @@ class Replay:
     scored_layers: list[int] = field(default_factory=list)
     """Layers whose ranking the rule could use: all up to the selection; with a fixed layer, that one."""
     scores: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
-    """[scored layers, P_b] float32, pooled and summed over heads."""
+    """[scored layers, P_b] float32, pooled and summed over heads; 0 for tokens dropped before."""
     ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     """[scored layers, P_b] int32."""
     eval_layers: list[int] = field(default_factory=list)
     variance: list[float] = field(default_factory=list)
     variance_ratio: list[float] = field(default_factory=list)
     union_size: list[int] = field(default_factory=list)
+    lookup: list[float] = field(default_factory=list)
+    """Under the rule of look-ups, the highest score of a far token at each of `eval_layers`."""
+    selections: list[tuple[int, int]] = field(default_factory=list)
+    """Layer of every selection, loose ones too, and the tokens that went on."""
     selected_layer: int | None = None
+    """The last of these layers."""
     selected: Tensor | None = None
     """[kept] int64, ascending prompt positions, window included; None where no layer was selected."""
     kept_indices: list[list[Tensor]] = field(default_factory=list)
@@ -59,14 +66,16 @@ def replay(
     *,
     attention_mask: Tensor | None = None,
     scale: float | None = None,
+    question: Sequence[Tensor | None] | None = None,
 ) -> list[Replay]:
     """Runs the rule over recorded states, and returns its decisions, one entry per batch row.
 
     query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
-    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5. The rule also runs
-    where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do
-    not count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError
-    for tensors that do not belong together and settings that the policy cannot run with.
+    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5; question holds, of
+    each row, the padded positions [W], ascending, of the tokens that ask (None: the window ranks). The rule also runs
+    where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do not
+    count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError for
+    tensors that do not belong together and settings that the policy cannot run with.
     """
     _check_states(query, key, attention_mask)
     layers, batch, _, tokens, _ = query.shape
@@ -74,6 +83,7 @@ def replay(
     rule = resolved(chosen, chosen.counting(settings), layers).replace(propagate="gather")
     lengths = [tokens] * batch if attention_mask is None else left_padded_lengths(attention_mask)
     scores: dict[int, Tensor] = {}
+    totals: list[dict[int, Tensor]] = [{} for _ in range(batch)]
     prefill = Prefill(
         chosen,
         rule,
@@ -82,6 +92,7 @@ def replay(
         tokens=tokens,
         device=query.device,
         observer=lambda layer, seen: scores.update({layer: seen}),
+        question=question,
     )
     attention = FlexASLAttention(scale=scale)
     rows = [Replay() for _ in range(batch)]
@@ -92,13 +103,16 @@ def replay(
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
                 result.scored_layers.append(layer)
+                positions = prefill.rows.positions[prefill.rows.of(row)] - (tokens - lengths[row])
+                own = prefill.over_heads(scores[layer])[row]
+                totals[row][layer] = _spread(own, positions[: -rule.window], lengths[row] - rule.window)
             result.kept_indices.append(_kept_indices(prefill, row, scores.get(layer), entries, key.shape[2]))
         prefill.advance()
     for row, result in enumerate(rows):
-        totals = {layer: prefill.over_heads(scores[layer])[row] for layer in result.scored_layers}
-        _finish(result, prefill.selector.traces.get(row), totals, lengths[row] - rule.window)
+        _finish(result, prefill.selector.traces.get(row), totals[row])
         made = prefill.selections.get(row)
         if made:
+            result.selections = [(one.layer, one.count) for one in made]
             result.selected_layer, result.selected = made[-1].layer, prefill.kept_positions(row)
     return rows
 
@@ -106,29 +120,76 @@ def replay(
 @renames(voters="ranking_layers")
 @torch.no_grad()
 def replay_scores(
-    scores: Tensor, config: ASLConfig | None = None, *, ranking_layers: Sequence[int] | None = None
+    scores: Tensor,
+    config: ASLConfig | None = None,
+    *,
+    ranking_layers: Sequence[int] | None = None,
+    question: Sequence[int] | None = None,
 ) -> Replay:
-    """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads.
+    """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads, as
+    a read without pruning gives them.
 
-    ranking_layers are the layers whose ranks count (default: all). `scored_layers` are those that the decision rests
-    on; `kept_indices` stays empty, because what a cache keeps rests on each head's scores.
+    ranking_layers are the layers whose ranks count (default: all); question the positions, ascending, of the tokens
+    that ask. `scored_layers` are those that the decision rests on; `kept_indices` stays empty, because what a cache
+    keeps rests on each head's scores.
     """
-    if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point() or not scores.numel():
         given = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else article(scores)
         raise FlexASLError(f"scores is {given}; give floats [layer, token]")
     layers, prefix = scores.shape
     rule = instance("config", config or ASLConfig(), ASLConfig, "an ASLConfig or None").resolve(layers, ranking_layers)
-    selector = LayerSelector(rule, [prefix + rule.window], ranking_layers=ranking_layers, device=scores.device)
+    if question is not None:
+        question = ascending("question: position", question, 0, prefix + rule.window - 1)
+    seen: dict[int, Tensor] = {}
+    result, selector = decided(scores, rule, ranking_layers, question, seen)
+    _finish(result, selector.traces[0], {layer: _spread(scores[layer][at], at, prefix) for layer, at in seen.items()})
+    return result
+
+
+def decided(
+    scores: Tensor,
+    rule: ASLConfig,
+    ranking_layers: Sequence[int] | None,
+    question: Sequence[int] | None,
+    seen: dict[int, Tensor] | None = None,
+) -> tuple[Replay, Selector]:
+    """The selections that a resolved rule makes from scores [L, P], and the selector that made them; seen takes, by
+    layer, the positions of the tokens that it ranked."""
+    tokens = scores.shape[1] + rule.window
+    kind = StagedSelector if rule.rule == "lookup" else LayerSelector
+    selector = kind(rule, [tokens], ranking_layers=ranking_layers, device=scores.device)
+    budget = rule.token_budget(tokens)
+    asked = Asked(question, tokens, budget, rule.window, contrast=bool(rule.contrast)) if question else None
     result = Replay()
-    for layer in range(layers):
+    left = torch.arange(tokens, dtype=torch.int64, device=scores.device)
+    for layer in range(len(scores)):
         if not selector.needs(layer):
             continue
-        selector.observe(layer, scores[layer][None])
+        ranked = left[: -rule.window]
+        own = scores[layer][ranked]
+        if seen is not None:
+            seen[layer] = ranked
+        if asked is not None:
+            always = torch.zeros(tokens, dtype=torch.bool, device=own.device)
+            always[_always(asked, selector, tokens, len(left), budget)] = True
+            own = own.masked_fill(always[ranked], float("inf"))
+        selector.observe(layer, own[None])
         for made in selector.select(layer):
-            result.selected_layer, result.selected = layer, made.indices
+            left = left[made.keep[-len(left) :]]
+            result.selected_layer, result.selected = layer, left
+            result.selections.append((layer, made.count))
         result.scored_layers.append(layer)
-    _finish(result, selector.traces[0], dict(enumerate(scores)), prefix)
-    return result
+    return result, selector
+
+
+def _always(asked: Asked, selector: Selector, tokens: int, left: int, budget: int) -> list[int]:
+    """Positions that the next selection keeps whatever they score, as `Prefill` has them."""
+    limit, another = min(budget, tokens), False
+    if selector.budgets is not None and selector.stages_left is not None:
+        last = len(selector.budgets[0]) - 1
+        stage = min(int(selector.stages_left), last)
+        limit, another = min(selector.budgets[0][stage], tokens), stage < last
+    return asked.kept(limit if left == tokens else min(limit, budget), another)
 
 
 def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> None:
@@ -167,10 +228,10 @@ def _pack(states: Tensor, prefill: Prefill) -> Tensor:
 def _counts(prefill: Prefill, row: int, layer: int) -> bool:
     """Whether the rule could use the layer's ranking, which was taken."""
     made, rule = prefill.selections.get(row), prefill.config
-    if rule.min_layer == rule.max_layer:
+    if rule.rule == "variance" and rule.min_layer == rule.max_layer:
         return layer == rule.max_layer
     assert rule.max_layer is not None
-    return layer <= (made[-1].layer if made else rule.max_layer)
+    return layer <= (made[-1].layer if made and row not in prefill.selector.rows else rule.max_layer)
 
 
 def _kept_indices(
@@ -195,11 +256,17 @@ def _kept_indices(
     return heads
 
 
-def _finish(result: Replay, trace: Trace | None, scores: Mapping[int, Tensor], prefix: int) -> None:
-    """What the rule saw of one row, from its token scores [P or more] by layer."""
+def _spread(scores: Tensor, positions: Tensor, prefix: int) -> Tensor:
+    """Scores, at the right end, of the tokens at these positions, as [P_b], 0 for the others."""
+    return scores.new_zeros(prefix).index_copy(0, positions, scores[len(scores) - len(positions) :])
+
+
+def _finish(result: Replay, trace: Trace | None, scores: Mapping[int, Tensor]) -> None:
+    """What the rule saw of one row, from its token scores [P_b] by layer."""
     if trace is not None:
         result.eval_layers, result.variance = trace.eval_layers, trace.variance
         result.variance_ratio, result.union_size = trace.variance_ratio, trace.union_size
+        result.lookup = trace.lookup
     if result.scored_layers:
-        result.scores = torch.stack([scores[layer][-prefix:] for layer in result.scored_layers])
+        result.scores = torch.stack([scores[layer] for layer in result.scored_layers])
         result.ranks = token_ranks(result.scores)

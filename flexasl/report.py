@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 import textwrap
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 from flexasl.stored import NULL_IS_NAN, Count, Unfit, fit, visible
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Number = Annotated[float, NULL_IS_NAN]
@@ -25,9 +23,6 @@ ROWS_IN_FULL = 8
 CURVE_COLUMNS = 11
 LONGEST_TEXT = 300
 """Characters of the text that ranked, as a report prints it."""
-TITLE_TEXT = 80
-POSITION_BINS = 100
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#666666"
 
 
 class _Positions:
@@ -123,8 +118,8 @@ class Report:
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
     prefill_seconds: Number
     """Wall time of the prefill, in seconds."""
-    preset: str | None = None
-    """Name of the preset that filled in settings which were left open; None where none did."""
+    profile: str | None = None
+    """Name of the profile that filled in settings which were left open, and where it was found; None where none did."""
 
     @property
     def kv_share(self) -> float:
@@ -140,11 +135,22 @@ class Report:
         data["kv_share"] = self.kv_share
         return data
 
+    @property
+    def thresholds(self) -> list[tuple[float, int, int]]:
+        """Under `settled_by="lookup"`, of each stage, the final one last: what a look-up must reach at the first layer
+        of its range, from which on that falls, this layer, and the last one."""
+        if not any(row.lookup for row in self.rows):
+            return []
+        stages = (*(self.config.get("stages") or ()), self.config)
+        found = [(stage.get("tau"), stage.get("min_layer"), stage.get("max_layer")) for stage in stages]
+        return [one for one in found if None not in one]
+
     @classmethod
     def from_dict(cls, data: Any) -> Report:
         """The inverse of `to_dict`, None for a float being NaN; raises `FlexASLError` for anything else."""
         if isinstance(data, dict):
-            data = {"preset": None} | data  # of a report that was written before there were presets
+            data = {"profile": None} | data  # of a report that was written before there were profiles
+            data["profile"] = data.pop("preset", None) or data["profile"]  # as they were called then
             data.pop("kv_share", None)
             if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
                 since = {"selections": (), "ranked_by": "", "lookup": ()}
@@ -157,8 +163,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"policy {self.policy}, {self.num_layers} layers{self._threshold()}"]
-        if self.preset is not None:
-            lines.append(f"settings that were left open: preset {self.preset}")
+        if self.profile is not None:
+            lines.append(f"settings that were left open: profile {self.profile}")
         for index, row in enumerate(self.rows[:ROWS_IN_FULL]):
             lines += self._row_lines(index, row)
         if len(self.rows) > ROWS_IN_FULL:
@@ -189,7 +195,7 @@ class Report:
         elif row.selected_layer + 1 < self.num_layers:
             # The selection layer itself still runs on every token.
             head += f"{row.kept_tokens:,} kept from layer {row.selected_layer + 1} of {self.num_layers} on"
-            head += f" (selected at {_layers(row)})"
+            head += f" (selected at {layers_of(row)})"
         else:
             head += f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
         lines = [head, *_wrap(f"why: {row.reason}", indent="  ")]
@@ -198,7 +204,7 @@ class Report:
         return [*lines, *_curve_lines(row)]
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
-        """Picture of one row: variance ratio by layer, and where in the prompt the kept tokens lie.
+        """Picture of one row: what the rule saw by layer, and where in the prompt the kept tokens lie.
 
         Writes it to `path` if given (format by suffix: PNG, SVG, PDF) and returns the matplotlib figure.
         Raises ImportError without matplotlib, ValueError where the batch has no such row.
@@ -207,21 +213,10 @@ class Report:
             held = f"0 to {len(self.rows) - 1}" if self.rows else "none: the report is empty"
             raise ValueError(f"row={row} is not in this report; rows are {held}")
         try:
-            from matplotlib.figure import Figure
+            from flexasl.picture import draw
         except ImportError as error:
             raise ImportError("Report.plot needs matplotlib; install it with: pip install 'flexasl[plot]'") from error
-        chosen = self.rows[row]
-        figure = Figure(figsize=(9, 6.5), layout="constrained")
-        above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-        _draw_curve(above, chosen, self.num_layers, self.config.get("tau"))
-        _draw_positions(below, chosen)
-        figure.suptitle(
-            f"{visible(self.policy)}, row {row}: {chosen.kept_tokens:,} of {chosen.prompt_tokens:,} tokens kept, "
-            f"KV cache {self.kv_share:.0%} of full"
-            + (f"\nranked by: {visible(textwrap.shorten(chosen.ranked_by, TITLE_TEXT))}" if chosen.ranked_by else ""),
-            fontsize=11,
-            parse_math=False,
-        )
+        figure = draw(self, row)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -244,10 +239,18 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-class _Shown(TypedDict):
-    """The settings that texts and pictures of a report show."""
+class _ShownStage(TypedDict):
+    """What they show of a stage."""
 
     tau: NotRequired[float | None]
+    min_layer: NotRequired[Count | None]
+    max_layer: NotRequired[Count | None]
+
+
+class _Shown(_ShownStage):
+    """The settings that texts and pictures of a report show."""
+
+    stages: NotRequired[list[_ShownStage] | None]
     variance_reference: NotRequired[str | None]
     kv_dtype: NotRequired[str | None]
 
@@ -276,7 +279,7 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
         raise Unfit(f"{where}.kept_positions do not ascend within the prompt's {row.prompt_tokens} tokens")
 
 
-def _layers(row: RowReport) -> str:
+def layers_of(row: RowReport) -> str:
     """`layer 9`, or `layers 4 (1,024 tokens), 9`."""
     *before, last = row.selections
     earlier = [f"{selection.layer} ({selection.kept_tokens:,} tokens)" for selection in before]
@@ -320,51 +323,3 @@ def _curve_lines(row: RowReport) -> list[str]:
         for name, cells in (("layer", layers), *((name, map(_short, values[block])) for name, values in seen)):
             lines.append(f"  {name:<8}" + "".join(f"{cell:>8}" for cell in cells))
     return lines
-
-
-def _draw_curve(axes: Axes, row: RowReport, num_layers: int, tau: float | None) -> None:
-    lookup = bool(row.lookup)
-    name, values = ("look-up", row.lookup) if lookup else ("variance ratio", row.variance_ratio)
-    axes.set_title("Has the ranking of tokens settled?", loc="left", fontsize=10)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("attention to one far token" if lookup else "rank variance / reference")
-    axes.set_xlim(-0.5, num_layers - 0.5)
-    axes.locator_params(axis="x", integer=True)
-    if row.eval_layers:
-        axes.plot(row.eval_layers, values, marker="o", markersize=4, color=BLUE, label=name)
-        if tau is not None:
-            axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"tau = {tau:g}")
-        axes.set_ylim(bottom=0)
-    else:
-        _say(axes, "no variance was evaluated for this row")
-        axes.set_yticks([])
-    if row.selected_layer is not None:
-        for selection in row.selections[:-1]:
-            axes.axvline(selection.layer, color=ORANGE, linewidth=1, linestyle=":")
-        axes.axvline(row.selected_layer, color=ORANGE, linewidth=1.5, label=f"selected at {_layers(row)}")
-        if row.selected_layer in row.eval_layers:
-            value = values[row.eval_layers.index(row.selected_layer)]
-            axes.plot(row.selected_layer, value, marker="o", markersize=9, color=ORANGE, zorder=3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=9, frameon=False)
-
-
-def _draw_positions(axes: Axes, row: RowReport) -> None:
-    axes.set_title("Where in the prompt are the kept tokens?", loc="left", fontsize=10)
-    axes.set_xlabel("prompt position (tokens)")
-    axes.set_ylabel("share kept")
-    axes.set_xlim(0, max(row.prompt_tokens, 1))
-    axes.set_ylim(0, 1.05)
-    if not row.kept_positions:
-        _say(axes, "every token was kept" if not row.pruned else "no kept positions were recorded")
-        return
-    bins = min(POSITION_BINS, row.prompt_tokens)
-    edges = [row.prompt_tokens * index // bins for index in range(bins + 1)]
-    widths = [right - left for left, right in pairwise(edges)]
-    # Each token weighs one over its bin's width, so that a bar is the share of the bin's tokens that was kept.
-    weights = [1 / widths[bisect.bisect_right(edges, position) - 1] for position in row.kept_positions]
-    axes.hist(row.kept_positions, bins=edges, weights=weights, color=BLUE)
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)

@@ -73,6 +73,8 @@ class Rows:
         all: the last ones."""
         self.controls: Sequence[int] = [0] * len(self.lengths)
         """Of each row, how many of the first of these are controls."""
+        self.silent: Sequence[Tensor | None] | None = None
+        """Of each row, which of its scoring tokens [W] bool give nothing, in rows of which tokens are masked out."""
         self.past: tuple[Tensor, Tensor | None, int] | None = None
         """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
         [B, G, E], and how many positions of the padded sequence came before."""

@@ -131,7 +131,8 @@ def _scored(
     order = None
     if pack and valid is not None and rows.past is None:
         order = valid.to(torch.uint8).argsort(dim=-1, stable=True)
-        keys = keys.take_along_dim(order[:, None, :, None], 2)
+        # `take_along_dim` would make a graph for each length.
+        keys = keys.gather(2, order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
         at, valid = at.expand_as(order).gather(1, order), valid.gather(1, order)
     if rows.scoring_tokens is None:
         before = sum(min(length, scoring.window) for length in rows.lengths[: part.first])
@@ -145,6 +146,8 @@ def _scored(
     places = None if own is None else (own + rows.entries)[None]
     if places is not None and order is not None:
         places = order.argsort(dim=-1).gather(1, places)
+        silent = None if rows.silent is None else rows.silent[row]
+        places = places if silent is None else places.masked_fill(silent, 0)  # where a token is that is masked out
     return Scored(queries, keys, attention, scoring, valid, at, sinks, places, rows.controls[row])
 
 

@@ -15,19 +15,19 @@ FORM = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:@(\d+)(?:-(\d+))?)?")
 TEXTS = "texts such as '0.5@5-9' (half of the tokens, at one of the layers 5 to 9)"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Stage:
     """A loose selection: so many tokens go on from the layer at which it is made.
 
     tokens: A count, or a share in (0, 1] of the prompt; never less than `select_tokens`.
-    tau: As `ASLConfig.tau`, for this stage. None: 0.3.
-    min_layer: First layer at which it can be made. None: a sixth of the layers.
-    max_layer: Layer at which it is made at the latest. None: a third of the layers.
+    tau: As `ASLConfig.tau`, for this stage. None: 0.95.
+    min_layer: First layer at which it can be made. None: `score_from`.
+    max_layer: Layer at which it is made at the latest. None: a quarter of the layers.
 
     A stage may be written as a text, `"0.5"`, `"0.5@7"` or `"0.5@5-9"`: tokens, and from which layer to which.
 
     >>> Stage.of("0.5@5-9")
-    Stage(tokens=0.5, tau=None, min_layer=5, max_layer=9)
+    Stage(tokens=0.5, min_layer=5, max_layer=9)
     """
 
     tokens: int | float
@@ -37,7 +37,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "tokens", amount("stages: tokens", self.tokens, 1))
+        set_(self, "tokens", amount("stages: tokens", self.tokens, 2))
         for name in ("min_layer", "max_layer"):
             if getattr(self, name) is not None:
                 set_(self, name, integer(f"stages: {name}", getattr(self, name), 0, error=ConfigError))
@@ -47,7 +47,10 @@ class Stage:
                 raise ConfigError(f"stages: tau={tau} is out of range; give a number in (0, 1]")
             set_(self, "tau", tau)
         if self.min_layer is not None and self.max_layer is not None and self.max_layer < self.min_layer:
-            raise ConfigError(f"stages: max_layer={self.max_layer} comes before min_layer={self.min_layer}")
+            raise ConfigError(
+                f"stages: max_layer={self.max_layer} comes before min_layer={self.min_layer}; give at least "
+                f"{self.min_layer}"
+            )
 
     @classmethod
     def of(cls, given: Any) -> Stage:
@@ -76,6 +79,10 @@ class Stage:
         if not isinstance(given, (list, tuple)):
             raise ConfigError(f"stages={shown(given)} is no list; give a list of {TEXTS}, or None")
         return tuple(cls.of(one) for one in given)
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return f"Stage({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __str__(self) -> str:
         if self.min_layer is None or self.max_layer is None:

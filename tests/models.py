@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import flexasl
 from flexasl.cache import LayerCache
+from flexasl.prefill import Prefill
 
 VOCAB, LAYERS, HEADS, GROUPS = 199, 6, 4, 2
 
@@ -68,7 +71,18 @@ FAMILIES: dict[str, dict] = {
 SMALL = flexasl.ASLConfig(
     select_tokens=24, window=8, kernel_size=3, observe_layers=2, min_layer=1, max_layer=3, tau=0.9
 )
-"""Settings that prune short prompts of the tiny models."""
+"""Settings that prune short prompts of the tiny models, by the rule of rank variance."""
+STAGED = flexasl.ASLConfig(
+    select_tokens=24,
+    window=8,
+    kernel_size=3,
+    stages=flexasl.Stage(tokens=0.5, tau=0.25, min_layer=1, max_layer=2),
+    min_layer=2,
+    max_layer=4,
+    tau=0.2,
+)
+"""Likewise, by the rule of look-ups, in two stages."""
+RULES = {"variance": SMALL, "lookup": STAGED}
 
 
 def counting(policy: str | flexasl.policies.Policy, config: flexasl.ASLConfig = SMALL) -> flexasl.ASLConfig:
@@ -125,14 +139,17 @@ def recompute(
     columns: list[torch.Tensor],
     selected_layer: int | None,
     kept: torch.Tensor,
+    before: Sequence[tuple[int, torch.Tensor]] = (),
 ) -> torch.Tensor:
     """Logits [1, N, V] of one unpatched forward over all N tokens of one row, each layer's pruning as a mask.
 
     columns: per layer the cached columns [1, N_l] or [1, G, N_l] after generation; kept: the prompt positions that
-    go on below `selected_layer`. Queries of the prompt see the prompt; those after it see what the layer's cache holds.
+    go on below `selected_layer`; before: layer and positions of the selections before that one. Queries of the prompt
+    see the prompt; those after it see what the layer's cache holds.
     """
     windows = [sliding_window(model, layer) for layer in range(len(columns))]
-    with _layer_masks(model, pruned_masks(ids.shape[1], prompt, columns, selected_layer, kept, windows)):
+    selections = [*before, *([] if selected_layer is None else [(selected_layer, kept)])]
+    with _layer_masks(model, pruned_masks(ids.shape[1], prompt, columns, selections, windows)):
         return model(ids, use_cache=False).logits
 
 
@@ -140,23 +157,22 @@ def pruned_masks(
     total: int,
     prompt: int,
     columns: list[torch.Tensor],
-    selected_layer: int | None,
-    kept: torch.Tensor,
+    selections: Sequence[tuple[int, torch.Tensor]],
     windows: list[int | None],
     heads: int = HEADS,
 ) -> list[torch.Tensor]:
-    """Per layer [1, H, N, N]: 0 where a pruned run lets a query see a key, else -inf; arguments as `recompute`'s."""
+    """Per layer [1, H, N, N]: 0 where a pruned run lets a query see a key, else -inf; selections: layers and the
+    positions that go on from there; else as `recompute`'s arguments."""
     at = torch.arange(total)
     causal = at[None] <= at[:, None]
-    on = torch.ones(total, dtype=torch.bool)
-    on[:prompt] = False
-    on[kept] = True
-    masks = []
+    seen, masks, going = torch.ones(total, dtype=torch.bool), [], {layer + 1: kept for layer, kept in selections}
     for layer, (held, window) in enumerate(zip(columns, windows, strict=True)):
+        if layer in going:
+            seen = at >= prompt
+            seen[going[layer]] = True
         held = held.expand(1, held.shape[-1])[None] if held.dim() == 2 else held
         stored = torch.zeros(held.shape[1], total, dtype=torch.bool)
         stored.scatter_(1, held[0], True)
-        seen = on if selected_layer is not None and layer > selected_layer else torch.ones_like(on)
         near = causal if window is None else causal & (at[None] > at[:, None] - window)
         allowed = (near & seen[None])[None].repeat(held.shape[1], 1, 1)
         allowed[:, prompt:] &= stored[:, None]
@@ -164,6 +180,26 @@ def pruned_masks(
         allowed = allowed.repeat_interleave(heads // held.shape[1], 0)[None]
         masks.append(torch.where(allowed, 0.0, float("-inf")))
     return masks
+
+
+@contextmanager
+def prefills():
+    """The prefills that end here."""
+    read, close = [], Prefill.close
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Prefill, "close", lambda self: (close(self), read.append(self))[0])
+        yield read
+
+
+def selected(prefill: Prefill, row: int) -> list[tuple[int, torch.Tensor]]:
+    """Layer and prompt positions [K] of each selection from the row."""
+    whole = left = torch.arange(prefill.lengths[row])
+    made = []
+    for one in prefill.selections.get(row, []):
+        among = whole if prefill.config.propagate == "mask" else left
+        left = among[one.keep[-len(among) :]]
+        made.append((one.layer, left))
+    return made
 
 
 def held_columns(cache: LayerCache) -> torch.Tensor:

@@ -19,7 +19,7 @@ class Want(NamedTuple):
     prompts: torch.Tensor
     """[B, N], padded on the left with `PAD`, which no prompt contains."""
     config: flexasl.ASLConfig
-    """`SETTINGS` with no default left open: the model's preset, which other frameworks do not look up, filled in."""
+    """`SETTINGS` with no default left open: a profile's, which other frameworks do not look up, filled in."""
     layers: list[int | None]
     kept: list[tuple[int, ...]]
     logits: torch.Tensor

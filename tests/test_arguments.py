@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from models import SMALL, tiny
+from models import SMALL, STAGED, tiny
 from tiny_chat import tiny_tokenizer
 
 import flexasl
-from flexasl import ASLConfig, LayerSelector, evaluation, run
+from flexasl import ASLConfig, LayerSelector, StagedSelector, evaluation, run
 from flexasl.attention import Scoring
 from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
@@ -59,8 +59,26 @@ def lone(name, **given):
         (lambda: flexasl.replay(QUERY, KEY, policy="best"), "policy='best' is not known"),
         (lambda: flexasl.replay(QUERY, KEY, scale="x"), "scale='x' is out of range; give a finite number or None"),
         (lambda: replay_scores(torch.randn(3)), "scores is [3] of torch.float32; give floats [layer, token]"),
+        (lambda: replay_scores(torch.randn(6, 0)), "scores is [6, 0] of torch.float32; give floats [layer, token]"),
         (
-            lambda: LayerSelector(ASLConfig(), [9]),
+            lambda: replay_scores(torch.randn(6, 80), STAGED, question=[90, 3]),
+            "question: position=90 is too large; give from 0 to 87",
+        ),
+        (
+            lambda: replay_scores(torch.randn(6, 80), STAGED, question=torch.tensor([9, 3])),
+            "question: positions do not ascend; give each once, in order",
+        ),
+        (lambda: StagedSelector(STAGED.resolve(6), [90], rows=[1]), "rows: row=1 is too large; give from 0 to 0"),
+        (lambda: LayerSelector(SMALL.resolve(6), [90, 9], rows=[1, 0]), "rows: rows do not ascend; give each once, in"),
+        (lambda: STAGED.resolve(6, []), "ranking_layers is empty; give at least one layer, or None for all"),
+        (lambda: SMALL.resolve(6, [1, 7]), "ranking_layers: layer=7 is too large; give from 0 to 5"),
+        (lambda: STAGED.resolve(6, [3, 1]), "ranking_layers: layers do not ascend; give each once, in order"),
+        (
+            lambda: LayerSelector(ASLConfig(settled_by="variance"), [9]),
+            "config has tau=None; give those of policy.resolve(config, num_layers)",
+        ),
+        (
+            lambda: StagedSelector(ASLConfig(), [9]),
             "config has tau=None; give those of policy.resolve(config, num_layers)",
         ),
         (

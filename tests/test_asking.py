@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GREEDY, GROUPS, HEADS, SMALL, counting, held_columns, left_padded, prompts, recompute, tiny
+from models import GREEDY, GROUPS, HEADS, SMALL, STAGED, counting, held_columns, left_padded, prompts, recompute, tiny
 from tiny_chat import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,7 +177,8 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding,
 
 
 configs = st.builds(
-    lambda kv, mask: SMALL.replace(**kv, propagate="mask" if mask and not kv else "gather"),
+    lambda rule, kv, mask: rule.replace(**kv, propagate="mask" if mask and not kv else "gather"),
+    st.sampled_from([SMALL, STAGED, STAGED.replace(stages="0.8@1+0.5@2")]),
     st.sampled_from([{}, {}, {"kv_budget": 20}, {"kv_top_p": 0.6}]),
     st.booleans(),
 )
@@ -209,7 +210,7 @@ def test_a_row_is_alone_and_keeps_its_question(lengths, config, behind, wide, sk
             alone = model(ids[None], use_cache=True)
             told = patch.report.rows[0]
             assert told.kept_positions == together[row].kept_positions
-            assert (told.selected_layer, told.ranked_by) == (together[row].selected_layer, together[row].ranked_by)
+            assert (told.selections, told.ranked_by) == (together[row].selections, together[row].ranked_by)
             torch.testing.assert_close(out.logits[row, -1], alone.logits[0, -1], **CLOSE)
             for mine, single in zip(layers, alone.past_key_values.layers):
                 for head in range(GROUPS):
@@ -229,21 +230,33 @@ def _held(layer, row, head):
     return positions[layer.valid[row] if layer.valid.dim() == 2 else layer.valid[row, head]]
 
 
-@settings(max_examples=20)
-@given(lengths=st.lists(st.integers(30, 90), min_size=1, max_size=3), first=st.integers(0, 60))
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(26, 90), min_size=1, max_size=3),
+    first=st.integers(0, 90),
+    wide=st.integers(1, 40),
+    config=configs.filter(lambda config: not config.compresses_cache),
+    power=st.sampled_from([None, 1, 2]),
+    select_tokens=st.sampled_from([12, 24, 25, 0.3]),
+)
 @torch.no_grad()
-def test_masked_equals_gathered(lengths, first):
+def test_masked_equals_gathered(lengths, first, wide, config, power, select_tokens):
+    """Also where more tokens ask than are sure to stay after the first selection."""
     model, batch = tiny(dtype=torch.float64), left_padded(prompts(*lengths))
-    question = [(first % length, min(length, first % length + 6)) for length in lengths]
-    outs = []
+    question = [(first % length, min(length, first % length + wide)) for length in lengths]
+    config, outs = config.replace(score_power=power, select_tokens=select_tokens), []
     for propagate in ("gather", "mask"):
-        with flexasl.patch(model, SMALL.replace(propagate=propagate), question=question) as patch:
+        with flexasl.patch(model, config.replace(propagate=propagate), question=question) as patch:
             outs.append((model(**batch), patch.report.rows))
     (one, mine), (other, theirs) = outs
     torch.testing.assert_close(one.logits[:, -1], other.logits[:, -1], **CLOSE)
-    assert [(row.kept_positions, row.ranked_by) for row in mine] == [
-        (row.kept_positions, row.ranked_by) for row in theirs
-    ]
+    for row, its in zip(mine, theirs, strict=True):
+        assert (row.kept_positions, row.selections, row.ranked_by) == (
+            its.kept_positions,
+            its.selections,
+            its.ranked_by,
+        )
+        assert row.reason == its.reason
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
@@ -437,6 +450,9 @@ def test_texts_that_a_prompt_does_not_have(chat):
         ([torch.tensor([3])] * 2, "question has 2 rows where the batch has 1"),
         ([torch.tensor([99])], "question of row 0: position=99 is too large; give from 0 to 39"),
         ([torch.tensor([5, 5])], "question of row 0: positions do not ascend; give each once, in order"),
+        ([[5, 5]], "question of row 0: positions do not ascend; give each once, in order"),
+        ([5], "question of row 0: positions are 5; give whole numbers in order"),
+        (["ask"], "question of row 0: positions are 'ask'; give whole numbers in order"),
     ],
 )
 def test_positions_that_a_prefill_does_not_take(question, message):

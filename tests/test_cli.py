@@ -124,10 +124,11 @@ def saved(flexasl_main, model: str, document: str, tmp_path: Path) -> str:
     path = str(tmp_path / "document.safetensors")
     status, out, err = flexasl_main(
         *("prefill", "--file", document, "--out", path, "--model", model),
-        *("--select-tokens", str(SELECT), "--kv-budget", "120", "--about", "Reasons."),
+        *("--select-tokens", str(SELECT), "--kv-budget", "120", "--question", "Reasons."),
     )
     assert (status, err) == (0, "")
-    assert f"{SELECT} kept" in out and out.endswith(f"saved: {path}, {Path(path).stat().st_size / 2**20:,.1f} MiB\n")
+    assert f"{SELECT} kept" in out and "ranked by: Reasons.\n" in out
+    assert out.endswith(f"saved: {path}, {Path(path).stat().st_size / 2**20:,.1f} MiB\n")
     return path
 
 
@@ -144,11 +145,32 @@ def test_ask_about_a_saved_prompt(flexasl_main, model: str, document: str, saved
     text = f"{Path(document).read_text()}\n\nReasons."
     assert data["prompt_tokens"] == len(run.question_ids(tokenizer, text, question))
     ids, notes = run.opening_ids(tokenizer, Path(document).read_text(), "Reasons.")
-    with flexasl.patch(loaded, flexasl.ASLConfig(select_tokens=SELECT, kv_budget=120)):
+    asking = {"tokenizer": tokenizer, "question": "Reasons."}
+    with flexasl.patch(loaded, flexasl.ASLConfig(select_tokens=SELECT, kv_budget=120), **asking):
         cache = loaded(torch.tensor([ids]), use_cache=True).past_key_values
         whole = torch.tensor([ids + run.closing_ids(tokenizer, notes, question)])
         out = loaded.generate(whole, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert data["text"] == tokenizer.decode(out[0, whole.shape[1] :], skip_special_tokens=True).strip()
+
+
+OPTIONS = [(("-q", "What?"), "What?"), (("--about", "What?"), "What?"), ((), "the last 32 tokens")]
+
+
+@pytest.mark.parametrize(("option", "ranked_by"), OPTIONS)
+def test_prefill_ranks_by_what_will_be_asked(flexasl_main, model, document, tmp_path, option, ranked_by) -> None:
+    given = ["prefill", "-f", document, "--model", model, "--select-tokens", str(SELECT), "--json", *option]
+    out, picture = tmp_path / "document.safetensors", tmp_path / "why.svg"
+    status, printed, err = flexasl_main(*given, "--out", str(out), "--plot", str(picture))
+    assert (status, err) == (0, "") and picture.read_bytes().startswith(b"<?xml")
+    assert json.loads(printed)["report"]["rows"][0]["ranked_by"] == ranked_by
+    held = out.read_bytes()
+    for plot, words in ((str(out), "has no known format"), ("none/why.png", "make none first")):
+        assert words in refused(flexasl_main(*given, "--out", str(out), "--plot", plot))
+    both = str(tmp_path / "new.png")
+    assert f"--plot {both} is what --out writes; give another name" in refused(
+        flexasl_main(*given, "--out", both, "--plot", both)
+    )
+    assert out.read_bytes() == held and not Path(both).exists()
 
 
 def test_everything_kept_answers_like_a_prompt_of_its_own(flexasl_main, ask, model, document, tmp_path) -> None:
@@ -173,7 +195,9 @@ def test_refuses_what_is_no_saved_prompt(flexasl_main, saved: str, model: str, t
     ask = ("ask", "-q", "Why?", "--model", model, "--cache", saved)
     for option, value in [("--tau", "0.3"), ("--file", "x.txt"), ("--policy", "asl"), ("--select-tokens", "9")]:
         assert f"{option} has no effect with --cache" in refused(flexasl_main(*ask, option, value))
-    assert "--compare has no effect with --cache" in refused(flexasl_main(*ask, "--compare"))
+    for option in ("--compare", "--no-rank-by-question"):
+        error = refused(flexasl_main(*ask, option))
+        assert f"{option} has no effect with --cache, whose text has been read; leave it out\n" in error
     assert "dtype is 'float32'" in refused(flexasl_main(*ask, "--dtype", "bfloat16"))
     assert "none does not exist" in refused(flexasl_main("inspect", str(tmp_path / "none")))
     assert "make none first" in refused(flexasl_main("prefill", "--file", "x.txt", "--out", "none/c.safetensors"))
@@ -237,7 +261,7 @@ def test_settings_from_a_file(ask, flexasl_main, model: str, document: str, tmp_
     assert "--config has no effect with --cache" in refused(both)
 
 
-CALIBRATE = ("--select-tokens", "100", "--length", "400", "--samples", "2", "--tasks", "needle", "--unseen", "passkey")
+CALIBRATE = ("--select-tokens", "100", "--length", "400", "--samples", "1", "--tasks", "needle", "--unseen", "passkey")
 
 
 def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
@@ -246,11 +270,21 @@ def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
     status, printed, err = flexasl_main("calibrate", "--out", str(out), "--model", model, *CALIBRATE)
     assert (status, err) == (0, "")
     assert printed.startswith("# Calibration of model") and f"Settings: {out}" in printed
-    names = ["own.evidence.json", "own.json", "own.md", "own.png"]
+    names = ["own.evidence.json", "own.json", "own.md", "own.png", "own.profile.json"]
     assert sorted(file.name for file in out.parent.iterdir()) == names
     found = flexasl.ASLConfig.load(out)
     config = json.loads(ask("--json", "--config", str(out)).out)["report"]["config"]
     assert (config["max_layer"], config["tau"]) == (found.max_layer, found.tau) and found.select_tokens == SELECT
+
+
+def test_calibrate_for_this_machine(flexasl_main, ask, model: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FLEXASL_CACHE_DIR", str(tmp_path))
+    status, printed, err = flexasl_main("calibrate", "--model", model, *CALIBRATE)
+    assert (status, err) == (0, "")
+    (path,) = tmp_path.rglob("*.json")
+    assert printed.endswith(f"Profile: {path}\n")
+    report = json.loads(ask("--json").out)["report"]
+    assert str(path) in report["profile"] and report["config"]["tau"] == json.loads(path.read_text())["settings"]["tau"]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +301,7 @@ def test_calibrate(flexasl_main, ask, model: str, tmp_path: Path) -> None:
         ),
         (["--unseen", "qa_1"], "task='qa_1' needs a file, which flexasl calibrate does not take"),
         (["--model", "./no/such/model"], "is neither a folder nor a GGUF file"),
-        (["--samples", "1"], "samples=1 is too few"),
+        (["--samples", "0"], "samples=0 is too small"),
         (["--samples", "500001"], "samples=500001 makes 1,000,002 prompts in all; give at most 500,000"),
         (["--select-tokens", "400"], "select_tokens=400 is not smaller than a prompt"),
     ],

@@ -50,6 +50,9 @@ DEVICES = ("", "abacus", "meta", "cpu:x", "cpu:-1", "cuda:99", "-1", "nan", "hpu
 NAMES = ("", ",", "none", "needle,", "-1", "nan", "needle,,passkey", "NEEDLE", "ä")
 LENGTHS = ("", ",", "0", "-1", "1.5", "nan", "k", "1k,", "many", LONG, "0k")
 
+PICTURES = (*TO_WRITE, "x.doc", "folder.png", "none/x.png", "/proc/x.png", "x" * 300 + ".png", ".png")
+TO_ASK = ("", " ", "\n", "\udcff", "Wh\udcffy?")
+
 LOADED = {
     "--model": MODELS,
     "--dtype": (*WORDS, "int7", "FLOAT32", "float64"),
@@ -67,12 +70,12 @@ OF_A_TEXT = LOADED | {
 NONSENSE: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": OF_A_TEXT
     | {
-        "--question": ("", " ", "\n", "\udcff", "Wh\udcffy?"),
+        "--question": TO_ASK,
         "--cache": (*TO_READ, "text.txt", "list.json"),
         "--max-new-tokens": COUNTS,
-        "--plot": (*TO_WRITE, "x.doc", "folder.png", "none/x.png", "/proc/x.png", "x" * 300 + ".png", ".png"),
+        "--plot": PICTURES,
     },
-    "prefill": OF_A_TEXT | {"--out": TO_WRITE, "--about": ("\udcff", "all \udc80 of it")},
+    "prefill": OF_A_TEXT | {"--out": TO_WRITE, "--about": TO_ASK, "--question": TO_ASK, "--plot": PICTURES},
     "inspect": {"": (*TO_READ, "text.txt", "list.json")},
     "demo": LOADED
     | {
@@ -98,6 +101,8 @@ NONSENSE: dict[str, dict[str, tuple[str, ...]]] = {
         "--qa-file": (*JSON, "none"),
         "--infinitebench": ("", "text.txt", "none", "/dev/null", "x" * 300),
         "--answer-tokens": COUNTS,
+        "--rank-by": (*WORDS, "both", "policy,window", "Window"),
+        "--after-question": (*WORDS, "text", "rules,rules"),
     },
     "calibrate": LOADED
     | {
@@ -106,7 +111,7 @@ NONSENSE: dict[str, dict[str, tuple[str, ...]]] = {
         "--length": (*LENGTHS, "1k,2k"),
         "--tasks": (*NAMES, "qa_1", "longbook_sum_eng"),
         "--unseen": ("", "best", "needle", "qa_2", "math_find", "-1"),
-        "--samples": (*COUNTS, "1"),
+        "--samples": COUNTS,
         "--seed": INTEGERS,
         "--haystack": TO_READ,
     },
@@ -121,10 +126,10 @@ GOOD: dict[str, dict[str, str]] = {
 }
 ALSO_GOOD: dict[str, dict[str, str]] = {
     "ask": {"--select-tokens": "0.25", "--tau": "0.3", "--plot": "new.png", "--policy": "snapkv", "--dtype": "float16"},
-    "prefill": {"--about": "Sums.", "--kv-budget": "4k", "--config": "right.json"},
+    "prefill": {"--tau": "0.3", "--kv-budget": "4k", "--config": "right.json"},
     "inspect": {},
     "demo": {"--tokens": "700", "--depth": "0", "--seed": "-3"},
-    "eval": {"--suite": "niah", "--policies": "asl:tau=0.3,paper", "--samples": "2", "--lengths": "1k", "--seed": "7"},
+    "eval": {"--suite": "niah", "--policies": "asl:tau=0.3,paper", "--lengths": "1k", "--rank-by": "window"},
     "calibrate": {"--select-tokens": "100", "--length": "2k", "--unseen": "none", "--haystack": "text.txt"},
 }
 

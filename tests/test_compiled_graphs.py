@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, SMALL, decoder_layers, left_padded, prompts, tiny
+from models import FAMILIES, GREEDY, RULES, SMALL, decoder_layers, left_padded, prompts, tiny
 
 import flexasl
 from flexasl import FlexASLError, UnsupportedError, compiling, rows
@@ -77,9 +77,10 @@ def test_a_graph_for_each_kind_of_layer_and_phase(family, graphs, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"propagate": "mask"}, {"kv_top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
-def test_other_settings_make_no_more(settings, graphs):
-    model, config = own(), SMALL.replace(**settings)
+def test_other_settings_make_no_more(rule, settings, graphs):
+    model, config = own(), RULES[rule].replace(**settings)
     want = go_through(model, config)
     got = go_through(model, config, compile=True)
     # A prompt whose tokens are masked out has one more.

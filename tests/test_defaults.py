@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GREEDY, SHAPE, SMALL, left_padded, prompts, tiny
+from models import GREEDY, SHAPE, SMALL, STAGED, left_padded, prompts, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -53,6 +53,8 @@ STATES = [torch.randn(6, 1, heads, 60, 16, generator=torch.Generator().manual_se
 SMALLER = SMALL.replace(kv_budget=20, later_turns="prune")
 RULES = {
     **{family: (family, SMALLER, "asl") for family in ("llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt2")},
+    "stages": ("gemma2", STAGED.replace(kv_budget=20, later_turns="prune"), "asl"),
+    "masked stages": ("llama", STAGED.replace(propagate="mask"), "asl"),
     "kv_top_p": ("llama", SMALL.replace(kv_top_p=0.5), "asl"),
     "mask": ("gemma2", SMALL.replace(propagate="mask"), "asl"),
     "asl_two_pass": ("llama", SMALL, "asl_two_pass"),
@@ -76,8 +78,9 @@ def everything(rule, path):
         for _ in range(2):
             found += [part for layer in held.layers for part in (layer.keys, layer.values, layer.positions)]
             found.append(model(MORE, past_key_values=held).logits)
-    replayed = flexasl.replay(*STATES, SMALLER)[0]
-    return found, report.to_dict() | {"prefill_seconds": 0}, (replayed.selected.tolist(), replayed.variance)
+    replayed = [flexasl.replay(*STATES, config)[0] for config in (SMALLER, STAGED)]
+    told = [(one.selected.tolist(), one.variance, one.lookup) for one in replayed]
+    return found, report.to_dict() | {"prefill_seconds": 0}, told
 
 
 @pytest.mark.parametrize("rule", RULES)

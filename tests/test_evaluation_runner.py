@@ -22,6 +22,8 @@ from flexasl.report import Report, RowReport
 from flexasl.tools.evaluation import Sources, build, evaluate, plan, report, runner
 from flexasl.tools.evaluation.costs import layer_costs, prefill_share
 from flexasl.tools.evaluation.plans import parse_lengths, parse_policies
+from flexasl.tools.evaluation.reporting import RANKED
+from flexasl.tools.evaluation.samples import RULES
 from flexasl.tools.evaluation.storage import read_all
 from flexasl.tools.evaluation.tables import Results, score_tables
 from flexasl.tools.text import encode
@@ -89,7 +91,15 @@ def test_results_are_the_models_answers(finished: Path, loaded) -> None:
     line = stored["fixed_layer:layer=1@64"]
     assert (line["answer"], line["selected_layer"], line["kept_tokens"]) == (pruned.text, 1, 64)
     assert line["kv_share"] == pruned.report.kv_share < 1 and 0.3 < line["counted_prefill"] < 0.7
-    assert stored["full"]["counted_prefill"] == 1 and stored["asl@64"]["variance_ratio"]
+    assert stored["full"]["counted_prefill"] == 1 and line["ranked_by"] == "the last 32 tokens"
+    line, config = stored["asl@64"], flexasl.ASLConfig(select_tokens=64)
+    asked = {"policy": "asl", "question": line["ranked_by"]}
+    pruned = run.answer(model, tokenizer, ids, max_new_tokens=6, config=config, **asked)
+    row = pruned.report.rows[0]
+    assert row.ranked_by == line["ranked_by"] == "What is the pass key?" and line["answer"] == pruned.text
+    assert line["selections"] == [{"layer": one.layer, "kept_tokens": one.kept_tokens} for one in row.selections]
+    assert line["eval_layers"] == list(row.eval_layers) and line["lookup"] == pytest.approx(row.lookup, rel=1e-5)
+    assert line["thresholds"] == [[0.95, 0, 1], [0.5, 2, 3]] and line["variance_ratio"] == []
     prompts = lines(finished / "prompts-0.jsonl")
     assert sample.to_dict() in prompts and len(prompts) == 8
 
@@ -184,7 +194,7 @@ def test_every_prompt_has_one_process(world_size: int) -> None:
 
 def test_report_has_its_pictures(finished: Path) -> None:
     page = (finished / "report.md").read_text()
-    for name in ("pareto.png", "needle.png", "layers.png", "variance.png"):
+    for name in ("pareto.png", "needle.png", "layers.png", "decisions.png"):
         assert f"]({name})" in page and (finished / name).read_bytes().startswith(b"\x89PNG")
     assert (finished / "scores.md").read_text().rstrip() in page
     assert (finished / "times.md").read_text().rstrip() in page
@@ -192,7 +202,10 @@ def test_report_has_its_pictures(finished: Path) -> None:
     assert scores[2].startswith("**Beyond this model**") and scores[2].endswith("with nothing else to average.")
     rows = [line.split(" | ")[0] for line in scores[6:9]]
     assert rows == ["| full", "| asl@64", "| fixed_layer:layer=1@64"], "the full cache stands first"
-    assert scores[6] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 |"
+    assert scores[6] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 | – | – |"
+    assert scores[7].endswith(" | 8/8 |") and scores[8].endswith(" | 1 | 8/8 | – | 0/8 |")
+    assert "- ranked by: the question under adaptive selection, the window under other policies" in page
+    assert "- behind the question: nothing\n- start of the answer: in the prompt\n" in page
 
 
 def test_without_selection_there_is_no_picture_of_layers(loaded, tmp_path: Path) -> None:
@@ -292,6 +305,11 @@ def test_what_does_not_fit_the_model_never_runs(
         (["--budget", "many"], "budget=many is no amount"),
         (["--budget", "16"], "select_tokens=16 does not exceed window=32"),
         (["--samples", "0"], "samples=0 is too few"),
+        (["--rank-by", "both"], "'--rank-by': 'both' is not one of 'policy', 'question', 'window'"),
+        (["--after-question", "none"], "'--after-question': 'none' is not one of 'rules'"),
+        (["--policies", "asl:stages=half"], "stages holds 'half'; give texts such as '0.5@5-9'"),
+        (["--policies", "paper:stages=0.5"], "stages='0.5' does not go with settled_by='variance'"),
+        (["--policies", "snapkv:stages=0.5"], "stages=(Stage(tokens=0.5),) would have no effect under policy 'snapkv'"),
         (["--samples", "1000001"], "samples=1000001 is too large; give at most 1000000"),
         (["--samples", "300000"], "samples=300000 makes 1,200,000 prompts in all; give at most 250,000"),
         (["--depths", "deep"], "depths='deep' are no shares of the document"),
@@ -324,6 +342,45 @@ def test_policies_on_a_command_line() -> None:
     assert paper.config == flexasl.ASLConfig.paper(select_tokens=0.25) and paper.label == "paper@0.25"
     every = plan(policies=list(flexasl.policies.POLICIES), budgets=[64]).settings
     assert len(every) == len(flexasl.policies.POLICIES), "each by its name, and the full cache once"
+
+
+@pytest.mark.parametrize(("rank_by", "ranked"), [("policy", "1100"), ("question", "1111"), ("window", "0000")])
+def test_what_ranks_is_chosen(loaded, tmp_path: Path, rank_by: str, ranked: str) -> None:
+    given = ["asl", "asl_two_pass:kv_budget=64", "paper", "snapkv"]
+    few: dict[str, Any] = {"tasks": ["passkey"], "lengths": [200], "samples": 1, "policies": given, "budgets": [64]}
+    assert "".join(str(int(one.by_question)) for one in plan(**few, rank_by=rank_by).settings[1:]) == ranked
+    evaluate(plan(**few, rank_by=rank_by), *loaded, tmp_path)
+    texts = [line["ranked_by"] for line in lines(tmp_path / "answers-0.jsonl")]
+    asked, last = "What is the pass key?", "the last 32 tokens"
+    assert texts == ["", *(asked if one == "1" else last for one in ranked)]
+    report(tmp_path)
+    assert f"- ranked by: {RANKED[rank_by]}\n" in (tmp_path / "report.md").read_text()
+    with pytest.raises(FlexASLError, match=f"holds results with rank_by='{rank_by}', not "):
+        evaluate(plan(**few, rank_by="window" if rank_by == "policy" else "policy"), *loaded, tmp_path)
+
+
+def test_how_prompts_end_is_chosen(folder: Path, loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--after-question", "rules", "--no-answer-prefix", "--rank-by", "question"]
+    few = ["--tasks", "passkey", "--lengths", "900", "--samples", "1", "--budget", "400", "--policies", "asl,snapkv"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", *few, *chosen, "--model", str(folder), "--out", str(tmp_path)])
+    assert caught.value.code == 0 and "| 1/1 |" in capsys.readouterr().out
+    (prompt,) = lines(tmp_path / "prompts-0.jsonl")
+    assert prompt["prompt"].endswith(f"What is the pass key?\n\n{RULES}<end><assistant>")
+    assert prompt["prompt_tokens"] <= 900 and prompt["max_new_tokens"] == 6 + 32
+    assert {line["ranked_by"] for line in lines(tmp_path / "answers-0.jsonl")} == {"", "What is the pass key?"}
+    page = (tmp_path / "report.md").read_text()
+    assert "- ranked by: the question\n- behind the question: rules\n- start of the answer: left out\n" in page
+    same = {"tasks": ["passkey"], "lengths": [900], "rank_by": "question", "after_question": "rules"}
+    for other, words in (({}, "answer_prefix=False"), ({"after_question": None}, "after_question='rules'")):
+        with pytest.raises(FlexASLError, match=f"holds results with {words}"):
+            evaluate(plan(**same | other), *loaded, tmp_path)
+    with pytest.raises(FlexASLError, match="rank_by='both' is not known; give 'policy' or 'question' or 'window'"):
+        plan(rank_by="both")
+    with pytest.raises(FlexASLError, match="after_question='none' is not known; give None or 'rules'"):
+        plan(after_question="none")
+    with pytest.raises(FlexASLError, match=r"answer_prefix='no' is .*; give True or False"):
+        plan(answer_prefix="no")
 
 
 def test_settings_that_policies_start_from() -> None:

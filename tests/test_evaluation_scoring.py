@@ -70,7 +70,8 @@ def answered(task: str, setting: str, *scores: float, length: int = 1024) -> lis
     about = {"policy": setting, "budget": None, "prompt_tokens": length, "selected_layer": None, "kv_share": 1.0}
     return [
         {"task": task, "length": length, "index": index, "setting": setting, "score": score, "counted_prefill": 1.0}
-        | {"first_token_seconds": None}
+        | {"first_token_seconds": None, "selections": [], "lookup": [], "variance_ratio": [], "ranked_by": ""}
+        | {"eval_layers": [], "tau": None}
         | about
         for index, score in enumerate(scores)
     ]

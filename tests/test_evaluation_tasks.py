@@ -15,7 +15,8 @@ from tiny_chat import tiny_tokenizer
 from flexasl.errors import FlexASLError
 from flexasl.tools.evaluation import Sample, Sources, build, tasks
 from flexasl.tools.evaluation.haystack import Haystack, hide
-from flexasl.tools.evaluation.samples import Draft, Recipe, fill
+from flexasl.tools.evaluation.recall import PARAPHRASES
+from flexasl.tools.evaluation.samples import RULES, Draft, Recipe, Wording, fill
 from flexasl.tools.text import encode, prompt_ids, render
 
 RULER = (
@@ -359,4 +360,29 @@ def test_sentences_of_a_text() -> None:
     first = Haystack(text).read_from(Random(1)).first(7)
     assert sorted(set(first)) == sorted(
         ["One.", "Two, e.g. this!", "Three?\n\n", "Four\n\n", "y" * 400, "y" * 100 + "\n\n"]
+    )
+
+
+@pytest.mark.parametrize("one", PARAPHRASES)
+def test_question_by_meaning_shares_no_word_with_its_statement(one) -> None:
+    def words(text: str) -> set[str]:
+        return {word for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 3}
+
+    assert not words(one.statement) & words(one.question)
+
+
+def test_each_sentence_of_a_uniform_text_has_another_key(tokenizer) -> None:
+    sample = build("uniform", tokenizer, 2000)
+    keys = re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+(?= paid \d+ crowns)", body(sample))
+    assert len(keys) > 10 and len(set(keys)) == len(keys)
+
+
+def test_end_of_prompts_is_chosen(tokenizer) -> None:
+    plain, ruled, bare = (
+        build("needle", tokenizer, 900, wording=one)
+        for one in (Wording(), Wording(after_question="rules"), Wording(answer_prefix=False))
+    )
+    assert body(ruled).endswith(RULES) and RULES not in plain.prompt
+    assert (
+        ruled.prompt_tokens <= 900 and bare.prompt.endswith("<assistant>") and not plain.prompt.endswith("<assistant>")
     )

@@ -84,6 +84,7 @@ def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, to
     for row, its in zip(mine.rows, theirs.rows, strict=True):
         assert (row.selected_layer, row.kept_positions) == (its.selected_layer, its.kept_positions)
         assert (row.variance, row.variance_ratio) == (its.variance, its.variance_ratio)
+        assert row.selections == its.selections and row.lookup == pytest.approx(its.lookup, rel=1e-5)
         assert row.reason == its.reason
     torch.testing.assert_close(dropped, masked, equal_nan=True, **CLOSE)
     for held, kept in zip(caches, others, strict=True):
@@ -100,7 +101,15 @@ def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, to
     torch.testing.assert_close(after(model, more, caches), after(model, more, others), **CLOSE)
 
 
-def test_a_masked_prefill_is_one_graph_for_many_lengths():
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"tau": 0.9, "min_layer": 1, "max_layer": 4, "observe_layers": 2},
+        {"tau": 0.1, "min_layer": 2, "max_layer": 4, "stages": "0.5@1-2", "kernel_size": 3},
+    ],
+    ids=["variance", "lookup"],
+)
+def test_a_masked_prefill_is_one_graph_for_many_lengths(rule):
     graphs = []
 
     def counting(graph, inputs):
@@ -111,9 +120,7 @@ def test_a_masked_prefill_is_one_graph_for_many_lengths():
     model = decoder()
     eager = plain.Decoder.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counting)
-    config = ASLConfig(
-        select_tokens=24, window=8, tau=0.9, min_layer=1, max_layer=4, observe_layers=2, propagate="mask"
-    )
+    config = ASLConfig(select_tokens=24, window=8, propagate="mask", **rule)
     layers = set()
     for tokens in (60, 75, 90, 110):
         prompt = torch.randint(257, (2, tokens))

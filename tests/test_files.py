@@ -125,7 +125,7 @@ def test_names_of_files_that_are_no_utf8(call, refused, folder: Path, document: 
     assert call("eval", *tiny, "--lengths", 200, "--policies", "full", "--out", tmp_path / NO_UTF8)[0] == 0
     assert "lease\\xff.txt" in (tmp_path / NO_UTF8 / "report.md").read_text()
     calibrated = tmp_path / f"{NO_UTF8}.json"
-    assert call("calibrate", *tiny, "--length", 200, "--select-tokens", 64, "--out", calibrated)[0] == 0
+    assert call("calibrate", *tiny, "--length", 400, "--select-tokens", 64, "--out", calibrated)[0] == 0
     assert call("ask", "-q", "Why?", *read, "--max-new-tokens", 1, "--config", calibrated)[0] == 0
     named = tmp_path / f"{NO_UTF8}.safetensors"
     said = refused(tmp_path, "prefill", *read, "--out", named)
@@ -194,7 +194,8 @@ def test_stored_text_reaches_the_terminal_without_what_it_would_obey(call, saved
     ("change", "words"),
     [
         (lambda report: report["config"].update(tau="x"), "config.tau is 'x', where a number is needed"),
-        (lambda report: report["rows"][0].update(variance=[]), r"rows\[0\] has not a variance"),
+        (lambda report: report["rows"][0].update(lookup=[0.5]), r"rows\[0\] has not a lookup for each of its eval_la"),
+        (lambda report: report["rows"][0].update(lookup=[], variance=[1.0]), r"rows\[0\] has not a variance"),
         (lambda report: report["rows"][0].update(kept_positions=[5, 5]), r"rows\[0\].kept_positions do not ascend"),
         (lambda report: report["rows"][0].update(selected_layer=6), r"rows\[0\] names layer 6 of 6"),
         (lambda report: report["rows"][0].update(prompt_tokens=-1), r"rows\[0\].prompt_tokens is -1"),

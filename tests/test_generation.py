@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
-from models import FAMILIES, GREEDY, SMALL, left_padded, prompts, recompute, tiny
+from models import FAMILIES, GREEDY, RULES, SMALL, left_padded, prefills, prompts, recompute, selected, tiny
 from tiny_chat import save_tiny_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -126,30 +126,31 @@ def test_only_the_logits_that_are_asked_for(patched):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SLIDE])
-def test_a_pruned_later_turn_equals_recompute(family):
+@pytest.mark.parametrize("rule", RULES)
+def test_a_pruned_later_turn_equals_recompute(family, rule):
     """Without sliding windows: the oracle masks by what the cache holds in the end, and cannot know what slid out."""
     model, (first, second) = tiny(family), prompts(67, 50, seed=4)
-    with flexasl.patch(model, PRUNE) as patch:
+    with flexasl.patch(model, RULES[rule].replace(later_turns="prune")) as patch, prefills() as read:
         cache = model(first[None], use_cache=True).past_key_values
-        before = patch.report.rows[0]
         out = model(second[None], past_key_values=cache)
         turn = patch.report
         whole = sum(117 * layer.nbytes // layer.keys.shape[2] for layer in cache.layers)
         step = model(out.logits[:, -1:].argmax(-1), past_key_values=cache).logits
     assert (turn.rows[0].prompt_tokens, turn.rows[0].kept_tokens) == (50, 24)
     columns = [layer.positions for layer in cache.layers]
-    kept = torch.tensor(before.kept_positions)
+    *before, (last, kept) = selected(read[0], 0)
     ids = torch.cat([first, second, out.logits[0, -1:].argmax(-1)])[None]
-    full = recompute(model, ids, 67, columns, before.selected_layer, kept)
+    full = recompute(model, ids, 67, columns, last, kept, before)
     torch.testing.assert_close(out.logits[0, -1], full[0, -2], rtol=0, atol=1e-4)
     torch.testing.assert_close(step[0, -1], full[0, -1], rtol=0, atol=1e-4)
     assert turn.kv_bytes_full == whole
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding", "gemma2", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("config", [PRUNE, PRUNE.replace(kv_budget=16), PRUNE.replace(kv_top_p=0.7)])
-def test_pruned_later_turns_of_a_batch_equal_those_of_its_rows(family, config):
-    model = tiny(family, torch.float64)
+@pytest.mark.parametrize("cache", [{}, {"kv_budget": 16}, {"kv_top_p": 0.7}], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_pruned_later_turns_of_a_batch_equal_those_of_its_rows(family, rule, cache):
+    model, config = tiny(family, torch.float64), RULES[rule].replace(later_turns="prune", **cache)
     firsts, seconds = prompts(67, 40, seed=4), prompts(50, 50 if family in SLIDE or family == "gpt_oss" else 31, seed=5)
 
     def turns(rows, more):

@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, SMALL, counting, decoder_layers, held_columns, left_padded, prompts, recompute, tiny
+from models import (
+    FAMILIES,
+    SMALL,
+    STAGED,
+    counting,
+    decoder_layers,
+    held_columns,
+    left_padded,
+    prompts,
+    recompute,
+    tiny,
+)
 
 import flexasl
 from flexasl import ASLConfig, UnsupportedError
@@ -34,10 +45,11 @@ def check_same(mine, its):
 
 @pytest.mark.parametrize("lengths", [(90,), (90, 70)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_sliding", "gpt_oss", "deepseek_v3", "gpt2"])
-def test_dropping_gives_the_gradients_of_masking(family, lengths):
+@pytest.mark.parametrize("config", [SMALL, STAGED], ids=["variance", "lookup"])
+def test_dropping_gives_the_gradients_of_masking(family, lengths, config):
     model, inputs, found = trained(family), left_padded(prompts(*lengths)), []
     for mode in ("gather", "mask"):
-        with flexasl.patch(model, SMALL.replace(propagate=mode)) as patch:
+        with flexasl.patch(model, config.replace(propagate=mode)) as patch:
             out = model(**inputs, use_cache=True)
             mask = torch.cat([inputs["attention_mask"], torch.ones(len(lengths), 1, dtype=torch.long)], 1)
             after = model(NEW[: len(lengths)], past_key_values=out.past_key_values, attention_mask=mask)

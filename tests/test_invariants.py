@@ -17,8 +17,21 @@ import torch
 from hypothesis import assume, given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import FAMILIES, GREEDY, LAYERS, counting, left_padded, prompts, recompute, sliding_window, tiny
+from models import (
+    FAMILIES,
+    GREEDY,
+    LAYERS,
+    counting,
+    left_padded,
+    prefills,
+    prompts,
+    recompute,
+    selected,
+    sliding_window,
+    tiny,
+)
 from test_selector import Decision, decide
+from test_staged import budgets
 
 import flexasl
 from flexasl import ASLConfig
@@ -27,6 +40,7 @@ from flexasl.compiling import with_fused_rows
 from flexasl.config import SELECT_ON
 from flexasl.ops import reference
 from flexasl.prefill import Prefill
+from flexasl.stages import Stage
 
 FACTOR = int(os.environ.get("FLEXASL_FUZZ", "1"))
 """How many times more examples to try: `make fuzz` sets it."""
@@ -41,30 +55,59 @@ lengths = st.integers(1, 90) | st.integers(40, 90)
 
 
 @st.composite
-def rules(draw, most=40, layers=LAYERS):
-    """Any settings that a stack of so many layers can run."""
+def rules(draw, most=40, layers=LAYERS, settled_by=None):
+    """Any settings that a stack of so many layers can run, by this rule or by any."""
     window = draw(st.integers(1, 8))
     amount = st.integers(window + 1, most) | st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0])
     cache = draw(st.sampled_from(["full", "budget", "budget", "top_p"]))
-    observe = draw(st.sampled_from([1, 2, 2, 3, 3]))
+    by_lookup = draw(st.booleans()) if settled_by is None else settled_by == "lookup"
+    observe = 1 if by_lookup else draw(st.sampled_from([1, 2, 2, 3, 3]))
     first = draw(st.none() | st.integers(observe - 1, layers - 2))
     return ASLConfig(
         select_tokens=draw(amount),
         kv_budget=draw(amount) if cache == "budget" else None,
         kv_top_p=draw(st.sampled_from([0.3, 0.6, 0.9, 0.99])) if cache == "top_p" else None,
-        tau=draw(st.sampled_from([None, 0.2, 0.5, 0.9, 1.0])),
         min_layer=first,
         max_layer=draw(st.none() | st.integers(max(first or 0, observe - 1), layers - 1)),
-        observe_layers=observe,
         window=window,
         kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
         pooling=draw(st.sampled_from(["avgpool", "maxpool"])),
-        score_power=draw(st.sampled_from([1, 1, 2, "max"])),
-        variance_reference=draw(st.sampled_from(["initial", "peak"])),
         select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from([None, "select", "keep"])),
         propagate=draw(st.sampled_from(["gather", "gather", "mask"])) if cache == "full" else "gather",
+        **draw(look_ups(layers) if by_lookup else variances(observe)),
     )
+
+
+def variances(observe):
+    """Settings that the rule of rank variance has for itself."""
+    return st.fixed_dictionaries(
+        {
+            "settled_by": st.just("variance"),
+            "observe_layers": st.just(observe),
+            "tau": st.sampled_from([None, 0.2, 0.5, 0.9, 1.0]),
+            "score_power": st.sampled_from([1, 1, 2, "max"]),
+            "variance_reference": st.sampled_from(["initial", "peak"]),
+        }
+    )
+
+
+@st.composite
+def look_ups(draw, layers):
+    """Settings that the rule of look-ups has for itself."""
+    taus, stages = st.sampled_from([None, 0.05, 0.1, 0.2, 0.3]), []
+    for _ in range(draw(st.integers(0, 2))):
+        ends = sorted(draw(st.integers(0, layers - 1)) for _ in range(2))
+        bounds = dict(zip(("min_layer", "max_layer"), ends)) if draw(st.booleans()) else {}
+        stages.append(Stage(tokens=draw(st.sampled_from([0.3, 0.5, 0.8, 20, 45])), tau=draw(taus), **bounds))
+    return {
+        "settled_by": "lookup",
+        "tau": draw(taus),
+        "stages": draw(st.just(stages) | st.none()),
+        "score_from": draw(st.sampled_from([None, 0])),  # later ones may come behind a selection, which is refused
+        "score_power": draw(st.sampled_from([None, 1, 2, "max"])),
+        "contrast": draw(st.sampled_from([None, False])),
+    }
 
 
 @st.composite
@@ -116,6 +159,7 @@ def patched(model, config, policy="asl", process=PLAIN):
         if FACTOR == 1 or model.config.model_type not in ("llama", "gpt2", "mistral"):
             # Graphs run as they are: building them takes long.
             context.setattr("flexasl.compiling.inductor", lambda graph, inputs: with_fused_rows(graph).forward)
+        context.setattr("flexasl.selectors.staged.NEAR", 2)  # so that prompts as short as these have far tokens
         try:
             if graphs:
                 patch = compiled(model)
@@ -253,8 +297,12 @@ def test_a_row_is_alone(model, batch, config, policy, group, count, process):
             alone, own, _ = decode(pruning, [ids], 0, more[index : index + 1])
             solo = patch.report.rows[0]
             mine = together[index]
-            assert (mine.selected_layer, mine.kept_positions) == (solo.selected_layer, solo.kept_positions)
-            assert (mine.kept_tokens, mine.eval_layers) == (solo.kept_tokens, solo.eval_layers)
+            assert (mine.selections, mine.kept_positions) == (solo.selections, solo.kept_positions)
+            assert (mine.kept_tokens, mine.eval_layers, mine.reason) == (
+                solo.kept_tokens,
+                solo.eval_layers,
+                solo.reason,
+            )
             for layer, single in zip(cache.layers, own.layers, strict=True):
                 held = cached_positions(layer, index, width - len(ids))
                 assert held == cached_positions(single, 0, 0)
@@ -267,10 +315,10 @@ def test_pruned_decode_equals_recompute(model, batch, config, policy, count, pro
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
     more = torch.stack(prompts(*[count] * len(rows), seed=8))
-    with patched(model, config, policy, process) as (pruning, patch):
+    with patched(model, config, policy, process) as (pruning, patch), prefills() as read:
         logits, _, after_prompt = decode(pruning, rows, padding, more)
     for index, ids in enumerate(rows):
-        made = patch.report.rows[index]
+        made, *before = patch.report.rows[index], *selected(read[0], index)[:-1]
         new = list(range(len(ids), len(ids) + count))
         held = []
         for heads in after_prompt[index]:
@@ -278,7 +326,7 @@ def test_pruned_decode_equals_recompute(model, batch, config, policy, count, pro
             held.append(torch.tensor([head + [new[-1]] * (longest - len(head)) + new for head in heads])[None])
         whole = torch.cat([ids, more[index]])[None]
         kept = torch.tensor(made.kept_positions)
-        full = recompute(model, whole, len(ids), held, made.selected_layer, kept)
+        full = recompute(model, whole, len(ids), held, made.selected_layer, kept, before)
         torch.testing.assert_close(logits[index], full[0, len(ids) - 1 :], **CLOSE)
 
 
@@ -290,7 +338,8 @@ def share_of(amount, tokens, window):
 
 
 def check_kept(config, policy, made, tokens):
-    """Kept positions of one row: the budget to the token where the row was pruned, else the whole prompt."""
+    """Kept positions of one row: the budget to the token where the row was pruned for good, what its last stage leaves
+    where that is all, else the whole prompt."""
     kept = list(made.kept_positions)
     budget = share_of(config.select_tokens, tokens, config.window)
     assert kept == sorted(set(kept)) and made.kept_tokens == len(kept) > 0
@@ -299,15 +348,18 @@ def check_kept(config, policy, made, tokens):
     if made.selected_layer is None:
         assert kept == list(range(tokens))
     else:
-        assert policy != "snapkv" and len(kept) == budget < tokens
+        counts = budgets(config, tokens)
+        assert policy != "snapkv" and len(kept) in counts and budget < tokens
+        assert len(kept) == budget or (config.if_never == "keep" and counts[-1] < len(kept))
+        assert [one.kept_tokens for one in made.selections][-1] == len(kept)
+        assert all(one.kept_tokens in counts for one in made.selections)
     if config.if_never == "select" and policy == "asl":
         assert len(kept) == min(budget, tokens)
 
 
-def check_entries(config, policy, made, tokens, index, heads, window):
-    """Cache entries of one row at one layer."""
-    below = made.selected_layer is not None and index > made.selected_layer
-    present = list(made.kept_positions) if below else list(range(tokens))
+def check_entries(config, policy, selections, tokens, index, heads, window):
+    """Cache entries of one row at one layer, from whose prompt these selections were made."""
+    present = [list(range(tokens)), *(at.tolist() for layer, at in selections if layer < index)][-1]
     limit = len(present)
     amount = config.kv_budget
     if policy == "snapkv" and amount is None and config.kv_top_p is None:
@@ -333,7 +385,7 @@ def check_entries(config, policy, made, tokens, index, heads, window):
 def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy, process):
     assume(policy != "snapkv" or config.propagate == "gather")
     rows, padding = batch
-    with patched(model, config, policy, process) as (pruning, patch):
+    with patched(model, config, policy, process) as (pruning, patch), prefills() as read:
         cache = pruning(**columns_in_front(rows, padding), use_cache=True).past_key_values
         resolved = patch.config
     report, width = patch.report, padding + max(map(len, rows))
@@ -341,7 +393,8 @@ def test_kept_is_well_formed_and_the_rest_is_freed(model, batch, config, policy,
         check_kept(resolved, policy, report.rows[row], len(ids))
         for index, layer in enumerate(cache.layers):
             heads = cached_positions(layer, row, width - len(ids))
-            check_entries(resolved, policy, report.rows[row], len(ids), index, heads, sliding_window(model, index))
+            made = selected(read[0], row)
+            check_entries(resolved, policy, made, len(ids), index, heads, sliding_window(model, index))
     check_bytes(
         cache, report, len(rows), [min(width, (sliding_window(model, n) or width + 1) - 1) for n in range(LAYERS)]
     )
@@ -441,7 +494,7 @@ def own_states(states, row, count):
 
 
 @examples(150)
-@given(config=rules(most=20, layers=5), recording=recordings())
+@given(config=rules(most=20, layers=5, settled_by="variance"), recording=recordings())
 def test_replay_decides_what_the_definition_says(config, recording):
     query, key, counts = recording
     mask = torch.arange(max(counts)) >= max(counts) - torch.tensor(counts)[:, None]
@@ -457,7 +510,7 @@ def test_replay_decides_what_the_definition_says(config, recording):
 
 @examples(60)
 @given(
-    config=rules(most=14, layers=5),
+    config=rules(most=14, layers=5, settled_by="variance"),
     recording=recordings(least=15),
     select_tokens=st.integers(10, 14),
     sliding_window=st.integers(2, 20),

@@ -9,11 +9,12 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from models import GREEDY, LAYERS, SMALL, counting, decoder_layers, left_padded, prompts, recompute, tiny
+from models import GREEDY, LAYERS, SMALL, STAGED, counting, decoder_layers, left_padded, prompts, recompute, tiny
 
 import flexasl
 from flexasl import ASLConfig, ConfigError, policies
 from flexasl.config import SETTINGS
+from flexasl.integrations.transformers.fingerprint import calibrated_for
 
 FAMILIES = ["llama", "gemma2", "deepseek_v3", "gpt2"]
 TWO_PASS = ["asl_two_pass", "gemfilter"]
@@ -39,7 +40,7 @@ def positions(layer, prompt):
 def test_a_row_is_alone_under_every_policy(family, policy, kv_budget, monkeypatch):
     monkeypatch.setattr("flexasl.rows.GROUP", 100)
     model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, seed=1)
-    config = counting(policy, SMALL.replace(kv_budget=kv_budget))
+    config = counting(policy, STAGED.replace(kv_budget=kv_budget))
     if family == "gemma2" and policy == "pyramid_infer":
         with pytest.raises(ConfigError, match="ranks tokens at every layer, but only layers 1, 3, 5 see"):
             flexasl.patch(model, config, policy)
@@ -72,12 +73,21 @@ def test_two_passes_are_the_unpatched_model_on_the_selected_tokens(family, polic
     torch.testing.assert_close(logits, want, **CLOSE)
 
 
-def test_two_passes_select_what_one_pass_selects():
+@pytest.mark.parametrize("config", [SMALL, STAGED.replace(stages=())], ids=["variance", "lookup"])
+def test_two_passes_select_what_one_pass_selects(config):
     model, ids = tiny("llama", torch.float64), prompts(80)[0]
-    one, two = run(model, ids, "asl"), run(model, ids, "asl_two_pass")
+    one, two = (run(model, ids, policy, config) for policy in ("asl", "asl_two_pass"))
     assert one[2].kept_positions == two[2].kept_positions and one[2].selected_layer == two[2].selected_layer
     assert (one[0][0] - two[0][0]).abs().max() > 1e-3
     assert [layer.keys.shape[2] for layer in one[1]] != [layer.keys.shape[2] for layer in two[1]]
+
+
+def test_two_passes_pass_over_the_stages_that_calibration_found():
+    model = tiny("llama")
+    with flexasl.patch(model, STAGED.replace(calibrated_for=calibrated_for(model)), "asl_two_pass") as patch:
+        assert patch.config == STAGED.replace(stages=()).resolve(LAYERS)
+    with pytest.raises(ConfigError, match=r"stages=.* do not go with policy 'asl_two_pass'"):
+        flexasl.patch(model, STAGED, "asl_two_pass")
 
 
 def test_gemfilter_selects_by_the_last_token_pooled_over_five():
@@ -179,9 +189,9 @@ GIVEN = {
     "select_tokens": {"select_tokens": 36},
     "kv_budget": {"kv_budget": 36},
     "kv_top_p": {"kv_top_p": 0.3},
-    "tau": {"tau": 1.0, "max_layer": 5},
+    "tau": {"tau": 0.05, "max_layer": 5, "kernel_size": 3, "window": 8, "stages": ()},
     "min_layer": {"min_layer": 4, "tau": 1.0, "observe_layers": 2, "max_layer": 5},
-    "max_layer": {"max_layer": 4},
+    "max_layer": {"max_layer": 4, "stages": ()},
     "observe_layers": {"observe_layers": 1, "tau": 0.7},
     "window": {"window": 20},
     "kernel_size": {"kernel_size": 3},
@@ -192,10 +202,10 @@ GIVEN = {
     "if_never": {"if_never": "keep"},
     "propagate": {"propagate": "mask"},
     "later_turns": {"later_turns": "prune"},
-    "settled_by": {"settled_by": "lookup", "tau": 0.9},
-    "stages": {"stages": "0.6@1", "settled_by": "lookup"},
-    "score_from": {"score_from": 5, "settled_by": "lookup", "stages": (), "min_layer": 5, "select_on": "max"},
-    "contrast": {"contrast": True, "kernel_size": 1},
+    "settled_by": {"settled_by": "variance", "tau": 0.9, "stages": ()},
+    "stages": {"stages": "0.6@1"},
+    "score_from": {"score_from": 5, "stages": (), "min_layer": 5, "select_on": "max"},
+    "contrast": {"contrast": True, "kernel_size": 1, "settled_by": "variance"},
 }
 """A value of each setting, with those in whose company it shows."""
 

@@ -167,6 +167,47 @@ def test_plot_writes_a_png_and_shows_curve_threshold_and_choice(tmp_path):
     assert kept == pytest.approx(512)
 
 
+LOOK_UPS = {"eval_layers": (5, 6, 7, 8, 9, 10), "lookup": (0.05, 0.04, 1.0, 0.8, 0.64, 0.57)}
+
+
+def looked_up_row(**changes):
+    made = (SelectionReport(layer=7, kept_tokens=1323), SelectionReport(layer=10, kept_tokens=512))
+    told = {"variance": (), "variance_ratio": (), "selected_layer": 10, "selections": made, "ranked_by": "Who\x1b?"}
+    return pruned_row(**(LOOK_UPS | told | changes))
+
+
+def test_plot_shows_look_ups_and_every_stage():
+    pytest.importorskip("matplotlib")
+    stage = {"tokens": 0.33, "tau": 0.3, "min_layer": 5, "max_layer": 6}
+    config = {"tau": 0.5, "min_layer": 9, "max_layer": 40, "stages": [stage]}
+    report = make_report(full_row(), looked_up_row(), config=config)
+    assert report.thresholds == [(0.3, 5, 6), (0.5, 9, 40)]
+    assert Report.from_dict(report.to_dict()) == report
+    figure = report.plot(row=1)
+    above = figure.axes[0]
+    curve, first, last, *others = above.lines
+    assert (tuple(curve.get_xdata()), tuple(curve.get_ydata())) == (LOOK_UPS["eval_layers"], LOOK_UPS["lookup"])
+    assert list(first.get_xdata()) == [5, 6] and list(first.get_ydata()) == pytest.approx([0.3, 0.255])
+    assert list(last.get_xdata()) == list(range(9, 30)), "the model has 30 layers"
+    assert [0.5 * 0.85**layer for layer in range(21)] == pytest.approx(list(last.get_ydata()))
+    assert {7, 10} == {line.get_xdata()[0] for line in others}
+    assert {1.0, 0.57} <= {line.get_ydata()[0] for line in others}, "a dot at every selection"
+    labels = [text.get_text() for text in above.get_legend().get_texts()]
+    assert labels == ["look-up", "threshold of each stage", "selected at layers 7 (1,323 tokens), 10"]
+    assert above.get_ylabel() == "attention to one far token" and "looked up" in above.get_title(loc="left")
+    assert figure.get_suptitle().endswith("\nranked by: Who\\x1b?")
+    for other in (make_report(looked_up_row(), config={}), make_report(pruned_row(), config=config)):
+        assert other.thresholds == []
+
+
+@pytest.mark.parametrize("stages", [0.5, [0.5], [{"tau": "half"}], [{"min_layer": -1}], {"tau": 0.5}])
+def test_a_stored_report_with_other_stages_is_refused(stages):
+    data = make_report(looked_up_row()).to_dict()
+    data["config"]["stages"] = stages
+    with pytest.raises(flexasl.FlexASLError, match=r"config.stages"):
+        Report.from_dict(data)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["my $\\no$ policy", "a\x1b[31m", "$"])
 def test_plot_with_any_name_of_a_policy(name, tmp_path):
@@ -178,7 +219,7 @@ def test_plot_with_any_name_of_a_policy(name, tmp_path):
 def test_plot_of_a_row_without_scores_says_so():
     pytest.importorskip("matplotlib")
     above, below = make_report(full_row(kept_positions=())).plot().axes
-    assert [text.get_text() for text in above.texts] == ["no variance was evaluated for this row"]
+    assert [text.get_text() for text in above.texts] == ["the rule did not look at this row"]
     assert [text.get_text() for text in below.texts] == ["every token was kept"]
     assert not above.lines
 
@@ -197,6 +238,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
             raise ImportError(name)
         return real_import(name, *args, **kwargs)
 
+    monkeypatch.delitem(sys.modules, "flexasl.picture", raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"flexasl\[plot\]"):
         make_report(full_row()).plot()

@@ -36,8 +36,15 @@ def some_columns(lengths, tokens, seed):
 
 
 @settings(max_examples=60)
-@given(lengths=lengths, attention=attentions, gaps=st.booleans(), masked=st.booleans(), sinks=st.booleans())
-def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, masked, sinks):
+@given(
+    lengths=lengths,
+    attention=attentions,
+    gaps=st.booleans(),
+    masked=st.booleans(),
+    sinks=st.booleans(),
+    pack=st.booleans(),
+)
+def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, masked, sinks, pack):
     packed = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
     if gaps:
         packed = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
@@ -49,9 +56,9 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
     extra = torch.randn(HEADS, dtype=torch.float64) if sinks else None
     out = attend(packed, attention, query, key, value, extra)
     last = query[:, :, packed.queries(3)]
-    made, none = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra)
+    made, none = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra, pack=pack)
     assert none is None and made.shape == (len(lengths), GROUPS, max(0, max(lengths) - 3))
-    same, mass = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra, mass=True)
+    same, mass = scores(packed, attention, last, key, SCORING, range(len(lengths)), extra, mass=True, pack=pack)
     assert torch.equal(same, made) and mass.shape == (len(lengths), GROUPS, max(lengths))
     for row, (start, length) in enumerate(zip(packed.starts, lengths, strict=True)):
         own = slice(start, start + length)
@@ -61,9 +68,9 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
         want = attention(*parts, Visibility(at, at, stays), sinks=extra)
         torch.testing.assert_close(out[:, :, own], want)
         if length > 3:
-            # Those of the tokens that are left alone, as if the others had never been there.
-            left = torch.ones(length, dtype=torch.bool) if stays is None else stays[0]
-            marks = {"positions": at[:, left], "sinks": extra}
+            # Packed, those of the tokens that are left alone, as if the others had never been there.
+            left = torch.ones(length, dtype=torch.bool) if stays is None or not pack else stays[0]
+            marks = {"positions": at[:, left], "sinks": extra, "valid": None if pack else stays}
             want, whole = attention.scores(parts[0][:, :, -3:], parts[1][:, :, left], SCORING, **marks, mass=True)
             torch.testing.assert_close(made[row, :, made.shape[2] - want.shape[2] :], want[0])
             torch.testing.assert_close(mass[row, :, mass.shape[2] - whole.shape[2] :], whole[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GREEDY, SMALL, counting, left_padded, prompts, tiny
+from models import GREEDY, SMALL, STAGED, counting, left_padded, prompts, tiny
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -24,7 +24,12 @@ from flexasl.integrations.transformers import PrunedCache
 from flexasl.integrations.transformers.fingerprint import fingerprint
 from flexasl.policies import POLICIES
 
-PRUNING = {"tokens": SMALL, "tokens and cache": SMALL.replace(kv_budget=16)}
+PRUNING = {
+    "tokens": SMALL,
+    "tokens and cache": SMALL.replace(kv_budget=16),
+    "stages": STAGED,
+    "stages and cache": STAGED.replace(kv_budget=16),
+}
 
 
 @pytest.fixture

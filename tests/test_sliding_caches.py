@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, SMALL, left_padded, prompts, sliding_window, tiny
+from models import FAMILIES, GREEDY, SMALL, STAGED, left_padded, prompts, sliding_window, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import flexasl
@@ -17,6 +17,7 @@ WINDOW, LAYERS = 12, 4
 WHOLE = [family for family in FAMILIES if FAMILIES[family].get("layer_types")]
 SLIDING = ["mistral", "mixtral", "phi3", *WHOLE]
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
+FLAT = STAGED.replace(max_layer=3)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -84,7 +85,10 @@ def test_an_answer_of_three_windows(family, masks):
             assert bool(masks) == (len(rows) > 1), "one row's visible entries are the last ones"
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL.replace(kv_budget=16), SMALL.replace(propagate="mask")])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, SMALL.replace(kv_budget=16), SMALL.replace(propagate="mask"), FLAT, FLAT.replace(propagate="mask")],
+)
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
 def test_rows_with_gaps_are_alone_and_bounded_however_long_the_answer(family, config):
     model, rows = slides(family), prompts(60, 45, 50)

@@ -1,16 +1,17 @@
 """Selection in stages against its rule, written once more in plain Python for one row at a time."""
 
+import re
 from itertools import pairwise
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexasl import ASLConfig, ConfigError
-from flexasl.config import SELECT_ON
+from flexasl.config import SELECT_ON, SETTLED_BY
 from flexasl.replaying import replay_scores
 from flexasl.selectors import LayerSelector, StagedSelector, staged
 from flexasl.stages import Stage
@@ -45,13 +46,14 @@ def decide(config, scores, counting, near):
     marked = [-1, *np.flatnonzero(np.isinf(scores[0])), prefix]
     far = {j for j in range(prefix) if min(abs(j - at) for at in marked) > reach}
     left, best, made, seen = list(range(prefix)), None, [], {}
-    pending = [
-        at
-        for at in range(len(stages))
-        if at == len(counts) - 1 or counts[at] < (counts[at - 1] if at else prefix + window)
-    ]
+    last = len(stages) - 1
+
+    def coming(at, left):
+        return next((one for one in range(at, last) if counts[last] < counts[one] < left), max(at, last))
+
+    at = coming(0, prefix + window)
     for layer in counting:
-        if not pending:
+        if at == len(stages):
             break
         own = np.where(np.isinf(scores[layer]), 0, scores[layer]).astype(np.float32)
         best = combine(best, own, config.select_on)
@@ -59,13 +61,15 @@ def decide(config, scores, counting, near):
         seen[layer] = max((float(best[j]) for j in left if j in far and j not in forced), default=0.0)
         selects = config.if_never == "select"
         if selects and layer == config.max_layer:
-            pending = pending[-1:]
-        stage = stages[pending[0]]
-        settled = layer >= stage.min_layer and seen[layer] >= np.float32(stage.tau)
-        if settled or (selects and layer >= stage.max_layer):
+            at = last
+        while not selects and at < last and layer > stages[at].max_layer:
+            at = coming(at + 1, counts[at] + 1)
+        settled = layer >= stages[at].min_layer and seen[layer] >= np.float32(stages[at].tau)
+        if settled or (selects and layer >= stages[at].max_layer):
             order = sorted(left, key=lambda j: (j not in forced, -best[j], j))
-            left = sorted(order[: counts[pending.pop(0)] - window])
+            left = sorted(order[: counts[at] - window])
             made.append((layer, [*left, *range(prefix, prefix + window)]))
+            at = coming(at + 1, counts[at])
     return made, seen
 
 
@@ -81,6 +85,7 @@ def configs(draw):
         first, last = (end if draw(st.booleans()) else None for end in ends)
         stages.append(Stage(tokens=draw(share | st.integers(2, 30)), tau=draw(taus), min_layer=first, max_layer=last))
     first, last = sorted(draw(st.sampled_from(layers)) for _ in range(2))
+    assume(all(stage.min_layer is None or stage.min_layer <= last for stage in stages))
     config = ASLConfig(
         settled_by="lookup",
         select_tokens=draw(st.integers(window + 1, 12) | st.floats(0.05, 1.0)),
@@ -89,7 +94,7 @@ def configs(draw):
         stages=stages,
         min_layer=draw(st.sampled_from([first, None])),
         max_layer=last,
-        score_from=draw(st.sampled_from([None, 0, 3])),
+        score_from=draw(st.sampled_from([None, 0])),
         tau=draw(taus),
         select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from(["select", "keep"])),
@@ -149,6 +154,7 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     with mock.patch.object(staged, "NEAR", near), mock.patch.object(staged, "PATIENCE", 1.0):
         selector, made, asked = run(config, layers, scores, tokens, rows)
         masking, masked, _ = run(config, layers, scores, tokens, rows, masks=True)
+        replays = {row: replay_scores(torch.tensor(scores[row]), config, ranking_layers=layers) for row in rows}
     assert made == masked
     assert set(selector.traces) == set(masking.traces) == set(rows)
     latest = 0
@@ -159,13 +165,17 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
             assert set(other[1]) <= set(one[1]) and other[0] > one[0]
         trace = selector.traces[row]
         assert dict(zip(trace.eval_layers, trace.lookup, strict=True)) == seen
+        replayed = replays[row]
+        assert replayed.selections == [(layer, len(kept)) for layer, kept in want]
+        assert (None if replayed.selected is None else replayed.selected.tolist()) == (want[-1][1] if want else None)
+        assert dict(zip(replayed.eval_layers, replayed.lookup, strict=True)) == seen
         latest = max(latest, max(seen))
     assert asked == [layer for layer in counting if layer <= latest]
 
 
 def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch):
     settings = {"select_tokens": 5, "window": 1, "kernel_size": 3, "min_layer": 1, "max_layer": 5, "stages": ()}
-    settings["settled_by"] = "lookup"
+    settings |= {"settled_by": "lookup", "tau": 0.5}
     monkeypatch.setattr(staged, "PATIENCE", 1.0)
     config = ASLConfig(**settings).resolve(LAYERS)
     reach = staged.NEAR + 1
@@ -195,6 +205,22 @@ def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypat
         assert wanted in reason
 
 
+def test_the_reason_names_the_stage_that_selected():
+    """Also of two that keep as many tokens, the first of which found nothing in its range."""
+    settings = {"select_tokens": 5, "window": 1, "kernel_size": 1, "if_never": "keep"}
+    stages = [Stage(tokens=9, tau=tau, min_layer=layer, max_layer=layer) for tau, layer in ((0.9, 1), (0.3, 2))]
+    config = ASLConfig(**settings, stages=stages, tau=0.9, min_layer=4, max_layer=5).resolve(LAYERS)
+    scores = torch.zeros(1, 99)
+    scores[0, 50] = 0.5
+    selector, made = StagedSelector(config, [100]), []
+    for layer in range(LAYERS):
+        if selector.needs(layer):
+            selector.observe(layer, scores)
+            made += selector.select(layer)
+    assert [(one.layer, one.count) for one in made] == [(2, 9)]
+    assert selector.reason(0, made[0]).endswith("0.50 of its attention to one far token, at least 0.30")
+
+
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
     config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
     with pytest.raises(ConfigError, match=r"min_layer=1 does not see the whole prompt; give one of 2, 4, 6"):
@@ -208,12 +234,12 @@ def test_no_layer_is_needed_without_rows_or_beyond_the_last_one():
     assert [layer for layer in range(LAYERS) if selector.needs(layer)] == [1, 2, 3, 4]
 
 
-def test_the_threshold_falls_by_a_tenth_with_every_layer_of_the_range():
+def test_the_threshold_falls_with_every_layer_of_the_range():
     config = ASLConfig(
         settled_by="lookup", select_tokens=5, window=1, kernel_size=1, min_layer=1, max_layer=6, stages=()
     )
     resolved, token = config.replace(tau=0.5, select_on="last").resolve(LAYERS), 50
-    for weight, layer in ((0.5, 1), (0.46, 2), (0.41, 3), (0.37, 4), (0.33, 5)):
+    for weight, layer in ((0.5, 1), (0.43, 2), (0.37, 3), (0.31, 4), (0.27, 5)):
         scores = torch.zeros(1, 99)
         scores[0, token] = weight
         selector, made = StagedSelector(resolved, [100]), []
@@ -224,11 +250,24 @@ def test_the_threshold_falls_by_a_tenth_with_every_layer_of_the_range():
         assert [one.layer for one in made] == [layer]
 
 
+@pytest.mark.parametrize("if_never", ["select", "keep"])
+def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_never):
+    narrow = {"window": 1, "kernel_size": 1, "tau": 0.3, "if_never": if_never}
+    loose = Stage(tokens=0.3, tau=0.3, min_layer=1, max_layer=3)
+    config = ASLConfig(settled_by="lookup", select_tokens=40, min_layer=4, stages=loose, **narrow).resolve(LAYERS)
+    selector, scores = StagedSelector(config, [100]), torch.zeros(1, 99)
+    scores[0, 50] = 0.35
+    for at in range(1, 5):
+        selector.observe(at, scores)
+        made = selector.select(at)
+        assert bool(made) == (at == 4)
+    assert (made[0].layer, made[0].count, selector.rows) == (4, 40, []) and not selector.needs(5)
+    assert re.search("a head gave 0.35 .* at least 0.30$", selector.reason(0, made[0]))
+
+
 def test_each_rule_has_its_selector():
-    lookup, variance = (ASLConfig(settled_by=rule).resolve(LAYERS) for rule in ("lookup", "variance"))
+    lookup, variance = (ASLConfig(settled_by=rule).resolve(LAYERS) for rule in SETTLED_BY)
     with pytest.raises(ConfigError, match="is for StagedSelector"):
         LayerSelector(lookup, [100])
-    with pytest.raises(ConfigError, match="is for StagedSelector"):
-        replay_scores(torch.rand(LAYERS, 60), ASLConfig(settled_by="lookup"))
     with pytest.raises(ConfigError, match="is for LayerSelector"):
         StagedSelector(variance, [100])

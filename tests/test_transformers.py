@@ -8,7 +8,21 @@ import weakref
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, LAYERS, SMALL, counting, left_padded, prompts, recompute, tiny
+from models import (
+    FAMILIES,
+    GREEDY,
+    LAYERS,
+    RULES,
+    SMALL,
+    STAGED,
+    counting,
+    left_padded,
+    prefills,
+    prompts,
+    recompute,
+    selected,
+    tiny,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
 
@@ -22,6 +36,8 @@ PRUNING = {
     "tokens_and_cache": SMALL.replace(kv_budget=16),
     "tokens_and_top_p": SMALL.replace(kv_top_p=0.7),
     "shares": SMALL.replace(select_tokens=0.4, kv_budget=0.3),
+    "stages": STAGED,
+    "stages_and_cache": STAGED.replace(kv_budget=16, select_tokens=0.3),
     "paper": ASLConfig.paper(select_tokens=24, window=8, kernel_size=3, observe_layers=2, min_layer=1, tau=0.95),
     "maxpool": SMALL.replace(pooling="maxpool", kv_budget=20),
 }
@@ -46,9 +62,10 @@ def test_keep_all_is_identity(family):
 def test_pruned_decode_equals_recompute(family, pruning):
     model, steps = tiny(family), 16
     ids = prompts(67)[0][None]
-    with flexasl.patch(model, PRUNING[pruning]) as patch:
+    with flexasl.patch(model, PRUNING[pruning]) as patch, prefills() as read:
         out = model.generate(ids, max_new_tokens=steps + 1, output_logits=True, **GREEDY)
-    row = patch.report.rows[0]
+    row, before = patch.report.rows[0], selected(read[0], 0)[:-1]
+    assert len(before) == ("stages" in pruning)
     if pruning != "paper":
         assert row.kept_tokens < row.prompt_tokens
     columns = [
@@ -56,7 +73,7 @@ def test_pruned_decode_equals_recompute(family, pruning):
         for layer in out.past_key_values.layers
     ]
     kept = torch.tensor(row.kept_positions)
-    full = recompute(model, out.sequences[:, :-1], 67, columns, row.selected_layer, kept)
+    full = recompute(model, out.sequences[:, :-1], 67, columns, row.selected_layer, kept, before)
     torch.testing.assert_close(torch.stack(out.logits, 1), full[:, 66:], rtol=0, atol=1e-4)
 
 
@@ -71,25 +88,28 @@ def test_a_row_is_alone(family, pruning):
         for index, row in enumerate(rows):
             solo = model.generate(row[None], max_new_tokens=6, output_logits=True, **GREEDY)
             alone = patch.report.rows[0]
-            assert batch[index].selected_layer == alone.selected_layer
+            assert batch[index].selections == alone.selections
             assert batch[index].kept_positions == alone.kept_positions
             assert batch[index].variance == pytest.approx(alone.variance)
+            assert batch[index].lookup == pytest.approx(alone.lookup)
             torch.testing.assert_close(logits[index], torch.stack(solo.logits, 1)[0], rtol=0, atol=1e-4)
             assert torch.equal(out.sequences[index, -6:], solo.sequences[0, -6:])
 
 
-def test_rows_of_one_batch_select_at_different_layers():
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_of_one_batch_select_at_different_layers(rule):
     model = tiny()
     rows = prompts(*[60 + 5 * n for n in range(8)], seed=2)
-    with flexasl.patch(model, SMALL) as patch:
+    with flexasl.patch(model, RULES[rule]) as patch:
         model(**left_padded(rows))
     assert len({row.selected_layer for row in patch.report.rows}) > 1
 
 
-def test_cached_entries_are_those_that_replay_keeps(monkeypatch):
+@pytest.mark.parametrize("rule", RULES)
+def test_cached_entries_are_those_that_replay_keeps(rule, monkeypatch):
     model = tiny()
     ids, seen = prompts(80)[0][None], []
-    config = SMALL.replace(kv_budget=20)
+    config = RULES[rule].replace(kv_budget=20)
 
     original = LayerStep.attend
 
@@ -98,22 +118,23 @@ def test_cached_entries_are_those_that_replay_keeps(monkeypatch):
         return original(self, query, key, value, sinks)
 
     monkeypatch.setattr(LayerStep, "attend", attend)
-    with flexasl.patch(model, config) as patch:
+    with flexasl.patch(model, config) as patch, prefills() as read:
         out = model(ids)
-    row = patch.report.rows[0]
-    states = []
+    row, states = patch.report.rows[0], []
+    going = [
+        [torch.arange(80), *(at for one, at in selected(read[0], 0) if one < layer)][-1] for layer in range(LAYERS)
+    ]
     for part in (0, 1):
         full = torch.zeros(LAYERS, 1, seen[0][part].shape[1], 80, 16)
         for layer in range(LAYERS):
-            at = torch.tensor(row.kept_positions) if layer > row.selected_layer else torch.arange(80)
-            full[layer][:, :, at] = seen[layer][part]
+            full[layer][:, :, going[layer]] = seen[layer][part]
         states.append(full)
     want = flexasl.replay(*states, config)[0]
     assert want.selected_layer == row.selected_layer
     assert tuple(want.selected.tolist()) == row.kept_positions
+    assert want.selections == [(one.layer, one.kept_tokens) for one in row.selections]
     for layer, held in enumerate(out.past_key_values.layers):
-        at = want.selected if layer > row.selected_layer else torch.arange(80)
-        kept = [sorted(at[head].tolist()) for head in want.kept_indices[layer]]
+        kept = [sorted(going[layer][head].tolist()) for head in want.kept_indices[layer]]
         assert held.positions[0].tolist() == kept
 
 
@@ -516,8 +537,10 @@ def test_rows_without_a_token():
 def test_other_settings_for_the_next_prompts():
     model, ids = tiny(), prompts(64)[0][None]
     with flexasl.patch(model, SMALL) as patch:
+        patch.config = ASLConfig(settled_by="variance")
+        assert (patch.config.observe_layers, patch.config.max_layer, patch.config.stages) == (2, 3, ())
         patch.config = ASLConfig(select_tokens=40, window=8)
-        assert patch.config.observe_layers == 2 and patch.config.max_layer == 3
+        assert (patch.config.score_from, patch.config.max_layer, len(patch.config.stages)) == (0, 3, 1)
         model(ids)
         assert patch.report.rows[0].kept_tokens == 40
         before = patch.config

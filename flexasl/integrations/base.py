@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.policies.contract import resolved
 from flexasl.prefill import Observer, Prefill, Reduce
-from flexasl.presets import ModelKind, fill
+from flexasl.profiles import Profile, filled, is_open
 from flexasl.prompt_pass import PromptPass
 from flexasl.quantizing import primitives
 from flexasl.report import Report
@@ -66,16 +66,15 @@ class BasePatch:
         *,
         ranking_layers: Sequence[int] | None = None,
         reduce: Reduce | None = None,
-        kind: ModelKind | None = None,
+        profile: Profile | Literal[False] | None = False,
         foreign_hooks: str = "refuse",
     ) -> None:
-        """ranking_layers and reduce: as for `Prefill`. kind: by which a preset is looked up; None where there are none.
-        foreign_hooks: see `flexasl.patch`."""
+        """ranking_layers and reduce: as for `Prefill`. profile: the one to use; None: it is looked for; False: none."""
         self._model = model
         self.policy = policy
-        self.preset: str | None = None
-        """The name of the preset that filled in settings, None where none did."""
-        self._kind = kind if policy.takes_presets else None
+        self.profile: str | None = None
+        """Name of the profile that filled in settings, and where it was found; None where none did."""
+        self._profile = profile
         self.ranking_layers = ranking_layers
         """Layers whose ranks count, ascending; None for all."""
         self._layers = list(layers)
@@ -109,11 +108,20 @@ class BasePatch:
         instance("config", given, ASLConfig, "an ASLConfig", ConfigError)
         if given.calibrated_for is not None:
             self.refuse_calibrated(given.calibrated_for)
-        filled, preset = (given, None) if self._kind is None else fill(given, self._kind)
-        made = resolved(self.policy, filled, len(self._layers), self.ranking_layers)
+        open_to_one = self.policy.takes_profiles and is_open(given)
+        made, profile = filled(
+            given,
+            self._own_profile() if open_to_one else None,
+            self.policy.takes,
+            lambda config: resolved(self.policy, config, len(self._layers), self.ranking_layers),
+        )
         if made.kv_dtype is not None:
             primitives(made.kv_dtype)
-        self._config, self.preset = made, preset
+        self._config, self.profile = made, profile
+
+    def _own_profile(self) -> Profile | None:
+        """The model's profile."""
+        return self._profile or None
 
     @property
     def question(self) -> Any:
@@ -218,7 +226,7 @@ class BasePatch:
         """After the pass: the report, where it was a prompt."""
         report = forward_pass.close()
         if report is not None:
-            self.report = report = dataclasses.replace(report, preset=self.preset)
+            self.report = report = dataclasses.replace(report, profile=self.profile)
         return report
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexasl.attention_spec import AttentionSpec
 from flexasl.ops.ranking import finite, ranks_of, token_ranks
-from flexasl.ops.scoring import of_queries, powers_of, window_mask, window_mass, without_padding
+from flexasl.ops.scoring import giving, of_queries, powers_of, window_mask, window_mass, without_padding
 
 TILE = 2**23
 """Logits held at once, in elements per row of the batch, unless one query head alone has more."""
@@ -51,7 +51,7 @@ def window_mass_in_tiles(
             if sinks is not None:
                 weights.mul_((logits.logsumexp(-1) - sinks[some].float()[:, None]).sigmoid()[..., None])
             weights = powers_of(without_padding(weights, valid, query_at), power)
-            of_queries(weights, power, controls, out=mass[:, some])
+            of_queries(weights, power, controls, giving(valid, query_at, window), out=mass[:, some])
     return mass
 
 

@@ -113,7 +113,9 @@ def window_mass(
     asking, text = (
         some.pow(power).where((power == 1) | (some >= 1e-36 ** (1 / power)), 0).sum(2) for some in (asking, text)
     )
-    return asking if not controls else (asking - text * ((query.shape[2] - controls) / controls)).clamp(min=0)
+    gives = valid.gather(1, query_at).double()
+    share = gives[:, controls:].sum(1) / gives[:, :controls].sum(1).clamp(min=1)
+    return asking if not controls else (asking - text * share[:, None, None]).clamp(min=0)
 
 
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -102,7 +102,8 @@ def window_mass(
         if sinks is not None:
             own = sinks.float().chunk(groups)[group][:, None]
             weights *= (logits.logsumexp(-1) - own).sigmoid()[..., None]
-        mass.append(of_queries(powers_of(without_padding(weights, valid, query_at), power), power, controls))
+        weights = powers_of(without_padding(weights, valid, query_at), power)
+        mass.append(of_queries(weights, power, controls, giving(valid, query_at, query.shape[2])))
     return torch.cat(mass, 1)
 
 
@@ -143,10 +144,15 @@ def window_mask(
 
 def without_padding(weights: Tensor, valid: Tensor | None, at: Tensor | None) -> Tensor:
     """Weights [B, R, W, N], in their own memory, with 0 from queries that are padding's."""
+    gives = giving(valid, at, weights.shape[2])
+    return weights if gives is None else weights.masked_fill_(~gives[:, None, :, None], 0.0)
+
+
+def giving(valid: Tensor | None, at: Tensor | None, window: int) -> Tensor | None:
+    """Which of so many queries are no padding's, [B, W] bool; None: all."""
     if valid is None:
-        return weights
-    gives = valid[:, valid.shape[1] - weights.shape[2] :] if at is None else valid.take_along_dim(at, 1)
-    return weights.masked_fill_(~gives[:, None, :, None], 0.0)
+        return None
+    return valid[:, valid.shape[1] - window :] if at is None else valid.take_along_dim(at, 1)
 
 
 def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
@@ -172,16 +178,22 @@ def powers_of(weights: Tensor, power: float) -> Tensor:
     return weights.mul_(weights) if power == 2 else weights.pow_(power)
 
 
-def of_queries(weights: Tensor, power: float, controls: int, out: Tensor | None = None) -> Tensor:
+def of_queries(
+    weights: Tensor, power: float, controls: int, gives: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Weights [B, R, W, N], raised to this power, as those of all queries [B, R, N]: their sum, or with power infinity
     the highest; without the same of the first ones, which are controls, and a sum of which counts as that of so many
-    queries as the others are. Never below 0."""
+    queries as the others are, of those that give [B, W]. Never below 0."""
     asking = weights[:, :, controls:]
     found = torch.amax(asking, 2, out=out) if power == math.inf else torch.sum(asking, 2, out=out)
     if not controls:
         return found
     text = over_heads(weights[:, :, :controls], 2, power)
-    return found.sub_(text if power == math.inf else text * (asking.shape[2] / controls)).clamp_(min=0.0)
+    if power == math.inf:
+        return found.sub_(text).clamp_(min=0.0)
+    gives = weights.new_ones(1, weights.shape[2], dtype=torch.bool) if gives is None else gives
+    share = gives[:, controls:].sum(1) / gives[:, :controls].sum(1).clamp(min=1)
+    return found.sub_(text * share[:, None, None]).clamp_(min=0.0)
 
 
 def over_heads(scores: Tensor, dim: int, power: float = 1.0) -> Tensor:

@@ -9,4 +9,4 @@ class ASL(Policy):
     """Selects tokens once, at the first layer at which their ranking has settled (ASL, arXiv 2601.07667)."""
 
     name = "asl"
-    takes_presets = True
+    takes_profiles = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from flexasl.config import ASLConfig
 from flexasl.policies.base import Policy
 
 NO_TOP_P = "would have no effect where no layer caches more than select_tokens: give kv_budget"
@@ -27,7 +28,7 @@ class ASLTwoPass(Policy):
     """
 
     name = "asl_two_pass"
-    takes_presets = True
+    takes_profiles = True
     second_pass = True
     takes = Policy.takes - {"stages", "if_never", "propagate", "later_turns", "kv_top_p"}
     fixes: ClassVar[Mapping[str, Any]] = {"if_never": "select", "stages": ()}
@@ -37,3 +38,7 @@ class ASLTwoPass(Policy):
         "kv_top_p": NO_TOP_P,
         **once_a_prompt(name),
     }
+
+    def check(self, config: ASLConfig, resolved: ASLConfig | None = None) -> None:
+        """Stages that calibration found are passed over, as those of a profile are."""
+        super().check(config if config.calibrated_for is None else config.replace(stages=None), resolved)

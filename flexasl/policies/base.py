@@ -54,9 +54,8 @@ class Policy:
     scoring_tokens: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
     """Whose queries score, as a method: of each row, places [Q] int64 among its tokens, ascending. None: those of the
     window."""
-    takes_presets: ClassVar[bool] = False
-    """Whether `min_layer`, `max_layer`, `tau` and `observe_layers` are used as they are given, so that a preset may
-    fill them in."""
+    takes_profiles: ClassVar[bool] = False
+    """Whether layers, stages and `tau` are used as they are given, so that a profile may fill them in."""
     takes: ClassVar[frozenset[str]] = frozenset(SETTINGS)
     """Settings of `ASLConfig` that count; any other is refused where it is given, that is, not at its default."""
     fixes: ClassVar[Mapping[str, Any]] = {}

@@ -78,6 +78,11 @@ def selector_of(policy: Policy, config: ASLConfig, prompts: Prompts) -> Selector
     ):
         if made.rows and getattr(config, name) != plain and not can:
             raise ConfigError(f"{name}={getattr(config, name)!r} does not go with {who} {does}; give {name}={plain!r}")
+    if made.rows and config.propagate == "mask" and policy.scoring_tokens is not None and not made.once:
+        raise ConfigError(
+            f"propagate='mask' does not go with policy {policy.name!r}, which names the tokens that score, and a "
+            "selection in stages; give propagate='gather', or stages=()"
+        )
     return made
 
 

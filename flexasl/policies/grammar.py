@@ -12,6 +12,7 @@ from flexasl.config import PAPER_RULE, SETTINGS, ASLConfig
 from flexasl.errors import ConfigError, FlexASLError
 from flexasl.policies.base import Policy
 from flexasl.policies.table import POLICIES
+from flexasl.stages import Stage
 
 PAPER = "paper"
 """`asl` by the published rule."""
@@ -133,7 +134,7 @@ def _given(text: str, rest: str) -> dict[str, Any]:
             raise FlexASLError(f"policy={text!r}: {part!r} is no setting; give name=value")
         if key in given:
             raise FlexASLError(f"policy={text!r} gives {key} twice; give it once")
-        given[key] = _value(value)
+        given[key] = Stage.several(value.lower()) if key == "stages" else _value(value)
     return given
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexasl.checks import instance, integer, renames
+from flexasl.checks import ascending, instance, integer, renames
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import rank_variance, select_tokens, token_ranks
@@ -66,7 +66,8 @@ class LayerSelector(Selector):
         self.lengths = [integer("lengths", length, 0) for length in lengths]
         most = max(self.lengths, default=0)
         self.tokens = most if tokens is None else integer("tokens", tokens, most)
-        self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
+        batch = len(self.lengths)
+        self.rows = list(range(batch)) if rows is None else ascending("rows: row", rows, 0, batch - 1)
         self._traces = {row: Trace() for row in self.rows}
         self._seen: list[tuple[int, list[int], Tensor]] = []
         self._prefix = self.tokens - config.window

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexasl.checks import instance, integer
+from flexasl.checks import ascending, instance, integer
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
@@ -22,8 +22,13 @@ NEAR = 32
 """Tokens beside one that is kept in any case, beyond those that its score is pooled over, which are no far tokens."""
 
 
-PATIENCE = 0.9
+PATIENCE = 0.85
 """What `tau` becomes one layer later, counted from the first layer of a stage's range."""
+
+
+def threshold(tau: float, first: int, layer: int) -> float:
+    """What a look-up must reach at a layer, where the range of its stage begins with another."""
+    return tau * PATIENCE ** max(0, layer - first)
 
 
 class _Stage(NamedTuple):
@@ -34,18 +39,18 @@ class _Stage(NamedTuple):
     last: int
 
     def threshold(self, layer: int) -> float:
-        return self.tau * PATIENCE ** max(0, layer - self.first)
+        return threshold(self.tau, self.first, layer)
 
 
 class StagedSelector(Selector):
     """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a head
     gives a share of at least `tau` of its attention to one far token, by the scores of all layers up to there; at the
-    end of the range in any case, unless `if_never="keep"`. The threshold falls by a tenth with every layer of the
-    range, half as fast as scores fade.
+    end of the range in any case, or, with `if_never="keep"`, not at all. The threshold falls by 15 percent with every
+    layer of the range, a little slower than scores fade.
 
     A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
-    that would drop nothing is passed over. Tokens with a score of infinity are kept; they and those beside them are no
-    far tokens.
+    that would drop nothing, or as much as the final one, is passed over. Tokens with a score of infinity are kept; they
+    and those beside them are no far tokens.
     """
 
     masks = True
@@ -69,7 +74,8 @@ class StagedSelector(Selector):
         self.lengths = [integer("lengths", length, 0) for length in lengths]
         most = max(self.lengths, default=0)
         self.tokens = most if tokens is None else integer("tokens", tokens, most)
-        self.rows = list(range(len(self.lengths))) if rows is None else list(rows)
+        batch = len(self.lengths)
+        self.rows = list(range(batch)) if rows is None else ascending("rows: row", rows, 0, batch - 1)
         self.stages = [_Stage(*_bounds(stage)) for stage in config.stages or ()] + [_Stage(*_bounds(config))]
         for name, layer in (
             (name, layer) for stage in self.stages for name, layer in zip(stage._fields[1:], stage[1:])
@@ -79,6 +85,7 @@ class StagedSelector(Selector):
                     f"{'min' if name == 'first' else 'max'}_layer={layer} does not see the whole prompt; give one of "
                     f"{', '.join(map(str, ranking_layers))}, or settings resolved for these ranking_layers"
                 )
+        self.once = len(self.stages) == 1
         opens = min(stage.first for stage in self.stages)
         since = config.score_from if config.select_on != "last" else opens
         counting = range(self.stages[-1].last + 1) if ranking_layers is None else ranking_layers
@@ -115,6 +122,8 @@ class StagedSelector(Selector):
         self._scores = combined(self._scores, scores, self.config.select_on)
         highest = self._scores.masked_fill(self._always | ~self._far, 0.0).amax(1)
         self._seen.append((layer, list(self.rows), highest))
+        if not self._selects_anyway:
+            self._pass_over(layer)
         self._settled = highest >= self._thresholds(layer)[self._stage]
 
     def select(self, layer: int) -> list[Selection]:
@@ -177,18 +186,20 @@ class StagedSelector(Selector):
         never = f"no head gave enough of its attention to one far token (highest {highest:.2f}, tau={config.tau})"
         if selection is None:
             return f"{never}; if_never='keep' keeps every token"
-        final = selection.count == self.budgets[row][-1]
-        stage = self.stages[-1 if final else self.budgets[row].index(selection.count)]
-        least = stage.threshold(selection.layer)
         weight = dict(zip(trace.eval_layers, trace.lookup)).get(selection.layer, highest)
+        final = selection.count == self.budgets[row][-1]
+        loose = zip(self.stages, self.budgets[row][:-1])
+        fits = (stage for stage, count in loose if count == selection.count and selection.layer <= stage.last)
+        stage = self.stages[-1] if final else next(fits)
+        least = stage.threshold(selection.layer)
         if weight >= least:
             fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
             return f"a head gave {weight:.2f} of its attention to one far token, at least {least:.2f}{fallen}"
         if not final:
             return f"{never}; if_never='keep' keeps what is left"
-        if self.stages[-1].first == self.stages[-1].last:
-            return f"the selection is set to layer {config.max_layer}"
-        return f"{never} by max_layer={config.max_layer}; if_never='select' selects there"
+        if stage.first == stage.last:
+            return f"the selection is set to layer {stage.last}"
+        return f"{never} by max_layer={stage.last}; if_never='select' selects there"
 
     def _counts(self, length: int) -> list[int]:
         """Tokens that go on from a prompt after each stage, ascending stages."""
@@ -199,14 +210,24 @@ class StagedSelector(Selector):
             counts.append(left)
         return [*counts, final]
 
+    def _pass_over(self, layer: int) -> None:
+        """Loose stages whose range ended before this layer are over, though nothing was selected."""
+        for stage, one in enumerate(self.stages[:-1]):
+            if one.last < layer:
+                self._at = [self._later(row, stage) if at == stage else at for row, at in zip(self.rows, self._at)]
+                self._stage = torch.where(self._stage == stage, self._laters[:, stage], self._stage)
+
+    def _later(self, row: int, stage: int) -> int:
+        """The stage that comes when this one is passed over: the next one, where that is looser than the final one."""
+        last = len(self.stages) - 1
+        return min(stage + 1, last) if self.budgets[row][min(stage + 1, last)] > self.budgets[row][-1] else last
+
     def _next(self, row: int, stage: int) -> int:
-        """The first stage from this one on that drops tokens, the final one at the latest; one more where that is
-        over."""
-        counts = self.budgets[row]
+        """The stage that comes, from this one on, when those before it were made: the first that drops tokens and is
+        looser than the final one, else that one; one more where that was made."""
+        counts, last = self.budgets[row], len(self.stages) - 1
         left = counts[stage - 1] if stage else self.lengths[row]
-        while stage < len(counts) - 1 and counts[stage] == left:
-            stage += 1
-        return stage
+        return next((one for one in range(stage, last) if counts[-1] < counts[one] < left), max(stage, last))
 
     def _on(self, device: torch.device) -> None:
         """What the rows are compared with, as tensors."""
@@ -228,15 +249,18 @@ class StagedSelector(Selector):
         window = self.config.window
         self._prefixes = by_row(lambda row: [*(max(0, budget - window) for budget in self.budgets[row]), 0])
         self._nexts = by_row(lambda row: [*(self._next(row, stage + 1) for stage in range(count)), count])
+        self._laters = by_row(lambda row: [*(self._later(row, stage) for stage in range(count)), count])
         self._stage = torch.tensor(self._at, dtype=torch.int64, device=device)
 
     def _far_tokens(self, always: Tensor) -> Tensor:
         """Tokens [R, P] bool that are far from all that are kept in any case, from the window and from the start."""
         assert self.config.kernel_size is not None
-        reach = NEAR + self.config.kernel_size // 2
-        marked = always if self._valid is None else always | ~self._valid[:, : always.shape[1]]
-        ends = F.pad(marked.float(), (1, 1), value=1.0)[:, None]
-        return F.max_pool1d(ends, 2 * reach + 1, stride=1, padding=reach)[:, 0, 1:-1] == 0
+        reach, tokens = NEAR + self.config.kernel_size // 2, always.shape[1]
+        marked = always if self._valid is None else always | ~self._valid[:, :tokens]
+        at = torch.arange(tokens, dtype=torch.int64, device=always.device)
+        before = torch.where(marked, at, -1).cummax(1).values
+        after = torch.where(marked, at, tokens).flip(1).cummin(1).values.flip(1)
+        return (at - before > reach) & (after - at > reach)
 
     def _thresholds(self, layer: int) -> Tensor:
         """Of each stage, and of none [S + 1]."""
@@ -277,7 +301,14 @@ class StagedSelector(Selector):
         index = torch.tensor(going, dtype=torch.int64, device=self._stage.device)
         assert self._scores is not None and self._far is not None and self._valid is not None
         self._scores, self._far, self._valid = self._scores[index], self._far[index], self._valid[index]
-        self._prefixes, self._nexts, self._stage = self._prefixes[index], self._nexts[index], self._stage[index]
+        self._prefixes, self._stage = self._prefixes[index], self._stage[index]
+        self._nexts, self._laters = self._nexts[index], self._laters[index]
+
+
+def waited(config: ASLConfig, layer: int, trace: Trace) -> bool:
+    """Whether the last selection, made at this layer by resolved settings, came with `max_layer` and no look-up."""
+    weight = dict(zip(trace.eval_layers, trace.lookup))[layer]
+    return layer == config.max_layer and weight < _Stage(*_bounds(config)).threshold(layer)
 
 
 def _bounds(stage: object) -> tuple[float, int, int]:

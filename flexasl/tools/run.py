@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -97,6 +97,14 @@ def check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) 
         )
 
 
+def check_tokens(model: PreTrainedModel, highest: int) -> None:
+    """Raise FlexASLError for a token id, the highest one of some prompts, that the model does not have."""
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if highest >= known:
+        raise FlexASLError(f"tokenizer makes token {highest}, and the model has {known}; give the model's tokenizer")
+
+
 def warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], **patching: Any) -> None:
     """Run the start of the prompt both ways, so that neither of two timed runs pays for being first."""
     start = ids[:WARM_UP_TOKENS]
@@ -113,23 +121,21 @@ def answer(
     config: flexasl.ASLConfig | None = None,
     policy: str | flexasl.policies.Policy | None = None,
     question: str | None = None,
+    find_question: bool = False,
+    profile: Literal[False] | None = None,
     on_text: Callable[[str], None] = _nothing,
     on_layer: Callable[[], None] = _nothing,
 ) -> Answer:
     """Greedy answer to a prompt, pruned by the policy, or not pruned where it is None.
 
-    question: the text of the prompt whose queries rank the others, None for the last tokens; where the tokenizer writes
-    it in another way, the last tokens rank as well.
+    question: the text of the prompt whose queries rank the others; find_question: with None, it is looked for in the
+    prompt. Without either, or where the prompt does not have it, the last tokens rank. profile: as for `flexasl.patch`.
     `on_text` gets the answer piece by piece, `on_layer` is called after each decoder layer of the prefill.
     """
     if policy is None:
         return _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
-    asking: dict[str, Any] = {}
-    if question is not None:
-        with contextlib.suppress(FlexASLError):
-            question_tokens(tokenizer, ids, question)
-            asking = {"tokenizer": tokenizer, "question": question}
-    with flexasl.patch(model, config, policy=policy, **asking) as patch:
+    asking = {"tokenizer": tokenizer} if find_question and question is None else _ranking(tokenizer, ids, question)
+    with flexasl.patch(model, config, policy=policy, profile=profile, **asking) as patch:
         plain = _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
         report = patch.report
     assert report is not None  # a prefill has just run
@@ -147,11 +153,18 @@ def prefill(
     *,
     config: flexasl.ASLConfig | None = None,
     policy: str | flexasl.policies.Policy = "asl",
+    tokenizer: Any = None,
+    question: str | None = None,
     on_layer: Callable[[], None] = _nothing,
 ) -> Any:
-    """Reads a prompt, pruned by the policy: the cache, whose last report tells what was pruned, to be saved."""
+    """Reads a prompt, pruned by the policy: the cache, whose last report tells what was pruned, to be saved.
+
+    question: as in `answer`, to be found with the tokenizer.
+    """
+    asking = _ranking(tokenizer, ids, question)
     prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
-    with flexasl.patch(model, config, policy=policy), _layers_watched(model, lambda: False, on_layer), torch.no_grad():
+    patching = flexasl.patch(model, config, policy=policy, **asking)
+    with patching, _layers_watched(model, lambda: False, on_layer), torch.no_grad():
         return model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
 
@@ -183,6 +196,15 @@ def answer_saved(
         said = _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer, cache)
     report = cache.reports[-1] if cache.reports else None
     return dataclasses.replace(said, report=report, kv_bytes=kv_bytes)
+
+
+def _ranking(tokenizer: Any, ids: list[int], question: str | None) -> dict[str, Any]:
+    """What `patch` is given so that the question ranks; nothing where the prompt does not have it."""
+    if question is not None:
+        with contextlib.suppress(FlexASLError):
+            question_tokens(tokenizer, ids, question)
+            return {"tokenizer": tokenizer, "question": question}
+    return {}
 
 
 def _asking(tokenizer: Any, text: str, question: str) -> str:

@@ -116,7 +116,7 @@ def test_pruned_decode_equals_recompute(name, pruning):
     if pruning != "paper":
         assert row.kept_tokens < row.prompt_tokens
     columns, kept = [held_columns(layer) for layer in cache.layers], torch.tensor(row.kept_positions)
-    masks = pruned_masks(out.shape[1] - 1, 67, columns, row.selected_layer, kept, [None] * LAYERS)
+    masks = pruned_masks(out.shape[1] - 1, 67, columns, [(one.layer, kept) for one in row.selections], [None] * LAYERS)
     for layer, mask in zip(model.layers.values(), masks, strict=True):
         layer.attention.inner_attention = Masked(mask)
     torch.testing.assert_close(logits, model(out[:, :-1])[:, 66:], **CLOSE)

@@ -132,7 +132,7 @@ def test_pruned_decode_equals_recompute(name, pruning):
         assert row.kept_tokens < row.prompt_tokens
     columns = [held_columns(cache) for cache in held]
     kept = torch.tensor(row.kept_positions)
-    masks = pruned_masks(out.shape[1] - 1, 67, columns, row.selected_layer, kept, [None] * LAYERS)
+    masks = pruned_masks(out.shape[1] - 1, 67, columns, [(one.layer, kept) for one in row.selections], [None] * LAYERS)
     torch.testing.assert_close(logits, recompute(model, out[:, :-1], masks)[:, 66:], **CLOSE)
 
 

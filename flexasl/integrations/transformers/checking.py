@@ -35,7 +35,7 @@ def check_by_running(model: Any) -> Callable[[Any], None]:
     close = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 5e-2) * max(1.0, want[1].abs().max().item())
 
     def check(patch: Any) -> None:
-        settings = patch._config, patch.policy, patch.preset
+        settings = patch._config, patch.policy, patch.profile
         kind = f"{type(model).__name__} is not among the tested models, and its self-test failed"
         try:
             with torch.no_grad():
@@ -51,7 +51,7 @@ def check_by_running(model: Any) -> Callable[[Any], None]:
         except Exception as error:
             patch.remove()
             raise UnsupportedError(f"{kind}: {error}") from error
-        patch._config, patch.policy, patch.preset = settings
+        patch._config, patch.policy, patch.profile = settings
         patch.report = None
 
     return check

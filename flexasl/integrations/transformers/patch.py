@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, over_ranks
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
-from flexasl.presets import ModelKind
+from flexasl.profiles import Profile, find
 
 PASS = "flexasl_pass"
 """The keyword that goes down to attention: the `ForwardPass` first, and inside a layer its `LayerStep`."""
@@ -53,15 +53,24 @@ class Patch(BasePatch):
     TABLES = ("position_embeddings", "position_ids")
 
     def __init__(
-        self, model: Any, config: ASLConfig, policy: Policy, *, kernel: Any, compile: bool, foreign_hooks: str
+        self,
+        model: Any,
+        config: ASLConfig,
+        policy: Policy,
+        *,
+        kernel: Any,
+        compile: bool,
+        foreign_hooks: str,
+        profile: Profile | Literal[False] | None = None,
     ) -> None:
+        """profile: the one to use; None: it is looked for; False: there is none."""
         stack = find_stack(model, kernel, compile)
         if compile:
             require_compiler(input_device(model))
         reduce = over_ranks(model)
         text = model.config.get_text_config(decoder=True)
-        kind = ModelKind(text.model_type, len(stack.layers), text.hidden_size)
-        settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce, "kind": kind}
+        settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce}
+        settings["profile"] = profile
         settings["foreign_hooks"] = foreign_hooks
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
@@ -101,6 +110,11 @@ class Patch(BasePatch):
             layer.forward = functools.partial(_run, regions, layer)
         head.forward = functools.partial(_run_head, compile_region(run_layer), head)
         self._regions = [*layers, head]
+
+    def _own_profile(self) -> Profile | None:
+        if self._profile is None:  # it is looked for once
+            self._profile = find(calibrated_for(self._model)) or False
+        return super()._own_profile()
 
     def refuse_calibrated(self, model: CalibratedFor) -> None:
         model.refuse_other(calibrated_for(self._model))

@@ -7,7 +7,7 @@
 `flexasl calibrate` is the same on a command line.
 """
 
-from flexasl.tools.calibration.calibrating import calibrate
+from flexasl.tools.calibration.calibrating import calibrate, calibrate_visibly
 from flexasl.tools.calibration.evidence import Calibration
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "calibrate_visibly"]

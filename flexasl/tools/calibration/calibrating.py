@@ -1,32 +1,45 @@
-"""From a model to settings: prompts, one run of each, candidates, the choice, and the check of it."""
+"""From a model to settings: prompts, one read of each, candidates, the choice, and the check of it by answers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from flexasl import checks
 from flexasl.checks import instance, integer, several
-from flexasl.config import OWN_SCORES, ASLConfig
+from flexasl.config import LOOKUP_SCORES, ASLConfig
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.patching import patch, without_peft
-from flexasl.replaying import replay_scores
-from flexasl.tools.calibration.choosing import Judged, candidates, choose, paper_of, settings_of
-from flexasl.tools.calibration.evidence import Calibration
-from flexasl.tools.calibration.recording import Prompt, Recording, locate, record
-from flexasl.tools.calibration.tables import Table, holds_answers
+from flexasl.tools.calibration.checking import ANSWER_TOKENS, CHOSEN, DEFAULT, FULL, answered, falls_short
+from flexasl.tools.calibration.choosing import Judged, candidates, choose, default_of, settings_of
+from flexasl.tools.calibration.evidence import Calibration, Used
+from flexasl.tools.calibration.recording import Prompt, locate, record
+from flexasl.tools.calibration.tables import Table
 from flexasl.tools.evaluation.costs import layer_costs
 from flexasl.tools.evaluation.runner import model_name
-from flexasl.tools.evaluation.samples import check_samples
+from flexasl.tools.evaluation.samples import USUAL, Wording, check_samples
 from flexasl.tools.evaluation.sources import Sources
 from flexasl.tools.evaluation.tasks import build, find_task
 
-TASKS = ("needle", "passkey", "number_string", "niah_multikey_1")
+TASKS = ("needle", "niah_multikey_1", "niah_multivalue", "by_meaning", "uniform")
 UNSEEN = "niah_single_2"
-SAMPLES, LENGTH, SELECT_TOKENS = 6, 1536, 256
-PROMPTS, RUNS, CANDIDATES = "prompts", "runs", "candidates"
+SAMPLES, LENGTH, SELECT_TOKENS = 5, 1536, 256
+WORDINGS = (USUAL, Wording(after_question="rules", answer_prefix=False))
+"""How prompts end, in turn."""
+PROMPTS, READS, CANDIDATES, ANSWERS = "prompts", "reads", "candidates", "answers"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt to be made."""
+
+    task: str
+    index: int
+    wording: Wording
 
 
 def calibrate(
@@ -42,13 +55,16 @@ def calibrate(
     sources: Sources | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Calibration:
-    """Finds the settings of adaptive layer selection that keep the answer's tokens at the least prefill cost.
+    """Finds the settings of adaptive layer selection that hold the answer's tokens at the least prefill cost, and
+    checks them by answers.
 
     model is a transformers model, tokenizer a fast one. config says what is not looked for, above all `select_tokens`
-    (default: 256); its `SETTINGS` are ignored. tasks are those of `flexasl.evaluation` whose answers stand in the
-    prompt, each with so many samples of at most `length` tokens: the choice is made on the even ones and checked on the
-    odd ones, and on all of the task `unseen` (None: no such task). Each prompt is read once, with its full cache; no
-    answer is generated. on_progress gets a stage, how much of it is done, and how much there is.
+    (default: 256); what is looked for in it is ignored. tasks are those of `flexasl.evaluation` whose answers stand in
+    the prompt. The choice is made on so many samples of each, of at most `length` tokens, by replaying the rule on one
+    read of each; half of the prompts have rules for the answer behind the question. Then the model answers half as many
+    others, and as many of the task `unseen` (None: no such task), with its full cache, by the default and by the chosen
+    settings; where the chosen ones lose answers that the default does not lose, the default is kept. on_progress gets a
+    stage, how much of it is done, and how much there is.
 
     Raises FlexASLError, before the model runs, for a model that cannot be patched, too few samples, and prompts that
     do not fit the context or lose no token to the budget.
@@ -57,51 +73,99 @@ def calibrate(
     from flexasl.tools import run
 
     config = instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
-    config = (config or ASLConfig(select_tokens=SELECT_TOKENS)).scored(OWN_SCORES).replace(calibrated_for=None)
-    if config.rule == "lookup":
-        raise FlexASLError("settled_by='lookup' is not calibrated; give settled_by='variance', or None")
+    config = default_of(config or ASLConfig(select_tokens=SELECT_TOKENS)).scored(LOOKUP_SCORES)
+    config = config.replace(calibrated_for=None)
     sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
     tasks = tuple(dict.fromkeys(several("tasks", tasks, str, "tasks such as 'needle'")))
-    samples, length, seed = integer("samples", samples), integer("length", length, 1), integer("seed", seed)
+    samples, length, seed = integer("samples", samples, 1), integer("length", length, 1), integer("seed", seed)
     checks.tokenizer(tokenizer)
     model = without_peft(model)
     _check(model)
     check_tasks(tasks, unseen, samples)
-    patch(model, config).remove()
+    patch(model, config, profile=False).remove()
     made_for = calibrated_for(model, model_name(model))
-    run.check_fits(model, length, 1)
-    asked = [(task, index) for index in range(samples) for task in (*tasks, *([unseen] if unseen else []))]
+    run.check_fits(model, length, ANSWER_TOKENS)
+    choosing, checking = _plan(tasks, unseen, samples)
     prompts = [
-        locate(tokenizer, build(task, tokenizer, length, seed, index, sources))
-        for task, index in _counted(PROMPTS, asked, on_progress)
+        locate(tokenizer, build(one.task, tokenizer, length, seed, one.index, sources, one.wording), sentences=True)
+        for one in _counted(PROMPTS, [*choosing, *checking], on_progress)
     ]
     _check_budget(config, prompts)
-    on_progress(RUNS, 0, len(prompts))
-    recordings, ranking_layers = record(model, prompts, config, lambda done: on_progress(RUNS, done, len(prompts)))
-    costs = layer_costs(model)
-    tables = [Table(recording, config, costs, ranking_layers) for recording in recordings]
-    rules = candidates(config, len(costs), ranking_layers)
-    judged = [
-        _judge(f"candidate {place}", rule, tables)
-        for place, rule in enumerate(_counted(CANDIDATES, rules, on_progress))
-    ]
-    choosing = [at for at, prompt in enumerate(prompts) if prompt.task != unseen and prompt.index % 2 == 0]
-    chosen = choose(judged, choosing, rules[0])
-    assert chosen.rule is not None
-    _agree(recordings, chosen, ranking_layers)
-    fixed = _fixed_layers(tables)
+    run.check_tokens(model, max(max(prompt.ids) for prompt in prompts))
+    judged, fixed = _replayed(model, tokenizer, config, prompts[: len(choosing)], on_progress)
+    default, chosen = judged[0], choose(judged, judged[0])
+    assert default.rule is not None and chosen.rule is not None
+    rules = {DEFAULT: default.rule} | ({} if chosen is default else {CHOSEN: chosen.rule})
+    others = prompts[len(choosing) :]
+    said = answered(model, tokenizer, others, rules, layer_costs(model))
+    by_prompt = [next(said) for _ in _counted(ANSWERS, others, on_progress)]
+    answers = {name: tuple(one[name] for one in by_prompt) for name in (FULL, *rules)}
+    answers.setdefault(CHOSEN, answers[DEFAULT])
+    kept_default = falls_short(answers[FULL], answers[CHOSEN], answers[DEFAULT])
+    taken = default.rule if kept_default else chosen.rule
+    versions = {name: version(name) for name in ("flexasl", "torch", "transformers")}
     return Calibration(
-        config=config.replace(**settings_of(chosen.rule), calibrated_for=made_for),
-        about={**dataclasses.asdict(made_for), "samples": samples, "length": length, "seed": seed},
-        prompts=tuple((prompt.task, prompt.index, len(prompt.ids)) for prompt in prompts),
-        choosing=tuple(choosing),
+        config=config.replace(**settings_of(taken), calibrated_for=made_for),
+        about={**dataclasses.asdict(made_for), "length": length, "seed": seed, "versions": versions},
+        prompts=_used(choosing, prompts),
+        checked=_used(checking, others),
         candidates=tuple(judged),
         chosen=chosen,
-        default=judged[0],
-        paper=_judge("paper", paper_of(config).resolve(len(costs), ranking_layers), tables),
+        default=default,
         fixed_layers=fixed,
-        fixed_layer=choose(fixed, choosing),
+        fixed_layer=choose(fixed),
+        answers=answers,
+        kept_default=kept_default,
     )
+
+
+def calibrate_visibly(model: Any, tokenizer: Any, **arguments: Any) -> Calibration:
+    """`calibrate` with a bar for each stage on standard error, where that is a terminal."""
+    from flexasl.tools.cli.terminal import counted_progress
+
+    with counted_progress(hidden=False) as advance:
+        return calibrate(model, tokenizer, **{"on_progress": advance} | arguments)
+
+
+def _plan(tasks: Sequence[str], unseen: str | None, samples: int) -> tuple[list[_Asked], list[_Asked]]:
+    """The prompts to choose on, and those to check on."""
+    checks_each = max(1, samples // 2)
+
+    def asked(name: str, place: int, indices: range) -> list[_Asked]:
+        return [_Asked(name, index, WORDINGS[(place + index) % len(WORDINGS)]) for index in indices]
+
+    seen = [asked(name, place, range(samples + checks_each)) for place, name in enumerate(tasks)]
+    last = asked(unseen, len(tasks), range(checks_each)) if unseen else []
+    return [one for own in seen for one in own[:samples]], [one for own in seen for one in own[samples:]] + last
+
+
+def _used(asked: Sequence[_Asked], prompts: Sequence[Prompt]) -> tuple[Used, ...]:
+    return tuple(
+        Used(one.task, one.index, len(prompt.ids), one.wording.after_question or "")
+        for one, prompt in zip(asked, prompts)
+    )
+
+
+def _replayed(
+    model: Any,
+    tokenizer: Any,
+    config: ASLConfig,
+    prompts: Sequence[Prompt],
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[list[Judged], tuple[Judged, ...]]:
+    """What all candidates, the default first, and all fixed layers make of the prompts, each of which is read once."""
+    on_progress(READS, 0, len(prompts))
+    recordings, ranking_layers = record(
+        model, prompts, config, tokenizer, lambda done: on_progress(READS, done, len(prompts))
+    )
+    costs = layer_costs(model)
+    tables = [Table(recording, costs, ranking_layers) for recording in recordings]
+    rules = candidates(config, len(costs), ranking_layers)
+    judged = [
+        Judged(name=f"candidate {place}", rule=rule, outcomes=tuple(table.outcome(rule) for table in tables))
+        for place, rule in enumerate(_counted(CANDIDATES, rules, on_progress))
+    ]
+    return judged, _fixed_layers(tables, rules[0])
 
 
 def _counted(stage: str, things: Sequence[T], on_progress: Callable[[str, int, int], None]) -> Iterator[T]:
@@ -112,24 +176,15 @@ def _counted(stage: str, things: Sequence[T], on_progress: Callable[[str, int, i
     on_progress(stage, len(things), len(things))
 
 
-def _fixed_layers(tables: Sequence[Table]) -> tuple[Judged, ...]:
-    """Selection at each layer alone, whatever the variance of ranks."""
-    return tuple(
-        Judged(name=f"fixed layer {layer}", rule=None, outcomes=tuple(table.fixed(layer) for table in tables))
-        for layer in tables[0].ranking_layers
-    )
-
-
-def _judge(name: str, rule: ASLConfig, tables: Sequence[Table]) -> Judged:
-    return Judged(name=name, rule=rule, outcomes=tuple(table.outcome(rule) for table in tables))
-
-
-def _agree(recordings: Sequence[Recording], chosen: Judged, ranking_layers: Sequence[int] | None) -> None:
-    """That the choice does what was looked up, by the rule itself."""
-    for recording, outcome in zip(recordings, chosen.outcomes, strict=True):
-        told = replay_scores(recording.scores, chosen.rule, ranking_layers=ranking_layers)
-        kept = told.selected is None or holds_answers(recording.prompt, told.selected.tolist())
-        assert (told.selected_layer, kept) == (outcome.layer, outcome.kept)
+def _fixed_layers(tables: Sequence[Table], default: ASLConfig) -> tuple[Judged, ...]:
+    """Selection once, at each layer, whatever was looked up."""
+    fixed = []
+    for layer in tables[0].ranking_layers:
+        assert default.score_from is not None
+        at = {"stages": (), "min_layer": layer, "max_layer": layer, "score_from": min(layer, default.score_from)}
+        outcomes = tuple(table.outcome(default.replace(**at)) for table in tables)
+        fixed.append(Judged(name=f"fixed layer {layer}", rule=None, outcomes=outcomes))
+    return tuple(fixed)
 
 
 def _check(model: Any) -> None:
@@ -149,8 +204,7 @@ def check_tasks(tasks: Sequence[str], unseen: str | None, samples: int) -> None:
         find_task(name)
     if unseen in tasks:
         raise FlexASLError(f"unseen={unseen!r} is among the tasks that settings are chosen on; give another, or None")
-    if samples < 2:
-        raise FlexASLError(f"samples={samples} is too few to choose on some and check on others; give at least 2")
+    integer("samples", samples, 1)
     check_samples(samples, len(tasks) + (unseen is not None))
 
 

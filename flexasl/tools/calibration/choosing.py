@@ -9,22 +9,25 @@ from statistics import fmean
 from typing import Any
 
 from flexasl.config import ASLConfig
+from flexasl.profiles import FOUND
+from flexasl.stages import Stage
 from flexasl.tools.calibration.tables import Outcome
 
-SETTINGS = ("min_layer", "max_layer", "tau", "observe_layers", "variance_reference", "select_on")
+SETTINGS = FOUND
 """What calibration looks for."""
-TAUS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-OBSERVED = (4, 8)
-COMBINED = ("last", "max", "recent")
-FIRST, LAST = (1 / 3, 1 / 2), (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
+TAUS = (0.4, 0.5, 0.6)
+STAGE_TOKENS = (0.25, 0.4)
+STARTS, STOPS = (1 / 8, 1 / 6), (1 / 6, 1 / 4, 1 / 3)
+"""Depths, as shares of the layers, from which a stage is tried, and up to which."""
+FIRST, LAST = (1 / 4, 1 / 3, 5 / 12, 1 / 2), (0.6, 0.7, 0.8)
 """Depths of `min_layer` and `max_layer` that are tried, as shares of the layers."""
-MANY = 10
-"""Choosing prompts from which on a candidate may lose one more than the best, for being cheaper; one of fewer would be
-too large a share."""
+MOST_WAITING = 1 / 4
+"""Share of the prompts on which `max_layer` may decide."""
 RULE = (
-    "Of the candidates that keep the answer on as many of the choosing prompts as the best one does (or one fewer, "
-    f"where there are at least {MANY} such prompts), the cheapest; of several such the one that keeps more, then the "
-    "one with the fewest changes to the defaults."
+    "Of the candidates that max_layer decides for on at most a quarter of the prompts (of all, where there is none), "
+    "and that cost no more than the defaults (whatever they cost, where the best of these hold less than half of what "
+    "others do), those that hold the answer on most prompts; of these the cheapest; of several such the one with the "
+    "fewest changes to the defaults. Where none holds any answer, the default."
 )
 
 
@@ -42,13 +45,20 @@ class Judged:
         """The values of `SETTINGS`."""
         return {} if self.rule is None else settings_of(self.rule)
 
-    def kept(self, prompts: Sequence[int]) -> int:
-        """On how many of these prompts the answer stays."""
-        return sum(self.outcomes[at].kept for at in prompts)
+    @property
+    def held(self) -> int:
+        """On how many prompts the selection holds the answer."""
+        return sum(outcome.held for outcome in self.outcomes)
 
-    def cost(self, prompts: Sequence[int]) -> float:
-        """Mean cost of these prompts."""
-        return fmean(self.outcomes[at].cost for at in prompts)
+    @property
+    def cost(self) -> float:
+        """Mean over prompts."""
+        return fmean(outcome.cost for outcome in self.outcomes)
+
+    @property
+    def waited(self) -> int:
+        """On how many prompts `max_layer` decided; a fixed layer waits for nothing."""
+        return 0 if self.rule is None else sum(outcome.waited for outcome in self.outcomes)
 
 
 def settings_of(rule: ASLConfig) -> dict[str, Any]:
@@ -58,14 +68,7 @@ def settings_of(rule: ASLConfig) -> dict[str, Any]:
 
 def default_of(config: ASLConfig) -> ASLConfig:
     """The config with all that calibration looks for at its default."""
-    return config.replace(**settings_of(ASLConfig()))
-
-
-def paper_of(config: ASLConfig) -> ASLConfig:
-    """The config with the published rule."""
-    return default_of(config).replace(
-        settled_by="variance", variance_reference="initial", select_on="last", if_never="keep"
-    )
+    return config.replace(settled_by="lookup", observe_layers=None, variance_reference=None, **settings_of(ASLConfig()))
 
 
 def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> list[ASLConfig]:
@@ -73,44 +76,64 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
     ranking_layers = list(range(num_layers) if ranking_layers is None else ranking_layers)
     depth = len(ranking_layers)
     default = default_of(config).resolve(num_layers, ranking_layers)
-    assert default.observe_layers and default.tau and default.min_layer is not None and default.max_layer is not None
-    observed = sorted({default.observe_layers, *(count for count in OBSERVED if count <= depth // 2)})
+    assert default.score_from is not None and default.min_layer is not None and default.max_layer is not None
     firsts = _places(FIRST, depth, ranking_layers.index(default.min_layer))
     lasts = _places(LAST, depth, ranking_layers.index(default.max_layer))
-    taus = sorted({default.tau, *TAUS})
     found = {tuple(settings_of(default).values()): default}
-    for count, first, last, tau in itertools.product(observed, firsts, lasts, taus):
-        if not count - 1 <= first < last:
+    stages = [*_stages(ranking_layers), default.stages[0] if default.stages else None]
+    for stage, first, last, tau in itertools.product(stages, firsts, lasts, TAUS):
+        opening = ranking_layers[first] if stage is None or stage.min_layer is None else stage.min_layer
+        if last < first or opening > ranking_layers[first] or (stage is not None and last == first):
             continue
-        for reference, on in itertools.product(("peak", "initial"), COMBINED):
+        for since in sorted({min(default.score_from, opening), opening}):
             rule = config.replace(
+                score_from=since,
+                stages=() if stage is None else (stage,),
                 min_layer=ranking_layers[first],
                 max_layer=ranking_layers[last],
                 tau=tau,
-                observe_layers=count,
-                variance_reference=reference,
-                select_on=on,
             ).resolve(num_layers, ranking_layers)
             found.setdefault(tuple(settings_of(rule).values()), rule)
     return list(found.values())
 
 
-def choose(judged: Sequence[Judged], prompts: Sequence[int], default: ASLConfig | None = None) -> Judged:
-    """The candidate to take by how they do on these prompts, by `RULE`; without a default, the first of equals."""
-    enough = max(one.kept(prompts) for one in judged) - (len(prompts) >= MANY)
+def _stages(ranking_layers: Sequence[int]) -> list[Stage | None]:
+    """The loose stages to try, None for no such stage."""
+    depth, made = len(ranking_layers), {}
+    for tokens, start, stop in itertools.product(STAGE_TOKENS, STARTS, STOPS):
+        first, last = (ranking_layers[min(int(share * depth), depth - 1)] for share in (start, stop))
+        stage = Stage(tokens=tokens, min_layer=first, max_layer=last)
+        made[str(stage)] = stage
+    return [None, *made.values()]
+
+
+def choose(judged: Sequence[Judged], default: Judged | None = None) -> Judged:
+    """The candidate to take, by `RULE`; without a default, whatever it costs, and the first of equals."""
+    prompts = len(judged[0].outcomes)
+    able = [one for one in judged if one.waited <= MOST_WAITING * prompts] or list(judged)
+    if default is not None:
+        cheap = [one for one in able if one.cost <= default.cost]
+        if cheap and 2 * _most_held(cheap) >= _most_held(able):
+            able = cheap
+    most = _most_held(able)
+    if default is not None and not most:
+        return default
 
     def order(one: Judged) -> tuple[Any, ...]:
-        far = () if default is None or one.rule is None else _distance(one.rule, default)
-        return round(one.cost(prompts), 9), -one.kept(prompts), far
+        far = () if default is None or default.rule is None or one.rule is None else _distance(one.rule, default.rule)
+        return round(one.cost, 9), far
 
-    return min((one for one in judged if one.kept(prompts) >= enough), key=order)
+    return min((one for one in able if one.held == most), key=order)
+
+
+def _most_held(judged: Sequence[Judged]) -> int:
+    return max(one.held for one in judged)
 
 
 def _distance(rule: ASLConfig, default: ASLConfig) -> tuple[float, ...]:
     """How many settings differ, then how far the numbers are from the default's."""
     mine, theirs = settings_of(rule), settings_of(default)
-    both = [(mine[name], theirs[name]) for name in SETTINGS if isinstance(theirs[name], (int, float))]
-    numbers = [abs(one - other) for one, other in both]
+    numbers = [abs(mine[name] - theirs[name]) for name in SETTINGS if name != "stages"]
     return (sum(mine[name] != theirs[name] for name in SETTINGS), *numbers)
 
 

@@ -2,175 +2,214 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexasl import stored
-from flexasl.config import ASLConfig
+from flexasl.config import LOOKUP_SCORES, ASLConfig
 from flexasl.errors import FlexASLError
+from flexasl.profiles import FORMAT, Profile
+from flexasl.tools.calibration.checking import CHOSEN, DEFAULT, FULL, Answered, mean_cost, mean_score
 from flexasl.tools.calibration.choosing import RULE, SETTINGS, Judged
+from flexasl.tools.calibration.tables import Outcome
 from flexasl.writing import beginning, check_file, replaced, write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HEADING = "# Calibration of "
-BLUE, ORANGE, GREY, GREEN, PURPLE = "#2b6cb0", "#dd6b20", "#666666", "#2f855a", "#6b46c1"
+
+
+@dataclass(frozen=True)
+class Used:
+    """A prompt that was used."""
+
+    task: str
+    index: int
+    tokens: int
+    behind: str
+    """What stands behind its question."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was tried on which prompts, and what was chosen."""
+    """What was tried on which prompts, what was chosen, and what the model answered by it to others."""
 
     config: ASLConfig
-    """The settings to use, those that were chosen filled in."""
+    """The settings to use, those that were chosen filled in, or the default's where these were kept."""
     about: dict[str, Any]
-    """The model, and how prompts were made."""
-    prompts: tuple[tuple[str, int, int], ...]
-    """Task, index and tokens of each."""
-    choosing: tuple[int, ...]
-    """The prompts that settings were chosen on, as places in `prompts`."""
+    """The model, how prompts were made, and versions."""
+    prompts: tuple[Used, ...]
+    """Those that settings were chosen on."""
+    checked: tuple[Used, ...]
+    """Those that were answered."""
     candidates: tuple[Judged, ...]
     chosen: Judged
     """One of the candidates."""
     default: Judged
     """What the library does if nothing is said."""
-    paper: Judged
-    """The published rule."""
     fixed_layers: tuple[Judged, ...]
     """Selection at each layer, on its scores alone."""
     fixed_layer: Judged
     """The one of them that the same rule chooses."""
+    answers: dict[str, tuple[Answered, ...]]
+    """What was answered, with the `full` cache, by the `default` and by the `chosen` settings."""
+    kept_default: bool
+    """Whether the chosen settings lost answers in the check, so that the default's are used."""
 
     @property
-    def checking(self) -> tuple[int, ...]:
-        """The prompts that the choice did not see."""
-        return tuple(at for at in range(len(self.prompts)) if at not in self.choosing)
+    def verdict(self) -> str:
+        """What the check says, in a sentence."""
+        full, chosen, default = (f"{mean_score(self.answers[name]):.2f}" for name in (FULL, CHOSEN, DEFAULT))
+        said = f"{chosen} of {len(self.checked)} other prompts by the chosen settings, {full} with the full cache"
+        if self.kept_default:
+            return f"Answered: {said}, and {default} by the default, which is therefore kept."
+        return f"Answered: {said}, {default} by the default."
+
+    def profile(self) -> Profile:
+        """The settings as a profile, which `flexasl.patch` takes for this model."""
+        assert self.config.calibrated_for is not None
+        names = (*SETTINGS, *LOOKUP_SCORES)
+        used = self.default if self.kept_default else self.chosen
+        data = {
+            "format": FORMAT,
+            "model": dataclasses.asdict(self.config.calibrated_for),
+            "settings": {name: value for name, value in self.config.to_dict().items() if name in names},
+            "evidence": {
+                "select_tokens": self.config.select_tokens,
+                "length": self.about["length"],
+                "seed": self.about["seed"],
+                "prompts": dict(Counter(prompt.task for prompt in self.prompts)),
+                "checked": dict(Counter(prompt.task for prompt in self.checked)),
+                "held": round(used.held / len(self.prompts), 4),
+                "cost": round(used.cost, 4),
+                "waited": round(used.waited / len(self.prompts), 4),
+                "answers": {name: round(mean_score(side), 4) for name, side in self.answers.items()},
+                "costs": {name: round(mean_cost(side), 4) for name, side in self.answers.items()},
+                "kept_default": self.kept_default,
+                "versions": self.about["versions"],
+            },
+        }
+        return Profile.from_dict(self.about["model"], stored.parse(stored.dump(_plain(data))))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON's own types."""
-        return {
-            "config": self.config.to_dict(),
-            "about": self.about,
-            "rule": RULE,
-            "prompts": [
-                {"task": task, "index": index, "tokens": tokens, "used_for": self._use(at)}
-                for at, (task, index, tokens) in enumerate(self.prompts)
-            ],
-            "chosen": self._data(self.chosen, whole=True),
-            "default": self._data(self.default, whole=True),
-            "paper": self._data(self.paper, whole=True),
-            "fixed_layer": self._data(self.fixed_layer, whole=True),
-            "fixed_layers": [self._data(one) for one in self.fixed_layers],
-            "candidates": [self._data(one) for one in self.candidates],
-        }
+        found: dict[str, Any] = _plain(
+            {
+                "config": self.config.to_dict(),
+                "about": self.about,
+                "rule": RULE,
+                "verdict": self.verdict,
+                "kept_default": self.kept_default,
+                "prompts": [dataclasses.asdict(prompt) for prompt in self.prompts],
+                "checked": [dataclasses.asdict(prompt) for prompt in self.checked],
+                "chosen": self._data(self.chosen, whole=True),
+                "default": self._data(self.default, whole=True),
+                "fixed_layer": self._data(self.fixed_layer, whole=True),
+                "fixed_layers": [self._data(one) for one in self.fixed_layers],
+                "answers": {
+                    name: [{"score": one.score, "text": one.text, **one.outcome._asdict()} for one in side]
+                    for name, side in self.answers.items()
+                },
+                "candidates": [self._data(one) for one in self.candidates],
+            }
+        )
+        return found
 
     def __str__(self) -> str:
         """A page in Markdown."""
-        shown = {"**chosen**": self.chosen, "default": self.default, "the paper's rule on these scores": self.paper}
-        shown[f"{self.fixed_layer.name}, by the same rule"] = self.fixed_layer
-        sides = (self.choosing, self.checking)
-        most = max(one.kept(self.choosing) for one in self.candidates)
+        about, count = self.about, len(self.prompts)
         settings = [
             [f"`{name}`", _word(self.chosen.settings[name]), _word(self.default.settings[name])] for name in SETTINGS
         ]
-        results = [
-            [name, *(cell for side in sides for cell in (_of(one.kept(side), side), f"{one.cost(side):.2f}"))]
+        shown = {"chosen": self.chosen, "default": self.default}
+        shown[f"{self.fixed_layer.name}, by the same rule"] = self.fixed_layer
+        replayed = [
+            [name, f"{one.held} of {count}", f"{one.cost:.2f}", f"{one.waited} of {count}" if one.rule else ""]
             for name, one in shown.items()
         ]
-        about = self.about
+        best = max(one.held for one in self.candidates)
+        answered = [
+            [
+                name,
+                f"{mean_score(side):.2f}",
+                f"{mean_cost(side):.2f}",
+                *(["", ""] if name == FULL else _counts(side)),
+            ]
+            for name, side in self.answers.items()
+        ]
         return "\n\n".join(
             [
                 f"{HEADING}{about['model']}",
+                self.verdict,
                 _table(["setting", "chosen", "default"], settings),
-                f"`select_tokens={self.config.select_tokens}`, prompts of at most {about['length']:,} tokens, "
-                f"{len(self.candidates)} candidates, the best of which keep {_of(most, self.choosing)} answers. {RULE}",
-                "## On prompts that it was chosen on, and on others",
-                _table(["setting", "stays, chosen on", "cost", "stays, held out", "cost"], results),
-                "An answer stays where the selection holds at least 90 % of the tokens that state it. Cost: operations "
-                "of the prefill as a share of the full one's, mean over prompts.",
-                "## By task, chosen settings",
-                _table(["task", "stays, chosen on", "stays, held out", "cost", "layers"], self._by_task()),
+                f"`select_tokens={self.config.select_tokens}`, prompts of at most {about['length']:,} tokens, half of "
+                f"them with rules for the answer behind the question; {len(self.candidates)} candidates, the best of "
+                f"which hold {best} of {count} answers. {RULE}",
+                "## On prompts that settings were chosen on, replayed",
+                _table(["setting", "held", "cost", "`max_layer` decided"], replayed),
+                "An answer is held where at least 90 % of the tokens of the sentence that states it are selected. "
+                "Cost: operations of the prefill as a share of the full one's, mean over prompts.",
+                "## On other prompts, answered",
+                _table(["setting", "answered", "cost", "held", "`max_layer` decided"], answered),
+                "## By task",
+                _table(["task", "held", *(f"answered, {name}" for name in self.answers), "layers"], self._by_task()),
             ]
         )
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Picture of share kept against cost, a point for each candidate; written to `path` if given (PNG, SVG, PDF).
+        """Picture of shares held and answered against cost; written to `path` if given (PNG, SVG, PDF).
 
         Raises ImportError without matplotlib.
         """
         try:
-            from matplotlib.figure import Figure
+            from flexasl.tools.calibration.picture import draw
         except ImportError as error:
             raise ImportError(
                 "Calibration.plot needs matplotlib; install it with: pip install 'flexasl[plot]'"
             ) from error
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-        self._draw(left, self.choosing, f"{len(self.choosing)} prompts that the choice was made on")
-        self._draw(right, self.checking, f"{len(self.checking)} held-out prompts")
-        left.set_ylabel("share of prompts whose answer stays")
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-        figure.suptitle(f"{self.about['model']}, select_tokens={self.config.select_tokens}", fontsize=11)
+        figure = draw(self)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
 
     def save(self, out: str | Path) -> list[Path]:
-        """Writes the settings to `out`, which ends in .json, and beside it, under the same name, the evidence:
-        `.evidence.json`, `.md` and `.png`. Returns all paths. Raises FlexASLError for a name that ends
-        otherwise, and where `check_files` does."""
+        """Writes the settings to `out`, which ends in .json, and beside it, under the same name, the evidence
+        (`.evidence.json`, `.md`, `.png`) and the profile (`.profile.json`). Returns all paths. Raises FlexASLError for
+        a name that ends otherwise, and where `check_files` does."""
         check_files("out", out)
         paths = files_of(out)
         with replaced(paths[3]) as new:
             self.plot(new)
-        text = f"{self}\n\n![Share kept against cost]({stored.nameable(paths[3].name)})\n"
+        text = f"{self}\n\n![Shares held and answered against cost]({stored.nameable(paths[3].name)})\n"
         write(paths[2], text)
         write(paths[1], stored.dump(self.to_dict(), indent=1) + "\n")
+        self.profile().save(paths[4])
         write(paths[0], stored.dump(self.config.to_dict(), indent=1) + "\n")
         return paths
 
-    def _use(self, at: int) -> str:
-        return "choice" if at in self.choosing else "check"
-
     def _data(self, one: Judged, whole: bool = False) -> dict[str, Any]:
         data: dict[str, Any] = {"name": one.name, "settings": one.settings}
-        for use, side in (("choice", self.choosing), ("check", self.checking)):
-            data[use] = {"prompts": len(side), "kept": one.kept(side), "cost": round(one.cost(side), 6)}
+        data |= {"held": one.held, "cost": round(one.cost, 6), "waited": one.waited}
         return data | ({"outcomes": [outcome._asdict() for outcome in one.outcomes]} if whole else {})
 
     def _by_task(self) -> list[list[str]]:
         rows = []
-        for task in dict.fromkeys(task for task, _, _ in self.prompts):
-            own = [at for at, prompt in enumerate(self.prompts) if prompt[0] == task]
-            sides = [[at for at in own if (at in self.choosing) == seen] for seen in (True, False)]
-            layers = sorted({self.chosen.outcomes[at].layer for at in own}, key=lambda layer: (layer is None, layer))
-            kept = [_of(self.chosen.kept(side), side) if side else "" for side in sides]
-            rows.append([task, *kept, f"{self.chosen.cost(own):.2f}", ", ".join(map(_word, layers))])
+        for task in dict.fromkeys(prompt.task for prompt in (*self.prompts, *self.checked)):
+            own, others = (
+                [at for at, one in enumerate(side) if one.task == task] for side in (self.prompts, self.checked)
+            )
+            made = [self.chosen.outcomes[at] for at in own]
+            said = {name: [side[at] for at in others] for name, side in self.answers.items()}
+            layers = sorted({_layers(one) for one in (*made, *(one.outcome for one in said[CHOSEN]))})
+            held = f"{sum(one.held for one in made)} of {len(made)}" if made else ""
+            scores = [f"{mean_score(side):.2f}" if side else "" for side in said.values()]
+            rows.append([task, held, *scores, ", ".join(layers)])
         return rows
-
-    def _draw(self, axes: Axes, side: Sequence[int], title: str) -> None:
-        def point(one: Judged) -> tuple[float, float]:
-            return one.cost(side), one.kept(side) / len(side)
-
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("cost: operations of the prefill / full prefill")
-        line = [point(one) for one in self.fixed_layers]
-        axes.plot(*zip(*line), color=GREY, linewidth=1, marker=".", markersize=3, label="fixed layers", zorder=1)
-        costs, shares = zip(*map(point, self.candidates))
-        axes.scatter(costs, shares, s=22, color=BLUE, alpha=0.25, linewidths=0, label="candidates", zorder=2)
-        marked = (("default", self.default, "s", GREEN), ("paper", self.paper, "^", PURPLE))
-        for label, one, marker, color in (*marked, ("chosen", self.chosen, "*", ORANGE)):
-            size = 190 if label == "chosen" else 60
-            cost, share = point(one)
-            axes.scatter(cost, share, s=size, marker=marker, color=color, edgecolors="white", label=label, zorder=3)
-        axes.set_ylim(-0.03, 1.05)
-        axes.set_xlim(right=1.02)
-        axes.grid(alpha=0.3)
 
 
 def files_of(out: str | Path) -> list[Path]:
@@ -182,13 +221,14 @@ def files_of(out: str | Path) -> list[Path]:
         raise FlexASLError(f"out={out} is a folder; give a file in it, such as {out / 'config.json'}")
     if not out.parent.is_dir():
         raise FlexASLError(f"out={out} lies in a folder that does not exist; make {out.parent} first")
-    return [out, out.with_suffix(".evidence.json"), out.with_suffix(".md"), out.with_suffix(".png")]
+    return [out, *(out.with_suffix(end) for end in (".evidence.json", ".md", ".png", ".profile.json"))]
 
 
 def check_files(name: str, out: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Raises FlexASLError where one of `files_of` cannot be written, is among the files that are read, or would replace
     a file that no calibration has written."""
-    for path, ours in zip(files_of(out), (_holds("tau"), _holds("rule"), _is_page, _is_picture), strict=True):
+    known = _holds("tau"), _holds("rule"), _is_page, _is_picture, _holds("evidence")
+    for path, ours in zip(files_of(out), known, strict=True):
         check_file(name, path, inputs=inputs, ours=ours)
 
 
@@ -211,11 +251,27 @@ def _is_picture(path: Path) -> bool:
     return b"Matplotlib" in beginning(path)
 
 
-def _of(count: int, side: Sequence[int]) -> str:
-    return f"{count} of {len(side)}"
+def _counts(side: Sequence[Answered]) -> list[str]:
+    counts = (sum(one.outcome.held for one in side), sum(one.outcome.waited for one in side))
+    return [f"{count} of {len(side)}" for count in counts]
+
+
+def _layers(made: Outcome) -> str:
+    return "+".join(map(str, made.layers)) or "none"
+
+
+def _plain(value: Any) -> Any:
+    """The value with stages and tuples as JSON has them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " + ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
 
 

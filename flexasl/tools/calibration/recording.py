@@ -6,6 +6,7 @@ Shapes: L layers, G KV heads, P prefix tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import flexasl
 from flexasl.errors import FlexASLError
+from flexasl.integrations.questions import of_prompts
 from flexasl.ops import over_heads
 from flexasl.policies.base import SCORES
 from flexasl.policies.full import Full
@@ -23,6 +25,10 @@ from flexasl.tools.text import encoding
 
 Answer = tuple[tuple[int, ...], ...]
 """Where a reference is stated in the prompt: for each statement, the positions of its tokens."""
+SENTENCE = 200
+"""Characters on either side of a reference in which its sentence is looked for."""
+_BEFORE = re.compile(r".*(?:[.!?][\"')]*\s|\n)", re.DOTALL)
+_AFTER = re.compile(r".*?(?:[.!?](?=\s|$)|(?=\n))", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class Prompt:
     ids: list[int]
     answers: tuple[Answer, ...]
     """One for each reference."""
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +50,13 @@ class Recording:
     prompt: Prompt
     scores: Tensor
     """[L, P] float32, pooled and summed over heads, as the rule takes them."""
+    question: tuple[int, ...] = ()
+    """Positions of the tokens that ask, ascending; none where the window ranks."""
 
 
-def locate(tokenizer: Any, sample: Sample) -> Prompt:
-    """The sample as token ids, with the tokens that state its references.
+def locate(tokenizer: Any, sample: Sample, *, sentences: bool = False) -> Prompt:
+    """The sample as token ids, with the tokens that state its references; with sentences, those of the whole sentences
+    that do.
 
     Raises FlexASLError for a tokenizer that does not say where in the text its tokens are, and for a reference that
     does not stand in the prompt.
@@ -66,24 +76,33 @@ def locate(tokenizer: Any, sample: Sample) -> Prompt:
                 f"task={sample.task!r} has an answer, {reference!r}, that does not stand in the prompt, so that "
                 "nothing says which tokens to keep; give retrieval tasks such as needle, passkey or niah_single_2"
             )
+        if sentences:
+            places = [_sentence(sample.prompt, *place) for place in places]
         answers.append(
             tuple(
                 tuple(at for at, (start, end) in enumerate(offsets) if start < end and start < last and end > first)
                 for first, last in places
             )
         )
-    return Prompt(task=sample.task, index=sample.index, ids=list(encoded["input_ids"]), answers=tuple(answers))
+    return Prompt(
+        task=sample.task,
+        index=sample.index,
+        ids=list(encoded["input_ids"]),
+        answers=tuple(answers),
+        references=tuple(sample.references),
+    )
 
 
 def record(
-    model: Any, prompts: Iterable[Prompt], config: flexasl.ASLConfig, on_run: Callable[[int], None]
+    model: Any, prompts: Iterable[Prompt], config: flexasl.ASLConfig, tokenizer: Any, on_run: Callable[[int], None]
 ) -> tuple[list[Recording], list[int] | None]:
     """Reads each prompt once with its full cache; returns the scores under the config's `window`, `kernel_size`,
-    `pooling` and `score_power`, and the layers whose ranks count (None: all). on_run is called with the number of runs
-    so far."""
+    `pooling`, `score_power` and `contrast`, and the layers whose ranks count (None: all). The question that the
+    tokenizer finds ranks the tokens; without one (None), the window does. on_run is called with the number of runs so
+    far."""
     scoring = flexasl.ASLConfig(**{name: getattr(config, name) for name in SCORES})
     recordings = []
-    with flexasl.patch(model, scoring, policy=_Watched()) as patch, torch.no_grad():
+    with flexasl.patch(model, scoring, policy=_Watched(), tokenizer=tokenizer) as patch, torch.no_grad():
         layers: dict[int, Tensor] = {}
 
         def note(layer: int, scores: Tensor) -> None:
@@ -96,7 +115,9 @@ def record(
             ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
             scores = torch.stack([layers[layer] for layer in sorted(layers)]).cpu()
-            recordings.append(Recording(prompt=prompt, scores=scores))
+            found = of_prompts(patch, ids, [len(prompt.ids)], len(prompt.ids)).positions
+            question = () if found is None or found[0] is None else tuple(found[0].tolist())
+            recordings.append(Recording(prompt=prompt, scores=scores, question=question))
             on_run(len(recordings))
         return recordings, None if patch.ranking_layers is None else list(patch.ranking_layers)
 
@@ -114,3 +135,10 @@ def _places(text: str, words: str) -> list[tuple[int, int]]:
         places.append((start, start + len(words)))
         start = text.find(words, start + len(words))
     return places
+
+
+def _sentence(text: str, first: int, last: int) -> tuple[int, int]:
+    """The characters of the sentence around these; these alone on a side where it has no end nearby."""
+    before, after = max(0, first - SENTENCE), text[last : last + SENTENCE]
+    start, stop = _BEFORE.match(text[before:first]), _AFTER.match(after)
+    return first if start is None else before + start.end(), last if stop is None else last + stop.end()

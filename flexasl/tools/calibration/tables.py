@@ -1,21 +1,15 @@
-"""What every setting makes of one recorded prompt, looked up: ranks, variances and selections are taken once for all.
-
-Shapes: V layers whose ranks count (ranking_layers), O observed layers, P prefix tokens, N prompt tokens.
-"""
+"""What a setting makes of one recorded prompt, by the rule itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from flexasl.config import ASLConfig
-from flexasl.ops import rank_variance, select_tokens, token_ranks
+from flexasl.replaying import decided
 from flexasl.report import RowReport
-from flexasl.selectors.adaptive import scores_to_select_on, variance_ratio
-from flexasl.selectors.base import budget_of
+from flexasl.selectors.staged import waited
 from flexasl.tools.calibration.recording import Prompt, Recording
 from flexasl.tools.evaluation.costs import LayerCost, row_share
 
@@ -24,98 +18,79 @@ class Outcome(NamedTuple):
     """What a setting makes of one prompt."""
 
     layer: int | None
-    """The selection layer; None where every token is kept."""
-    kept: bool
+    """The layer of the last selection; None where every token is kept."""
+    held: bool
     """Whether the answer's tokens are in the selection."""
     cost: float
     """Operations of the prefill, as a share of the full one's."""
+    layers: tuple[int, ...] = ()
+    """Those of all selections."""
+    waited: bool = False
+    """Whether `max_layer` decided, because nothing was looked up before."""
 
 
 class Table:
-    """One prompt under any setting of the rule, with the same budget, window and scores.
-
-    `outcome` says what `LayerSelector` decides on the same scores; it is quick because settings share the variance by
-    `observe_layers`, and the selection by `observe_layers` and `select_on`.
-    """
+    """One prompt under any setting of the rule, with the same window and scores."""
 
     def __init__(
-        self,
-        recording: Recording,
-        config: ASLConfig,
-        costs: Sequence[LayerCost],
-        ranking_layers: Sequence[int] | None = None,
+        self, recording: Recording, costs: Sequence[LayerCost], ranking_layers: Sequence[int] | None = None
     ) -> None:
         """costs are those of all layers; ranking_layers are the layers whose ranks count, ascending (default: all)."""
-        self.prompt = recording.prompt
+        self.recording = recording
         self.ranking_layers = list(range(len(costs)) if ranking_layers is None else ranking_layers)
         self._costs = costs
-        self._window = config.window
-        self._tokens = recording.scores.shape[1] + config.window
-        self._budget = max(0, budget_of(config, self._tokens) - config.window)
-        self._scores = recording.scores[self.ranking_layers]
-        self._ranks = token_ranks(self._scores)
-        self._variances: dict[int, Tensor] = {}
-        self._ratios: dict[tuple[int, int, str], list[float]] = {}
-        self._selections: dict[tuple[int, str], list[Outcome]] = {}
+        self._slides = any(cost.window is not None for cost in costs)
+        self._known_costs: dict[Any, float] = {}
+        self._settled: dict[ASLConfig, Outcome] = {}
+        """By rule without its `max_layer`, what a look-up decided: the same for every `max_layer` from there on."""
 
     def outcome(self, rule: ASLConfig) -> Outcome:
-        """What the rule, which is resolved, decides; as `LayerSelector` does."""
-        assert rule.observe_layers and rule.min_layer is not None and rule.max_layer is not None
-        place = self._place(rule, self.ranking_layers.index(rule.min_layer), self.ranking_layers.index(rule.max_layer))
-        if place is None:
-            return Outcome(None, True, 1.0)
-        return self._selected(rule.observe_layers, rule.select_on or "last")[place]
+        """What the rule, which is resolved, decides."""
+        without_end = rule.replace(max_layer=None)
+        known = self._settled.get(without_end)
+        if (
+            known is not None
+            and known.layer is not None
+            and rule.max_layer is not None
+            and known.layer <= rule.max_layer
+        ):
+            return known
+        outcome, final = self._replayed(rule)
+        if final and not outcome.waited:
+            self._settled[without_end] = outcome
+        return outcome
 
-    def fixed(self, layer: int) -> Outcome:
-        """Selection at this layer, on its own scores."""
-        return self._selected(1, "last")[self.ranking_layers.index(layer)]
+    def _replayed(self, rule: ASLConfig) -> tuple[Outcome, bool]:
+        """What the rule decides, and whether the final selection was made."""
+        recording = self.recording
+        told, selector = decided(recording.scores, rule, self.ranking_layers, recording.question)
+        if told.selected is None or told.selected_layer is None:
+            return Outcome(None, True, 1.0), False
+        positions, layers = told.selected.tolist(), tuple(layer for layer, _ in told.selections)
+        late = waited(rule, told.selected_layer, selector.traces[0])
+        cost = self._cost(told.selections, positions, rule.window)
+        held = holds_answers(recording.prompt, positions)
+        return Outcome(told.selected_layer, held, cost, layers, late), not selector.rows
 
-    def _place(self, rule: ASLConfig, first: int, last: int) -> int | None:
-        never = last if rule.if_never == "select" else None
-        if first == last:
-            return never
-        assert rule.observe_layers and rule.tau
-        ratios = self._ratio(rule.observe_layers, first, rule.variance_reference or "peak")[: last - first + 1]
-        return next((first + place for place, ratio in enumerate(ratios) if ratio < rule.tau), never)
-
-    def _ratio(self, observe: int, first: int, reference: str) -> list[float]:
-        """The variance ratio at each place among the ranking_layers from the first on."""
-        if observe not in self._variances:
-            ranks = _windows(self._ranks, observe)
-            budget = torch.full((ranks.shape[1],), self._budget, dtype=torch.int64, device=ranks.device)
-            self._variances[observe] = rank_variance(ranks, budget)[0]
-        if (observe, first, reference) not in self._ratios:
-            variance = self._variances[observe][first - observe + 1 :]
-            self._ratios[observe, first, reference] = variance_ratio(variance, reference).tolist()
-        return self._ratios[observe, first, reference]
-
-    def _selected(self, observe: int, select_on: str) -> list[Outcome]:
-        """By place among the ranking_layers, selection there on the scores of so many layers."""
-        observe = 1 if select_on == "last" else observe
-        if (observe, select_on) not in self._selections:
-            scores = scores_to_select_on(_windows(self._scores, observe).unbind(), select_on)
-            ranks = token_ranks(scores) if observe > 1 else self._ranks
-            budget = torch.full((len(ranks),), self._budget, dtype=torch.int64, device=ranks.device)
-            keeps = select_tokens(ranks, budget, self._window)
-            none = [Outcome(None, False, float("nan"))] * (observe - 1)
-            found = [
-                self._judge(layer, keep) for layer, keep in zip(self.ranking_layers[observe - 1 :], keeps, strict=True)
-            ]
-            self._selections[observe, select_on] = none + found
-        return self._selections[observe, select_on]
-
-    def _judge(self, layer: int, keep: Tensor) -> Outcome:
-        positions = tuple(keep.nonzero()[:, 0].tolist())
-        deeper = len(self._costs) - layer - 1
-        told = RowReport(
-            prompt_tokens=self._tokens,
-            kept_tokens=len(positions),
-            selected_layer=layer,
-            reason="",
-            kept_positions=positions,
-            layer_tokens=(self._tokens,) * (layer + 1) + (len(positions),) * deeper,
-        )
-        return Outcome(layer, holds_answers(self.prompt, positions), row_share(self._costs, told))
+    def _cost(self, made: Sequence[tuple[int, int]], positions: Sequence[int], window: int) -> float:
+        """Of selections (layer, tokens that go on), the last of which leaves these positions. Where no layer slides,
+        the positions do not matter."""
+        key = (*made, *(positions if self._slides else ()))
+        if key not in self._known_costs:
+            tokens = self.recording.scores.shape[1] + window
+            counts = [tokens] * (made[0][0] + 1)
+            for (layer, count), (following, _) in pairwise([*made, (len(self._costs) - 1, 0)]):
+                counts += [count] * (following - layer)
+            row = RowReport(
+                prompt_tokens=tokens,
+                kept_tokens=len(positions),
+                selected_layer=made[-1][0],
+                reason="",
+                kept_positions=tuple(positions),
+                layer_tokens=tuple(counts),
+            )
+            self._known_costs[key] = row_share(self._costs, row)
+        return self._known_costs[key]
 
 
 def holds_answers(prompt: Prompt, positions: Sequence[int]) -> bool:
@@ -126,9 +101,3 @@ def holds_answers(prompt: Prompt, positions: Sequence[int]) -> bool:
         return 10 * len(kept.intersection(statement)) >= 9 * len(statement)
 
     return all(any(holds(statement) for statement in answer) for answer in prompt.answers)
-
-
-def _windows(by_layer: Tensor, observe: int) -> Tensor:
-    """[V, P] as [O, V - O + 1, P]: for each place that has so many, what it and those before it hold."""
-    places = len(by_layer) - observe + 1
-    return torch.stack([by_layer[first : first + places] for first in range(observe)])

@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     try:
         status = command(arguments or ["--help"], prog_name="flexasl", standalone_mode=False)
     except typer.TyperException as error:
-        raise FlexASLError(error.format_message()) from error
+        raise FlexASLError(error.format_message().replace(": Value error, ", ": ")) from error
     return status if isinstance(status, int) else 0
 
 

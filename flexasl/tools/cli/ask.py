@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,23 +26,13 @@ from flexasl.tools.cli.options import (
     text_of,
     words,
 )
+from flexasl.tools.cli.plotting import Plot, check_plot, draw
 from flexasl.tools.cli.terminal import progress_bar, streamed
-from flexasl.tools.extras import need
-from flexasl.writing import check_file, replaced
 
-PLOT_FORMATS = (".png", ".svg", ".pdf")
-OF_A_PROMPT = (
-    "file",
-    "select_tokens",
-    "kv_budget",
-    "kv_dtype",
-    "tau",
-    "config",
-    "policy",
-    "compare",
-    "rank_by_question",
-)
-"""Options of `ask` that say how a text is read, and so go with --file and not with --cache."""
+OF_PREFILL = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy")
+"""Options that say how a text is read, and so go with --file and not with --cache; `flexasl prefill` has them too."""
+OF_A_PROMPT = {"compare": "--compare", "rank_by_question": "--no-rank-by-question"}
+"""Other options of `ask` that go with --file alone, and how they are typed."""
 
 
 def ask(
@@ -63,7 +53,7 @@ def ask(
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 128,
     as_json: AsJson = False,
-    plot: Annotated[Path | None, path_option("Picture of the decision to write: .png, .svg or .pdf.")] = None,
+    plot: Plot = None,
     rank_by_question: Annotated[
         bool,
         typer.Option(help="Rank the text by the question's own tokens, and keep these; else by the last tokens."),
@@ -72,10 +62,10 @@ def ask(
 ) -> None:
     """Answer a question about a text. Streams the answer, then prints what was pruned."""
     if cache is not None:
-        _refuse_beside(context, "cache", OF_A_PROMPT)
+        _refuse_beside_cache(context)
     amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
     rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
-    _check_plot(plot, (file, cache, config, model))
+    check_plot(plot, (file, cache, config, model))
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
     if cache is not None:
@@ -105,7 +95,7 @@ def ask(
             print(pruned.report)
         if plain is not None and not as_json:
             print_comparison(pruned, plain, policy)
-    _draw(pruned, plot)
+    draw(pruned.report, plot)
 
 
 def _ask_saved(
@@ -135,32 +125,14 @@ def _ask_saved(
         print(json.dumps(said.to_dict()))
     elif said.report is not None:
         print(f"{path}, read before:\n{said.report}")
-    _draw(said, plot)
+    draw(said.report, plot)
 
 
-def _refuse_beside(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
-    """Says so where options were given that another one leaves without effect."""
-    for name in others:
+def _refuse_beside_cache(context: typer.Context) -> None:
+    """Says so where options were given that --cache leaves without effect."""
+    for name in (*OF_PREFILL, *OF_A_PROMPT):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise FlexASLError(
-                f"--{name.replace('_', '-')} has no effect with --{option}, whose text has been read; leave it out, or "
-                "give it to flexasl prefill"
-            )
-
-
-def _check_plot(path: Path | None, inputs: tuple[str | Path | None, ...]) -> None:
-    """Find out before the model runs whether the picture can be written."""
-    if path is None:
-        return
-    if path.suffix.lower() not in PLOT_FORMATS:
-        raise FlexASLError(f"--plot {path} has no known format; give a name that ends in {', '.join(PLOT_FORMATS)}")
-    check_file("--plot", path, inputs=inputs)
-    need("--plot", "plot", "matplotlib")
-
-
-def _draw(said: Any, path: Path | None) -> None:
-    """The picture, last of all: what was said is printed by then."""
-    if path is not None and said.report is not None:
-        with replaced(path) as new:
-            said.report.plot(new)
+            typed = OF_A_PROMPT.get(name, f"--{name.replace('_', '-')}")
+            instead = "leave it out" if name in OF_A_PROMPT else "leave it out, or give it to flexasl prefill"
+            raise FlexASLError(f"{typed} has no effect with --cache, whose text has been read; {instead}")

@@ -1,7 +1,7 @@
 """`flexasl calibrate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,33 +19,44 @@ from flexasl.tools.cli.options import (
     check_lengths,
     path_option,
 )
-from flexasl.tools.cli.terminal import counted_progress
 from flexasl.tools.extras import need
 
 
 def calibrate(
-    out: Annotated[Path, path_option("File of settings to write, such as config.json; evidence goes beside it.")],
+    out: Annotated[
+        Path | None,
+        path_option(
+            "File of settings to write, such as config.json; evidence and profile go beside it.",
+            show_default="none; the profile goes to the user's cache folder, where flexasl finds it",
+        ),
+    ] = None,
     select_tokens: Annotated[str, typer.Option(help=f"The budget to calibrate for: {AMOUNT}.")] = "256",
     length: Annotated[str, typer.Option(help="Tokens of each prompt: 1536 or 4k.")] = "1536",
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks to choose on.", show_default="needle,passkey,number_string,niah_multikey_1"),
+        typer.Option(
+            help="Tasks to choose on.",
+            show_default="those of retrieval",
+        ),
     ] = None,
     unseen: Annotated[str, typer.Option(help="A task to check on alone, or none.")] = "niah_single_2",
-    samples: Annotated[int, typer.Option(help="Prompts per task; the choice is made on every other one.")] = 6,
+    samples: Annotated[
+        int, typer.Option(help="Prompts per task that settings are chosen on; half as many others check them.")
+    ] = 5,
     seed: Seed = 0,
     haystack: Haystack = None,
     model: Model = None,
     dtype: DtypeName = None,
     device: Device = "cpu",
 ) -> None:
-    """Find the settings that suit a model: which layers, which threshold. Minutes, and no training."""
+    """Find the settings that suit a model: which layers, stages, thresholds. Minutes, and no training."""
     need("flexasl calibrate", "eval", "matplotlib", "numpy", "rouge_score", "wonderwords")
-    from flexasl.tools import calibration
+    from flexasl import profiles
     from flexasl.tools.calibration import calibrating, evidence
     from flexasl.tools.evaluation import Sources, plans
 
-    evidence.check_files("--out", out, (haystack, model))
+    if out is not None:
+        evidence.check_files("--out", out, (haystack, model))
     config = ASLConfig(select_tokens=amount_of("select_tokens", select_tokens))
     lengths = check_lengths("--length", plans.parse_lengths(length))
     if len(lengths) > 1:
@@ -61,22 +72,18 @@ def calibrate(
         )
     sources = Sources(haystack=haystack)
     loaded, tokenizer = load(model, dtype, device)
-    with counted_progress(hidden=False) as advance:
-        made = calibration.calibrate(
-            loaded,
-            tokenizer,
-            config,
-            tasks=named,
-            unseen=last,
-            samples=samples,
-            length=lengths[0],
-            seed=seed,
-            sources=sources,
-            on_progress=advance,
-        )
+    if out is None:
+        from flexasl.integrations.transformers.fingerprint import calibrated_for
+
+        profiles.place_for(calibrated_for(loaded))
+    about: dict[str, Any] = {"tasks": named, "unseen": last, "samples": samples, "length": lengths[0], "seed": seed}
+    made = calibrating.calibrate_visibly(loaded, tokenizer, config=config, sources=sources, **about)
     print(made)
+    if out is None:
+        print(f"\nProfile: {profiles.store(made.profile())}")
+        return
     paths = made.save(out)
-    print(f"\nSettings: {paths[0]}\nEvidence: {', '.join(map(str, paths[1:]))}")
+    print(f"\nSettings: {paths[0]}\nEvidence: {', '.join(map(str, paths[1:4]))}\nProfile: {paths[4]}")
 
 
 def _check_made_here(tasks: tuple[str, ...]) -> None:

@@ -57,8 +57,9 @@ def demo(
     with progress_bar("warming up"):
         run.warm_up(loaded, tokenizer, ids, config=config, policy=rule)
     begin = fact.answer_prefix
-    pruned = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, rule, config, title=policy, begin=begin)
-    plain = answered(loaded, tokenizer, ids, DEMO_ANSWER_TOKENS, title="unpruned", begin=begin)
+    most, asked = DEMO_ANSWER_TOKENS, fact.question
+    pruned = answered(loaded, tokenizer, ids, most, rule, config, question=asked, title=policy, begin=begin)
+    plain = answered(loaded, tokenizer, ids, most, title="unpruned", begin=begin)
     print(pruned.report)
     print_comparison(pruned, plain, policy)
     if fact.answer not in pruned.text:

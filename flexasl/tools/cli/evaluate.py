@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,18 @@ from flexasl.tools.extras import need
 OF_SUITE = "the suite's"
 
 
+class RankBy(StrEnum):
+    policy = "policy"
+    question = "question"
+    window = "window"
+
+
+class AfterQuestion(StrEnum):
+    rules = "rules"
+
+
 def evaluate(
-    suite: Annotated[str, typer.Option(help="Which tasks: quick, niah, ruler or infinitebench.")] = "quick",
+    suite: Annotated[str, typer.Option(help="Which tasks: quick, niah, recall, ruler or infinitebench.")] = "quick",
     tasks: Annotated[str | None, typer.Option(help="Tasks by name, of any suite.", show_default=OF_SUITE)] = None,
     policies: Annotated[
         str, typer.Option(help="What to compare with the full cache, such as asl:tau=0.3,fixed_layer:layer=15,paper.")
@@ -61,6 +72,20 @@ def evaluate(
             show_default="as long as the benchmark has them; in the quick suite, 64",
         ),
     ] = None,
+    rank_by: Annotated[
+        RankBy,
+        typer.Option(
+            help="What ranks tokens: the question, the window (the last tokens), or policy: the question under asl and "
+            "asl_two_pass, the window under others, paper too."
+        ),
+    ] = RankBy.policy,
+    profile: Annotated[
+        bool, typer.Option(help="Fill in settings that are left open from the model's profile, where there is one.")
+    ] = True,
+    after_question: Annotated[
+        AfterQuestion | None, typer.Option(help="Text behind each question: rules for the answer.", show_default="none")
+    ] = None,
+    answer_prefix: Annotated[bool, typer.Option(help="End prompts with the start of the answer.")] = True,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
     ] = False,
@@ -86,6 +111,10 @@ def evaluate(
         budgets=None if budget is None else plans.parse_budgets(budget),
         seed=seed,
         answer_tokens=answer_tokens,
+        rank_by=rank_by.value,
+        profile=profile,
+        after_question=None if after_question is None else after_question.value,
+        answer_prefix=answer_prefix,
         config=None if config is None else ASLConfig.load(config),
         sources=evaluation.Sources(
             haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given

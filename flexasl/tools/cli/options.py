@@ -77,7 +77,7 @@ PolicyName = Annotated[
     typer.Option(
         "--policy",
         help=f"What to prune and when: {', '.join([*POLICIES, PAPER])}; with settings, as in fixed_layer:layer=9 or "
-        "asl:tau=0.3,min_layer=10.",
+        "asl:tau=0.3,stages=0.5@5-9+0.25.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
@@ -92,7 +92,10 @@ KVDtypeName = Annotated[
 Tau = Annotated[
     float | None,
     typer.Option(
-        help="Variance ratio below which ranks have settled, in (0, 1].", callback=_number, show_default="0.05"
+        help="Share of a head's attention to one token that counts as a look-up, in (0, 1]; under paper, the variance "
+        "ratio below which ranks have settled.",
+        callback=_number,
+        show_default="0.5; 0.3 under paper",
     ),
 ]
 ConfigFile = Annotated[

@@ -6,18 +6,21 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
-from flexasl.checks import instance, integer, several
+from flexasl.checks import instance, integer, one_of, several
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
 from flexasl.policies import Policy
 from flexasl.policies.grammar import PAPER, Named, number, parse, parse_several, parts
-from flexasl.tools.evaluation.samples import MOST_PROMPTS, check_samples
+from flexasl.tools.evaluation.samples import MOST_PROMPTS, USUAL, Wording, check_samples
 from flexasl.tools.evaluation.sources import Sources
 from flexasl.tools.evaluation.tasks import check_supply, find_suite, find_task, tasks
 
 FULL = "full"
+RANK_BY = ("policy", "question", "window")
+OWN_WORDS = 32
+"""Tokens that an answer gets beyond its benchmark's, where it has no start."""
 _ELSEWHERE = {"select_tokens": "--budget sets it"}
 
 
@@ -42,6 +45,10 @@ class Setting:
     spec: str = FULL
     """The policy as it was given."""
     budget: int | float | None = None
+    by_question: bool = False
+    """Whether the question's tokens rank, where one is found; else the window's do."""
+    profile: Literal[False] | None = None
+    """As for `flexasl.patch`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +67,18 @@ class Plan:
     """Settings that policies of adaptive selection start from, where some were given."""
     answer_tokens: int | None = None
     """Most tokens of an answer, where its benchmark allows more; None: as the benchmark has it."""
+    rank_by: str = "policy"
+    """Of `RANK_BY`."""
+    profile: bool = True
+    """Whether the model's profile fills in what settings leave open."""
+    wording: Wording = USUAL
+    """How prompts end."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that need a file which was not given, and what they need."""
 
     def max_new_tokens(self, task: str) -> int:
         """Most tokens of an answer to this task."""
-        most = find_task(task).max_new_tokens
+        most = find_task(task).max_new_tokens + (0 if self.wording.answer_prefix else OWN_WORDS)
         return most if self.answer_tokens is None else min(most, self.answer_tokens)
 
     def items(self, rank: int = 0, world_size: int = 1) -> list[Item]:
@@ -89,6 +102,10 @@ def plan(
     config: ASLConfig | None = None,
     sources: Sources | None = None,
     answer_tokens: int | None = None,
+    rank_by: str = "policy",
+    profile: bool = True,
+    after_question: str | None = None,
+    answer_prefix: bool = True,
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
@@ -97,6 +114,12 @@ def plan(
     `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or
     a share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start
     from config, where it is given; their own settings and the budget win over it.
+
+    rank_by: what ranks the tokens of a prompt. `"policy"`: the question where adaptive selection starts from config,
+    the window under `paper` and the other policies, as their papers have it; or one of both under all of them.
+    profile: whether settings that are left open are those of the model's profile, where there is one.
+    after_question: text that stands behind the question of every prompt; `"rules"` are rules of how to answer.
+    answer_prefix: whether prompts end with the start of the answer; without it an answer gets some more tokens.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
@@ -112,6 +135,8 @@ def plan(
     for length in lengths:
         if isinstance(length, bool) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
+    one_of("rank_by", rank_by, RANK_BY)
+    wording = Wording(after_question, answer_prefix)
     answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
     check_samples(samples, len(chosen) * len(lengths))
     for name in chosen:
@@ -121,11 +146,16 @@ def plan(
         tasks=chosen,
         lengths=lengths,
         samples=samples,
-        settings=_settings(several("policies", policies, str, "policies such as 'asl'"), budgets, config),
+        settings=_settings(
+            several("policies", policies, str, "policies such as 'asl'"), budgets, config, rank_by, profile
+        ),
         seed=integer("seed", seed),
         sources=sources,
         config=config,
         answer_tokens=answer_tokens,
+        rank_by=rank_by,
+        profile=instance("profile", profile, bool, "True or False"),
+        wording=wording,
         left_out=left_out,
     )
 
@@ -198,7 +228,9 @@ def _tasks(
     return tuple(name for name in suite if name not in lacking), lacking
 
 
-def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASLConfig | None) -> tuple[Setting, ...]:
+def _settings(
+    policies: Iterable[str], budgets: Sequence[int | float], base: ASLConfig | None, rank_by: str, profile: bool
+) -> tuple[Setting, ...]:
     settings = {FULL: Setting(label=FULL)}
     for spec in policies:
         name, _, rest = spec.partition(":")
@@ -213,7 +245,7 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
             )
         for budget in budgets:
             label = f"{spec}@{budget}"
-            settings[label] = _setting(label, named, budget, base)
+            settings[label] = _setting(label, named, budget, base, rank_by, profile)
     if base is not None and len(settings) > 1 and not any(_starts(one.policy, one.spec) for one in settings.values()):
         raise FlexASLError(
             "config has no effect: of the policies, 'asl' and 'asl_two_pass' start from it, and neither is there; give "
@@ -222,14 +254,26 @@ def _settings(policies: Iterable[str], budgets: Sequence[int | float], base: ASL
     return tuple(settings.values())
 
 
-def _setting(label: str, named: Named, budget: int | float, base: ASLConfig | None) -> Setting:
+def _setting(
+    label: str, named: Named, budget: int | float, base: ASLConfig | None, rank_by: str, profile: bool
+) -> Setting:
     spec = named.text
-    start = base if base is not None and _starts(named.policy, spec) else ASLConfig()
+    adaptive = _starts(named.policy, spec)
+    start = base if base is not None and adaptive else ASLConfig()
     config = named.onto(start, {"select_tokens": budget})
     named.policy.check(config)
-    return Setting(label=label, policy=named.policy, config=config, spec=spec, budget=budget)
+    by_question = rank_by == "question" or (rank_by == "policy" and adaptive)
+    return Setting(
+        label=label,
+        policy=named.policy,
+        config=config,
+        spec=spec,
+        budget=budget,
+        by_question=by_question,
+        profile=None if profile else False,
+    )
 
 
 def _starts(policy: Policy | None, spec: str) -> bool:
     """Whether it starts from the plan's config, which says where adaptive selection selects."""
-    return policy is not None and policy.takes_presets and spec.partition(":")[0] != PAPER
+    return policy is not None and policy.takes_profiles and spec.partition(":")[0] != PAPER

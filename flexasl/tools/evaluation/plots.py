@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from typing import Any
@@ -11,12 +12,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flexasl.picture import GREY, draw_thresholds
 from flexasl.tools.evaluation.plans import FULL
 from flexasl.tools.evaluation.sources import DEPTHS
 from flexasl.tools.evaluation.tables import Estimate, Record, Results
 
 NEEDLE = "needle"
-GREY, PALE = "#666666", "#dddddd"
+PALE = "#dddddd"
 SIZES, FULL_SIZE = (6.0, 12.0), 20.0
 """Of markers, in points: smallest and largest budget, and the unpatched model."""
 MARKERS = "os^Dvp<>hX"
@@ -81,9 +83,12 @@ def heat_map(results: Results) -> Figure | None:
 
 def chosen_layers(results: Results) -> Figure | None:
     """How often each layer was chosen, by task, a panel for each setting that chose by the prompt: not always the same
-    layer, where any setting is such."""
-    choices = {name: {record["selected_layer"] for record in results.of(setting=name)} for name in results.settings}
-    chose = {name for name, layers in choices.items() if layers != {None}}
+    layers, where any setting is such. Layers of loose selections are pale."""
+    choices = {
+        name: {tuple(one["layer"] for one in record["selections"]) for record in results.of(setting=name)}
+        for name in results.settings
+    }
+    chose = {name for name, layers in choices.items() if layers != {()}}
     if not chose:
         return None
     chose = {name for name in chose if len(choices[name]) > 1} or chose
@@ -93,12 +98,16 @@ def chosen_layers(results: Results) -> Figure | None:
         records = results.of(setting=setting)
         layers = max(record["num_layers"] for record in records)
         below = np.zeros(layers)
-        for task in results.tasks:
-            picked = [r["selected_layer"] for r in records if r["task"] == task and r["selected_layer"] is not None]
-            counts = np.bincount(picked, minlength=layers) if picked else np.zeros(layers)
-            axes.bar(range(layers), counts, bottom=below, color=colors[task], width=0.9, label=task)
+        for task, final in itertools.product(results.tasks, (True, False)):
+            made = [[one["layer"] for one in record["selections"]] for record in records if record["task"] == task]
+            picked = [layer for all_ in made for layer in (all_[-1:] if final else all_[:-1])]
+            if not picked:
+                continue
+            counts = np.bincount(picked, minlength=layers)
+            bars = {"label": task} if final else {"alpha": 0.4}
+            axes.bar(range(layers), counts, bottom=below, color=colors[task], width=0.9, **bars)
             below = below + counts
-        never = sum(record["selected_layer"] is None for record in records)
+        never = sum(not record["selections"] for record in records)
         if never:
             axes.text(0.02, 0.95, f"none chosen: {never}", transform=axes.transAxes, va="top", fontsize=8, color=GREY)
         axes.set_xlim(-0.5, layers - 0.5)
@@ -109,9 +118,9 @@ def chosen_layers(results: Results) -> Figure | None:
     return _with_legend(figure, "Layer that selected, by task")
 
 
-def variance_curves(results: Results) -> Figure | None:
-    """Variance ratio by layer: each prompt thin, each task's median thick, a panel for each setting that compared
-    layers."""
+def decisions(results: Results) -> Figure | None:
+    """What the rule saw by layer (look-up, or variance ratio): each prompt thin, with a dot where it selected, each
+    task's median thick, a panel for each setting that compared layers."""
     taken = {record["setting"] for record in results.records if len(record["eval_layers"]) > 1}
     if not taken:
         return None
@@ -120,14 +129,19 @@ def variance_curves(results: Results) -> Figure | None:
     for setting, axes in panels:
         for task in results.tasks:
             _curves(axes, results.of(setting=setting, task=task), colors[task], task)
-        tau = next((r["tau"] for r in results.of(setting=setting) if r["eval_layers"]), None)
-        if tau is not None:
+        looked = [record for record in results.of(setting=setting) if record["eval_layers"]]
+        stages = next((record["thresholds"] for record in looked if record["thresholds"]), None)
+        tau = next((record["tau"] for record in looked), None)
+        if stages is not None:
+            draw_thresholds(axes, stages, looked[0]["num_layers"])
+        elif tau is not None:
             axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label="tau")
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("layer")
-        axes.set_ylabel("rank variance / reference")
-    return _with_legend(figure, "Has the ranking of tokens settled? Thin: prompts; thick: median of a task")
+        lookup = any(record["lookup"] for record in looked)
+        axes.set_ylabel("attention to one far token" if lookup else "rank variance / reference")
+    return _with_legend(figure, "When is it time to select? Thin: prompts, dots: selections; thick: median of a task")
 
 
 def _pareto(axes: Axes, what: str, costs: dict[str, float], scores: dict[str, Estimate]) -> None:
@@ -182,12 +196,13 @@ def _beats(cost: float, score: float, other_cost: float, other_score: float) -> 
 def _curves(axes: Axes, records: list[Record], color: Any, task: str) -> None:
     by_layer: dict[int, list[float]] = {}
     for record in records:
-        points = [
-            (at, ratio) for at, ratio in zip(record["eval_layers"], record["variance_ratio"]) if ratio is not None
-        ]
-        axes.plot([at for at, _ in points], [ratio for _, ratio in points], color=color, linewidth=0.5, alpha=0.35)
-        for at, ratio in points:
-            by_layer.setdefault(at, []).append(ratio)
+        seen = zip(record["eval_layers"], record["lookup"] or record["variance_ratio"])
+        points = {at: value for at, value in seen if value is not None}
+        axes.plot(list(points), list(points.values()), color=color, linewidth=0.5, alpha=0.35)
+        chosen = [one["layer"] for one in record["selections"] if one["layer"] in points]
+        axes.plot(chosen, [points[at] for at in chosen], ".", color=color, markersize=5)
+        for at, value in points.items():
+            by_layer.setdefault(at, []).append(value)
     if by_layer:
         layers = sorted(by_layer)
         axes.plot(layers, [statistics.median(by_layer[at]) for at in layers], color=color, linewidth=2, label=task)

@@ -18,8 +18,15 @@ Seconds = Annotated[float, Range(1e-9)] | None
 Ratio = Annotated[float, Range(0)]
 
 
+class Selected(TypedDict):
+    """One selection from a prompt."""
+
+    layer: Count
+    kept_tokens: Count
+
+
 class Answered(TypedDict):
-    """A line of answers."""
+    """A line of answers. Some lack what older versions did not tell."""
 
     task: str
     length: Count
@@ -35,11 +42,16 @@ class Answered(TypedDict):
     num_layers: Annotated[int, Range(1, MOST_LAYERS)]
     kept_tokens: Count
     selected_layer: Count | None
+    selections: NotRequired[list[Selected]]
+    ranked_by: NotRequired[str]
     counted_prefill: Ratio
     kv_share: Ratio
     tau: float | None
+    thresholds: NotRequired[list[tuple[float, Count, Count]]]
+    """Of each stage, the final one last: what a look-up must reach at its first layer, that layer, and the last one."""
     eval_layers: list[Count]
     variance_ratio: list[float | None]
+    lookup: NotRequired[list[float | None]]
     first_token_seconds: Seconds
     total_seconds: Seconds
 
@@ -55,6 +67,10 @@ class Identity(TypedDict):
     files: dict[str, str]
     together: NotRequired[bool]
     answer_tokens: NotRequired[Count | None]
+    rank_by: NotRequired[str]
+    profile: NotRequired[bool]
+    after_question: NotRequired[str | None]
+    answer_prefix: NotRequired[bool]
 
 
 class About(TypedDict):
@@ -93,11 +109,19 @@ def _prompt(record: Any) -> dict[str, Any]:
 
 def _answer(record: Any) -> dict[str, Any]:
     found: dict[str, Any] = fit(Answered, record)
-    layers = [*found["eval_layers"], found["selected_layer"] or 0]
-    if max(layers) >= found["num_layers"]:
+    last = found["selected_layer"]
+    only = [] if last is None else [{"layer": last, "kept_tokens": found["kept_tokens"]}]
+    since: dict[str, Any] = {"selections": only, "ranked_by": "", "thresholds": [], "lookup": []}
+    found |= {name: value for name, value in since.items() if name not in found}
+    chosen = [selection["layer"] for selection in found["selections"]]
+    if chosen[-1:] != ([] if last is None else [last]):
+        raise Unfit(f"selected_layer is {last}, and not the last of its selections {chosen}")
+    layers = [*found["eval_layers"], *chosen]
+    if max(layers, default=0) >= found["num_layers"]:
         raise Unfit(f"a layer is {max(layers)}, where num_layers is {found['num_layers']}")
-    if len(found["eval_layers"]) != len(found["variance_ratio"]):
-        raise Unfit("variance_ratio has not an entry for each of eval_layers")
+    seen = "lookup" if found["lookup"] else "variance_ratio"
+    if len(found["eval_layers"]) != len(found[seen]):
+        raise Unfit(f"{seen} has not an entry for each of eval_layers")
     label = FULL if found["budget"] is None else f"{found['policy']}@{found['budget']}"
     if found["setting"] != label or not label.isprintable():
         raise Unfit(f"setting is {found['setting']!r:.60}, and not its policy with its budget")

@@ -12,6 +12,13 @@ from flexasl.tools.evaluation.runner import ANSWERS, PROMPTS, answer_key, prompt
 from flexasl.tools.evaluation.storage import PICTURES, REPORT, RESULTS, SCORES, TIMES, read_all, read_keys, read_run
 from flexasl.writing import replaced, write
 
+RANKED = {
+    "policy": "the question under adaptive selection, the window under other policies",
+    "question": "the question",
+    "window": "the window",
+}
+"""What ranks tokens, by a plan's `rank_by`."""
+
 
 def report(out: str | Path) -> Path:
     """Make the report of a folder that `evaluate` has written to, finished or not, and return its path.
@@ -41,8 +48,12 @@ def report(out: str | Path) -> Path:
         (
             ("Score against prefill cost", "Up and to the left is better.", plots.pareto),
             ("Needle by length and depth", "Depth 0 % is the start of the text.", plots.heat_map),
-            ("Chosen layers", "", plots.chosen_layers),
-            ("Variance ratio by layer", "Selection happens below tau.", plots.variance_curves),
+            ("Chosen layers", "Pale: loose selections, before the final one.", plots.chosen_layers),
+            (
+                "What decides, by layer",
+                "A look-up selects at its threshold and above, the rank variance below tau.",
+                plots.decisions,
+            ),
         ),
         strict=True,
     ):
@@ -80,6 +91,10 @@ def _page(
         "chat template": "none" if identity["chat_template"] is None else "the tokenizer's, in run.json",
         "seed": identity["seed"],
         "longest answer, tokens": identity.get("answer_tokens") or "as the benchmarks have it",
+        "ranked by": RANKED[identity.get("rank_by", "window")],
+        "behind the question": identity.get("after_question") or "nothing",
+        "start of the answer": "in the prompt" if identity.get("answer_prefix", True) else "left out",
+        "the model's profile": "used, where there is one" if identity.get("profile", True) else "not used",
         "answers": "all of a prompt at once, without a clock" if identity.get("together") else "one by one",
         "files given": files,
         "run on": f"{about['device']}, {about['processor']}, Python {about['python']}, torch {about['torch']}, "

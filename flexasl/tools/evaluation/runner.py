@@ -85,7 +85,7 @@ def _check_fit(plan: Plan, model: Any, together: bool) -> None:
                 f"kv_dtype={setting.config.kv_dtype!r}; give together=False"
             )
         if setting.policy is not None:
-            flexasl.patch(model, setting.config, policy=setting.policy).remove()
+            flexasl.patch(model, setting.config, policy=setting.policy, profile=setting.profile).remove()
     for name in plan.tasks:
         for length in plan.lengths:
             run.check_fits(model, length, plan.max_new_tokens(name))
@@ -97,7 +97,7 @@ def _make_prompts(
     for done, item in enumerate(items):
         on_progress(PROMPTS, done, len(items))
         if item not in prompts:
-            sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources)
+            sample = build(item.task, tokenizer, item.length, plan.seed, item.index, plan.sources, plan.wording)
             prompts.append(sample.to_dict() | {"max_new_tokens": plan.max_new_tokens(item.task)})
 
 
@@ -139,7 +139,7 @@ def _answer_all(
 def _warm_up(model: Any, tokenizer: Any, ids: list[int], setting: Setting) -> None:
     from flexasl.tools import run
 
-    run.warm_up(model, tokenizer, ids, config=setting.config, policy=setting.policy)
+    run.warm_up(model, tokenizer, ids, config=setting.config, policy=setting.policy, profile=setting.profile)
 
 
 def _one_by_one(model: Any, tokenizer: Any, ids: list[int], settings: list[Setting], most: int) -> Iterator[list[Any]]:
@@ -147,7 +147,9 @@ def _one_by_one(model: Any, tokenizer: Any, ids: list[int], settings: list[Setti
     from flexasl.tools import run
 
     for one in settings:
-        yield [(one, run.answer(model, tokenizer, ids, max_new_tokens=most, config=one.config, policy=one.policy))]
+        patching: dict[str, Any] = {"config": one.config, "policy": one.policy, "find_question": one.by_question}
+        patching["profile"] = one.profile
+        yield [(one, run.answer(model, tokenizer, ids, max_new_tokens=most, **patching))]
 
 
 def _together(model: Any, tokenizer: Any, ids: list[int], settings: list[Setting], most: int) -> Iterator[list[Any]]:
@@ -176,21 +178,28 @@ def _record(sample: Sample, setting: Setting, answer: Any, costs: list[LayerCost
         "num_layers": len(costs),
         "kept_tokens": answer.prompt_tokens,
         "selected_layer": None,
+        "selections": [],
+        "ranked_by": "",
         "counted_prefill": 1.0,
         "kv_share": 1.0,
         "tau": None,
+        "thresholds": [],
         "eval_layers": [],
         "variance_ratio": [],
+        "lookup": [],
         "first_token_seconds": answer.first_token_seconds,
         "total_seconds": answer.total_seconds,
     }
     if answer.report is not None:
         row = answer.report.to_dict()["rows"][0]
-        record |= {name: row[name] for name in ("kept_tokens", "selected_layer", "eval_layers")}
-        record["variance_ratio"] = [None if ratio is None else float(f"{ratio:.6g}") for ratio in row["variance_ratio"]]
+        of_row = ("kept_tokens", "selected_layer", "selections", "ranked_by", "eval_layers")
+        record |= {name: row[name] for name in of_row}
+        for name in ("variance_ratio", "lookup"):
+            record[name] = [None if value is None else float(f"{value:.6g}") for value in row[name]]
         record["counted_prefill"] = prefill_share(costs, answer.report)
         record["kv_share"] = answer.report.kv_share
         record["tau"] = answer.report.config.get("tau")
+        record["thresholds"] = [list(stage) for stage in answer.report.thresholds]
     return record
 
 
@@ -205,6 +214,10 @@ def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[st
         "seed": plan.seed,
         "together": together,
         "answer_tokens": plan.answer_tokens,
+        "rank_by": plan.rank_by,
+        "profile": plan.profile,
+        "after_question": plan.wording.after_question,
+        "answer_prefix": plan.wording.answer_prefix,
         "config": None if plan.config is None else plan.config.to_dict(),
         **plan.sources.fingerprint(),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
+from flexasl.checks import instance, one_of
 from flexasl.errors import FlexASLError
 from flexasl.stored import AtLeast, Count, Range, Share, fit
 from flexasl.tools.text import encode, render
@@ -28,6 +29,36 @@ class Draft(NamedTuple):
     """What a right answer contains; how it is compared is the task's score."""
     depth: float | None = None
     """Where in the document the one needle lies (0 start, 1 end); None where there is not exactly one."""
+
+
+RULES = (
+    "Rules for the answer: keep it to a single sentence, written in plain English. Rely on the text above and "
+    "on nothing else. Do not use lists, headings, bold or quotation marks. Do not explain the steps, do not apologise, "
+    "and add no remarks of any kind. Stop as soon as the sentence ends."
+)
+AFTER_QUESTION = {None: "", "rules": f"\n\n{RULES}"}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How the prompts of all tasks end."""
+
+    after_question: str | None = None
+    """What stands behind the message of the task: a key of `AFTER_QUESTION`."""
+    answer_prefix: bool = True
+    """Whether the start of the answer is there."""
+
+    def __post_init__(self) -> None:
+        one_of("after_question", self.after_question, tuple(AFTER_QUESTION))
+        instance("answer_prefix", self.answer_prefix, bool, "True or False")
+
+    def of(self, draft: Draft) -> Draft:
+        """The draft with this end."""
+        message = draft.message + AFTER_QUESTION[self.after_question]
+        return draft._replace(message=message, answer_prefix=draft.answer_prefix if self.answer_prefix else "")
+
+
+USUAL = Wording()
 
 
 @dataclass(frozen=True)
@@ -79,14 +110,14 @@ def check_samples(samples: int, each: int) -> None:
         )
 
 
-def fill(recipe: Recipe, tokenizer: Any, tokens: int) -> tuple[Draft, str, int]:
+def fill(recipe: Recipe, tokenizer: Any, tokens: int, wording: Wording = USUAL) -> tuple[Draft, str, int]:
     """The longest draft whose prompt has at most `tokens` tokens, that prompt, and its tokens.
 
     Raises FlexASLError, which says how many are needed, where not even the shortest fits.
     """
 
     def prompt(units: int) -> tuple[Draft, str, int]:
-        draft = recipe.draft(units)
+        draft = wording.of(recipe.draft(units))
         text = render(tokenizer, draft.message, draft.answer_prefix)
         return draft, text, len(encode(tokenizer, text))
 

@@ -16,7 +16,7 @@ from flexasl.tools.evaluation.records import ANSWERS, PROMPTS, Run, check
 
 RUN = "run.json"
 RESULTS, SCORES, TIMES, REPORT = "results.jsonl", "scores.md", "times.md", "report.md"
-PICTURES = ("pareto.png", "needle.png", "layers.png", "variance.png")
+PICTURES = ("pareto.png", "needle.png", "layers.png", "decisions.png")
 
 
 class Journal:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexasl.selectors.staged import threshold
 from flexasl.tools.evaluation.plans import FULL
 from flexasl.tools.evaluation.tasks import TASKS
 
 FLOOR = 0.3
 """A full cache that scores less is lost on the task, which then says nothing of what pruning does."""
+BY_OTHERS = re.compile(r"the last (?:\d+ tokens|token)(?:;|$)|tokens that policy ")
+"""How `RowReport.ranked_by` begins where no question ranked."""
 RESAMPLES = 2000
 SEED = 0
 
@@ -150,11 +154,47 @@ def _overview(results: Results) -> str:
     results, rows = results.within_reach(), []
     for setting in results.settings:
         records = results.of(setting=setting)
-        layers = [record["selected_layer"] for record in records if record["selected_layer"] is not None]
-        chosen = f"{statistics.median_low(layers)} ({min(layers)}–{max(layers)})" if layers else "–"
+        selected = sum(bool(record["selections"]) for record in records)
         score, kv = results.score(records), statistics.fmean(record["kv_share"] for record in records)
-        rows.append([setting, score, _counted(records), f"{kv:.2f}", chosen, f"{len(layers)}/{len(records)}"])
-    return table(["setting", "score", "counted prefill", "KV cache", "layer chosen", "selected"], rows)
+        row = [setting, score, _counted(records), f"{kv:.2f}", _layers(records), f"{selected}/{len(records)}"]
+        rows.append([*row, _share(map(_by_max_layer, records)), _share(map(_by_question, records))])
+    heads = ["setting", "score", "counted prefill", "KV cache", "layers chosen", "selected", "by max_layer"]
+    return table([*heads, "ranked by the question"], rows)
+
+
+def _layers(records: Sequence[Record]) -> str:
+    """Median, lowest and highest layer of each selection, the final one last."""
+    made = [[selection["layer"] for selection in record["selections"]] for record in records]
+    parts = []
+    for place in range(max(map(len, made), default=0), 0, -1):
+        at = [layers[-place] for layers in made if len(layers) >= place]
+        spread = f" ({min(at)}–{max(at)})" if min(at) < max(at) else ""
+        parts.append(f"{statistics.median_low(at)}{spread}")
+    return ", ".join(parts if len(parts) < 4 else [parts[0], "…", parts[-1]]) or "–"
+
+
+def _by_max_layer(record: Record) -> bool | None:
+    """Whether the last selection was made because the layers for it ended, and not for what the rule saw; None where
+    that is not known."""
+    layer, values = record["selected_layer"], record["lookup"] or record["variance_ratio"]
+    seen = dict(zip(record["eval_layers"], values)).get(layer)
+    if seen is None or record["tau"] is None:
+        return None
+    if not record["lookup"]:
+        return bool(seen >= record["tau"])
+    stages = [(tau, first) for tau, first, last in record["thresholds"] if first <= layer <= last]
+    return all(seen < threshold(tau, first, layer) for tau, first in stages)
+
+
+def _by_question(record: Record) -> bool | None:
+    """Whether the question ranked the tokens; None where nothing did."""
+    return BY_OTHERS.match(record["ranked_by"]) is None if record["ranked_by"] else None
+
+
+def _share(held: Iterable[bool | None]) -> str:
+    """Of how many that are known it holds."""
+    known = [one for one in held if one is not None]
+    return f"{sum(known)}/{len(known)}" if known else "–"
 
 
 def _by_task(results: Results) -> str:

@@ -12,7 +12,7 @@ from flexasl.checks import instance, integer
 from flexasl.errors import FlexASLError
 from flexasl.tools.evaluation import infinitebench, recall, ruler, scoring
 from flexasl.tools.evaluation.haystack import hide
-from flexasl.tools.evaluation.samples import Draft, Recipe, Sample, fill
+from flexasl.tools.evaluation.samples import USUAL, Draft, Recipe, Sample, Wording, fill
 from flexasl.tools.evaluation.sources import HOTPOTQA, SQUAD, Sources
 from flexasl.tools.text import INTRODUCTION, magic_number
 
@@ -86,7 +86,13 @@ def find_task(name: str) -> Task:
 
 
 def build(
-    task: str, tokenizer: Any, length: int, seed: int = 0, index: int = 0, sources: Sources | None = None
+    task: str,
+    tokenizer: Any,
+    length: int,
+    seed: int = 0,
+    index: int = 0,
+    sources: Sources | None = None,
+    wording: Wording = USUAL,
 ) -> Sample:
     """Sample `index` of a task: the longest prompt of at most `length` tokens, chat template and start of the answer
     included. The same arguments give the same sample.
@@ -99,7 +105,9 @@ def build(
     length, seed, index = integer("length", length, 1), integer("seed", seed), integer("index", index, 0)
     check_supply(chosen, sources, index + 1)
     try:
-        draft, prompt, tokens = fill(chosen.recipe(Which(task, length, seed, index), sources), tokenizer, length)
+        draft, prompt, tokens = fill(
+            chosen.recipe(Which(task, length, seed, index), sources), tokenizer, length, wording
+        )
     except FlexASLError as error:
         raise FlexASLError(f"task={task!r}: {error}") from error
     return Sample(

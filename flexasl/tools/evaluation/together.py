@@ -42,7 +42,7 @@ def answer_together(
     prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
     memo = Memo(len(ids))
     with memo.over(costly_modules(decoder_layers(model))):
-        read = [_prefill(model, prompt, setting, memo, max_new_tokens) for setting in settings]
+        read = [_prefill(model, tokenizer, prompt, setting, memo, max_new_tokens) for setting in settings]
     del memo
     first, caches, reports = map(list, zip(*read, strict=True))
     del read
@@ -54,13 +54,15 @@ def answer_together(
 
 
 def _prefill(
-    model: Any, prompt: Tensor, setting: Setting, memo: Memo, max_new_tokens: int
+    model: Any, tokenizer: Any, prompt: Tensor, setting: Setting, memo: Memo, max_new_tokens: int
 ) -> tuple[int, Any, Report | None]:
     """The first token, the cache and the report of the prompt [1, N] under one setting."""
     with ExitStack() as stack:
         patch = None
         if setting.policy is not None:
-            patch = stack.enter_context(flexasl.patch(model, setting.config, policy=setting.policy))
+            asking: dict[str, Any] = {"tokenizer": tokenizer} if setting.by_question else {}
+            asking["profile"] = setting.profile
+            patch = stack.enter_context(flexasl.patch(model, setting.config, policy=setting.policy, **asking))
             stack.enter_context(memo.over(dict(enumerate(patch.attention))))
         out = model.generate(
             prompt,
