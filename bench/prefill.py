@@ -31,11 +31,10 @@ def main() -> None:
     rows, data = [], []
     for tokens in args.tokens:
         ids = _prompt(tokenizer, tokens, args.device)
-        keep_all = _pairs(model, ids, args.pairs, config=flexasl.ASLConfig(select_tokens=1.0), **asking)
-        rows.append(
-            [ids.shape[1], "all", "", _seconds(keep_all, 0), _seconds(keep_all, 1), _share(keep_all), "1.000", ""]
-        )
-        data.append({"tokens": ids.shape[1], "keep": "all", "pairs": keep_all})
+        if args.keep_all:
+            pairs = _pairs(model, ids, args.pairs, config=flexasl.ASLConfig(select_tokens=1.0), **asking)
+            rows.append([ids.shape[1], "all", "", _seconds(pairs, 0), _seconds(pairs, 1), _share(pairs), "1.000", ""])
+            data.append({"tokens": ids.shape[1], "keep": "all", "pairs": pairs})
         config = flexasl.ASLConfig(select_tokens=args.select_tokens)
         known = {ids.shape[1]: 1.0}
         for name in ["asl", *(f"fixed_layer:layer={layer}" for layer in args.layers)]:
@@ -161,6 +160,7 @@ def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--model", help="folder, hub id or GGUF file; default: the embedded one")
     parser.add_argument("--layers", type=int, nargs="*", default=[15, 18], help="fixed layers to compare with")
+    parser.add_argument("--keep-all", action=argparse.BooleanOptionalAction, default=True, help="nothing dropped, too")
     parser.add_argument("--pairs", type=int, default=5, help="paired runs of each kind")
     return parser.parse_args()
 

@@ -22,7 +22,11 @@ from flexasl.writing import check_file, write
 FORMAT = 1
 FOUND = ("score_from", "stages", "min_layer", "max_layer", "tau")
 """Settings that calibration looks for."""
-SHIPPED: dict[str, tuple[str, int, int]] = {}
+SHIPPED: dict[str, tuple[str, int, int]] = {
+    "SmolLM2-135M-Instruct": ("llama", 30, 576),
+    "Qwen2.5-Coder-0.5B-Instruct": ("qwen2", 24, 896),
+    "gemma-3-270m": ("gemma3_text", 18, 640),
+}
 """Files in `flexasl/profiles/`, without `.json`, and the model_type, num_layers and hidden_size that each is for."""
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -179,7 +183,7 @@ def find(model: CalibratedFor) -> Profile | None:
     for name in (name for name, known in SHIPPED.items() if known == shape):
         found = Profile.load(FOLDER / f"{name}.json", "comes with flexasl")
         # Weights in another dtype than the profile's cannot be compared: models of one shape are told apart by name.
-        named = name.lower() in model.model.lower()
+        named = name.lower() == model.model.lower()
         if found.is_for(model) and (named or None is not found.model.weights == model.weights):
             return found
     try:

@@ -172,7 +172,7 @@ def test_weights_in_another_dtype_are_known_by_the_librarys_but_have_their_own_f
     monkeypatch.setitem(profiles.SHIPPED, "Tiny", ("llama", LAYERS, 64))
     profile_of(tiny("llama")).save(tmp_path / "Tiny.json")
     assert settings_on(half)[1] is None, "of the same shape, but nothing says that it is this model"
-    half.name_or_path = "owner/tiny-llama"
+    half.name_or_path = "owner/tiny"
     assert settings_on(half)[1] == "Tiny (comes with flexasl)"
 
 
