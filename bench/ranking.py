@@ -6,7 +6,6 @@ the prompts, and no answer is begun.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from statistics import fmean
@@ -28,9 +27,8 @@ from flexasl.selectors.base import combined
 from flexasl.tools.calibration.recording import Prompt, locate
 from flexasl.tools.calibration.tables import holds_answers
 from flexasl.tools.evaluation.memo import Memo, costly_modules
-from flexasl.tools.evaluation.samples import Sample, fill
-from flexasl.tools.evaluation.sources import Sources
-from flexasl.tools.evaluation.tasks import Which, find_task
+from flexasl.tools.evaluation.samples import Wording
+from flexasl.tools.evaluation.tasks import build
 from flexasl.tools.loading import load_model
 
 KINDS = {
@@ -38,11 +36,6 @@ KINDS = {
     "by meaning": ("by_meaning",),
     "uniform": ("uniform",),
 }
-RULES = (
-    " Reply in plain words, and in one sentence only. Leave out greetings, headings and lists. Give numbers as digits "
-    "and names as the text spells them. If the text does not say, answer that it does not. Do not guess, do not quote "
-    "whole passages, and do not explain how the answer was found."
-)
 OWN = {"kernel_size": 25, "pooling": "maxpool"}
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
     "last 32 tokens: sum, average of 7 (ASL, FastKV)": (False, {"kernel_size": 7, "pooling": "avgpool"}),
@@ -112,24 +105,8 @@ def main() -> None:
 
 def made(task: str, tokenizer: Any, length: int, seed: int, index: int) -> Prompt:
     """A prompt without the start of its answer, every other one with rules behind the question."""
-    found = find_task(task)
-    recipe = found.recipe(Which(task, length, seed, index), Sources())
-
-    def draft(units: int) -> Any:
-        plain = recipe.draft(units)
-        return plain._replace(message=plain.message + (RULES if index % 2 else ""), answer_prefix="")
-
-    made, prompt, tokens = fill(dataclasses.replace(recipe, draft=draft), tokenizer, length)
-    sample = Sample(
-        task=task,
-        length=length,
-        index=index,
-        prompt=prompt,
-        prompt_tokens=tokens,
-        references=made.references,
-        max_new_tokens=found.max_new_tokens,
-    )
-    return locate(tokenizer, sample)
+    wording = Wording(after_question="rules" if index % 2 else None, answer_prefix=False)
+    return locate(tokenizer, build(task, tokenizer, length, seed, index, wording=wording))
 
 
 def scored(model: Any, tokenizer: Any, prompt: Prompt, settings: dict[str, Any]) -> list[Tensor]:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from flexasl import checks, stored
 from flexasl.calibrated import CalibratedFor
@@ -73,8 +73,8 @@ class ASLConfig:
         in the paper, and 0.05 with `"peak"`.
     stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: two fifths of
         the tokens with `"lookup"`, no stage with `"variance"`, which takes none.
-    min_layer: First layer at which selection can happen. None: a third of the layers; with
-        `"variance"` and the `"peak"` reference three eighths; no less than `observe_layers - 1`.
+    min_layer: First layer at which selection can happen. None: a third of the layers; with `"variance"` and the
+        `"peak"` reference three eighths; no less than `observe_layers - 1`.
     max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
         `"initial"` reference, as in the paper.
     observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
@@ -198,33 +198,10 @@ class ASLConfig:
             ranking_layers = ascending("ranking_layers: layer", ranking_layers, 0, num_layers - 1, error=ConfigError)
             if not ranking_layers:
                 raise ConfigError("ranking_layers is empty; give at least one layer, or None for all")
-        if self.rule == "lookup":
-            return self._resolve_lookup(range(num_layers) if ranking_layers is None else ranking_layers, num_layers)
-        if ranking_layers is not None and len(ranking_layers) < num_layers:
-            return self._resolve_among(ranking_layers, num_layers)
-        paper = self.variance_reference == "initial"
-        bounds = [bound for bound in (self.min_layer, self.max_layer) if bound is not None]
-        observe, first, last, never = self.observe_layers, self.min_layer, self.max_layer, self.if_never
-        if observe is None:
-            observe = min(8 if paper else 4, max(2, num_layers // 3), num_layers, *(bound + 1 for bound in bounds))
-        if first is None:
-            start = num_layers // 3 if paper else 3 * num_layers // 8
-            first = min(max(start, observe - 1), num_layers - 1, *bounds)
-        if never is None:
-            never = "keep" if last is None and paper else "select"
-        if last is None:
-            last = num_layers - 1 if paper else max(first, 7 * (num_layers - 1) // 10)
-        return self.replace(
-            settled_by="variance",
-            variance_reference=self.variance_reference or "peak",
-            tau=(0.3 if paper else 0.05) if self.tau is None else self.tau,
-            stages=(),
-            observe_layers=observe,
-            score_from=min(num_layers // 6, first) if self.score_from is None else self.score_from,
-            min_layer=first,
-            max_layer=last,
-            if_never=never,
-        ).scored(PUBLISHED_SCORES if paper else OWN_SCORES)
+        from flexasl.resolving import resolve_lookup, resolve_variance
+
+        resolve = resolve_lookup if self.rule == "lookup" else resolve_variance
+        return resolve(self, num_layers, ranking_layers)
 
     def scored(self, how: Mapping[str, Any] = PUBLISHED_SCORES) -> ASLConfig:
         """The same settings, with these where those that say how tokens are scored are left open."""
@@ -277,97 +254,6 @@ class ASLConfig:
                     f"{name}={value} is beyond the model, which has {num_layers} layers; give at most "
                     f"{num_layers - 1 + beyond}"
                 )
-
-    def _resolve_lookup(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
-        def from_on(layer: int) -> int:
-            return next((one for one in ranking_layers if one >= layer), ranking_layers[-1])
-
-        def refuse(name: str, layer: int) -> NoReturn:
-            raise ConfigError(
-                f"{name}={layer} leaves no layer to select at; layers with full attention are "
-                f"{', '.join(map(str, ranking_layers))} of {num_layers}"
-            )
-
-        def up_to(name: str, layer: int) -> int:
-            if layer < ranking_layers[0]:
-                refuse(name, layer)
-            return [one for one in ranking_layers if one <= layer][-1]
-
-        opens = from_on(num_layers // 8 if self.score_from is None else self.score_from)
-        last = None if self.max_layer is None else up_to("max_layer", self.max_layer)
-        if self.min_layer is None:
-            first = max(from_on(num_layers // 3), opens)
-            first = first if last is None else min(first, last)
-        else:
-            first = from_on(self.min_layer)
-            if first < self.min_layer or (last is not None and last < first):
-                refuse("min_layer", self.min_layer)
-        last = max(first, up_to("max_layer", max(7 * (num_layers - 1) // 10, first))) if last is None else last
-        open_stages = (Stage(tokens=STAGE_TOKENS),) if opens < last else ()
-        stages, before = [], ranking_layers[0]
-        for stage in open_stages if self.stages is None else self.stages:
-            start, stop = stage.min_layer, stage.max_layer
-            for name, given in (("min_layer", start), ("max_layer", stop)):
-                if given is not None and given >= num_layers:
-                    raise ConfigError(
-                        f"stages: {name}={given} is beyond the model, which has {num_layers} layers; give at most "
-                        f"{num_layers - 1}"
-                    )
-            stop = None if stop is None else max(up_to("stages: max_layer", stop), before)
-            start = max(opens if start is None else from_on(start), before)
-            start = start if stop is None else min(start, stop)
-            if start > last and stage.min_layer is not None:
-                raise ConfigError(
-                    f"stages: min_layer={stage.min_layer} comes after max_layer={last}, where the final selection is "
-                    "made at the latest; give a smaller one, or a greater max_layer"
-                )
-            if start > last:
-                continue
-            if stop is None:
-                stop = max([start, *(one for one in ranking_layers if one <= num_layers // 4)])
-            tau = STAGE_TAU if stage.tau is None else stage.tau
-            stages.append(Stage(tokens=stage.tokens, tau=tau, min_layer=start, max_layer=stop))
-            before = start
-        selects = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
-        if self.score_from is not None and self.score_from > selects:
-            raise ConfigError(
-                f"score_from={self.score_from} comes behind layer {selects}, from which on tokens are selected; give "
-                f"at most {selects}"
-            )
-        return self.replace(
-            settled_by="lookup",
-            tau=LOOKUP_TAU if self.tau is None else self.tau,
-            stages=tuple(stages),
-            observe_layers=None,
-            score_from=min(opens, selects),
-            min_layer=first,
-            max_layer=last,
-            if_never=self.if_never or "select",
-        ).scored(LOOKUP_SCORES)
-
-    def _resolve_among(self, ranking_layers: Sequence[int], num_layers: int) -> ASLConfig:
-        bounds: dict[str, int | None] = {"min_layer": None, "max_layer": None}
-        if self.min_layer is not None:
-            bounds["min_layer"] = max(
-                sum(layer < self.min_layer for layer in ranking_layers), (self.observe_layers or 1) - 1
-            )
-        if self.max_layer is not None:
-            bounds["max_layer"] = sum(layer <= self.max_layer for layer in ranking_layers) - 1
-        least = 0
-        for name, place in bounds.items():
-            given = getattr(self, name)
-            if place is None:
-                continue
-            if given >= num_layers or not least <= place < len(ranking_layers):
-                raise ConfigError(
-                    f"{name}={given} leaves no layer to select at; layers with full attention are "
-                    f"{', '.join(map(str, ranking_layers))} of {num_layers}"
-                )
-            least = place
-        found = self.replace(**bounds, calibrated_for=None).resolve(len(ranking_layers))
-        assert found.min_layer is not None and found.max_layer is not None
-        layers = {"min_layer": ranking_layers[found.min_layer], "max_layer": ranking_layers[found.max_layer]}
-        return found.replace(**layers, calibrated_for=self.calibrated_for)
 
     def _check_choices(self) -> None:
         choices = {
@@ -427,7 +313,13 @@ class ASLConfig:
                 if getattr(self, name) is not None:
                     value = getattr(self, name)
                     raise ConfigError(f"{name}={value!r} has no effect with settled_by='lookup'; give one of the two")
-        elif self.stages:
+            return
+        if self.score_from is not None:
+            raise ConfigError(
+                f"score_from={self.score_from} has no effect with settled_by='variance'; give settled_by='lookup', or "
+                "score_from=None"
+            )
+        if self.stages:
             raise ConfigError(
                 f"stages={'+'.join(map(str, self.stages))!r} does not go with settled_by='variance', which selects "
                 "once; give settled_by='lookup', or stages=()"

@@ -22,12 +22,7 @@ class GemFilter(FixedLayer):
     name = "gemfilter"
     second_pass = True
     takes = CACHE - {"kv_top_p"} | {"select_tokens"}
-    fixes: ClassVar[Mapping[str, Any]] = {
-        **FixedLayer.fixes,
-        "window": 1,
-        "kernel_size": 5,
-        "pooling": "avgpool",
-    }
+    fixes: ClassVar[Mapping[str, Any]] = {**FixedLayer.fixes, "window": 1, "kernel_size": 5, "pooling": "avgpool"}
     refusals: ClassVar[Mapping[str, str]] = {
         **own_layer(name, "GemFilter"),
         **once_a_prompt(name),

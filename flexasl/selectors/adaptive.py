@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexasl.checks import ascending, instance, integer, renames
+from flexasl.checks import instance, renames
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import rank_variance, select_tokens, token_ranks
-from flexasl.selectors.base import Selection, Selector, Trace, budget_of, combined, within_budget
+from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
 
 
 def variance_ratio(variance: Tensor, variance_reference: str) -> Tensor:
@@ -63,11 +63,7 @@ class LayerSelector(Selector):
         the longest row); rows are those to decide (default: all); ranking_layers are those whose ranks count, ascending
         (default: all up to `max_layer`)."""
         self.config = _checked(config, ranking_layers)
-        self.lengths = [integer("lengths", length, 0) for length in lengths]
-        most = max(self.lengths, default=0)
-        self.tokens = most if tokens is None else integer("tokens", tokens, most)
-        batch = len(self.lengths)
-        self.rows = list(range(batch)) if rows is None else ascending("rows: row", rows, 0, batch - 1)
+        self.lengths, self.tokens, self.rows = batch_of(lengths, tokens, rows)
         self._traces = {row: Trace() for row in self.rows}
         self._seen: list[tuple[int, list[int], Tensor]] = []
         self._prefix = self.tokens - config.window

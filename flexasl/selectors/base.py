@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexasl.checks import renamed
+from flexasl.checks import ascending, integer, renamed
 from flexasl.config import ASLConfig
 from flexasl.masks import Visibility
 
@@ -147,6 +147,18 @@ def combined(before: Tensor | None, scores: Tensor, select_on: str) -> Tensor:
     if select_on == "max":
         return torch.maximum(before, scores)
     return before * FADE + scores if select_on == "sum" else torch.maximum(before * FADE, scores)
+
+
+def batch_of(
+    lengths: Sequence[int], tokens: int | None, rows: Sequence[int] | None
+) -> tuple[list[int], int, list[int]]:
+    """The real tokens of every row, the places of a row (None: those of the longest) and the rows to decide (None:
+    all), checked."""
+    counts = [integer("lengths", length, 0) for length in lengths]
+    most = max(counts, default=0)
+    last = len(counts) - 1
+    decided = list(range(len(counts))) if rows is None else ascending("rows: row", rows, 0, last)
+    return counts, most if tokens is None else integer("tokens", tokens, most), decided
 
 
 def budget_of(config: ASLConfig, prompt_tokens: int) -> int:

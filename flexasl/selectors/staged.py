@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexasl.checks import ascending, instance, integer
+from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
-from flexasl.selectors.base import Selection, Selector, Trace, budget_of, combined, within_budget
+from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
 
 NEAR = 32
 """Tokens beside one that is kept in any case, beyond those that its score is pooled over, which are no far tokens."""
@@ -71,24 +71,19 @@ class StagedSelector(Selector):
             raise ConfigError("settled_by='variance' is for LayerSelector; give settled_by='lookup'")
         refuse_open(config)
         self.config = config
-        self.lengths = [integer("lengths", length, 0) for length in lengths]
-        most = max(self.lengths, default=0)
-        self.tokens = most if tokens is None else integer("tokens", tokens, most)
-        batch = len(self.lengths)
-        self.rows = list(range(batch)) if rows is None else ascending("rows: row", rows, 0, batch - 1)
+        self.lengths, self.tokens, self.rows = batch_of(lengths, tokens, rows)
         self.stages = [_Stage(*_bounds(stage)) for stage in config.stages or ()] + [_Stage(*_bounds(config))]
-        for name, layer in (
-            (name, layer) for stage in self.stages for name, layer in zip(stage._fields[1:], stage[1:])
-        ):
-            if ranking_layers is not None and layer not in ranking_layers:
-                raise ConfigError(
-                    f"{'min' if name == 'first' else 'max'}_layer={layer} does not see the whole prompt; give one of "
-                    f"{', '.join(map(str, ranking_layers))}, or settings resolved for these ranking_layers"
-                )
+        counting = range(self.stages[-1].last + 1) if ranking_layers is None else ranking_layers
+        for stage in self.stages if ranking_layers is not None else ():
+            for name, layer in (("min_layer", stage.first), ("max_layer", stage.last)):
+                if layer not in counting:
+                    raise ConfigError(
+                        f"{name}={layer} does not see the whole prompt; give one of {', '.join(map(str, counting))}, "
+                        "or settings resolved for these ranking_layers"
+                    )
         self.once = len(self.stages) == 1
         opens = min(stage.first for stage in self.stages)
         since = config.score_from if config.select_on != "last" else opens
-        counting = range(self.stages[-1].last + 1) if ranking_layers is None else ranking_layers
         assert since is not None
         self._needed = frozenset(layer for layer in counting if since <= layer <= self.stages[-1].last)
         self.budgets = [self._counts(length) for length in self.lengths]

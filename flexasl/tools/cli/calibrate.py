@@ -35,8 +35,7 @@ def calibrate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks to choose on.",
-            show_default="those of retrieval",
+            help="Tasks to choose on.", show_default="needle,niah_multikey_1,niah_multivalue,by_meaning,uniform"
         ),
     ] = None,
     unseen: Annotated[str, typer.Option(help="A task to check on alone, or none.")] = "niah_single_2",
