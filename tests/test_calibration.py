@@ -348,25 +348,34 @@ def judged(held: str, cost: float, waited: int = 0, **settings) -> Judged:
 
 
 def test_the_cheapest_of_those_that_hold_most() -> None:
-    default, cheap, cheaper = judged("yyy", 0.8), judged("yyy", 0.6, tau=0.5), judged("yyn", 0.3, tau=0.6)
+    default, cheap = judged("yyy", 0.8), judged("yyy", 0.6, tau=0.5, max_layer=20)
+    cheaper = judged("yyn", 0.3, tau=0.6, max_layer=19)
     assert choose([default, cheap, cheaper], default) is cheap
     assert choose([default, cheaper], default) is default
     none, cheap_none = judged("nnn", 0.8), judged("nnn", 0.3, tau=0.6)
     assert choose([none, cheap_none], none) is none, "nothing speaks for it"
 
 
+def test_one_that_holds_more_than_all_around_it_is_not_taken() -> None:
+    default, lucky = judged("yyynn", 0.6, tau=0.1), judged("yyyyy", 0.5, tau=0.3)
+    unlucky = [judged("ynnnn", 0.5, tau=tau) for tau in (0.2, 0.4)]
+    steady = [judged("yyyyn", 0.55, tau=tau, max_layer=20) for tau in (0.5, 0.6)]
+    assert choose([default, lucky, *unlucky, *steady], default) is steady[0], "those beside it hold as much"
+    assert choose([default, lucky, *steady], default) is lucky, "nothing stands beside it"
+
+
 def test_what_costs_more_than_the_default_is_taken_where_the_default_is_poor() -> None:
-    default, dear = judged("yynn", 0.5), judged("yyyy", 0.6, tau=0.5)
+    default, dear = judged("yynn", 0.5), judged("yyyy", 0.6, tau=0.5, max_layer=20)
     assert choose([default, dear], default) is default and choose([default, dear]) is dear
     poor = judged("ynnn", 0.5)
     assert choose([poor, dear], poor) is dear
 
 
 def test_none_that_max_layer_decides_for_where_another_is_there() -> None:
-    own, waits = judged("y" * 7 + "n", 0.8, waited=2), judged("y" * 8, 0.5, waited=3, tau=0.6)
+    own, waits = judged("y" * 7 + "n", 0.8, waited=2), judged("y" * 8, 0.5, waited=3, tau=0.6, max_layer=20)
     assert choose([own, waits], own) is own, "a quarter of the prompts at most"
     assert choose([waits, judged("y" * 8, 0.6, waited=8)], own) is waits, "where all wait, the usual rule"
-    assert choose([own, judged("y" * 8, 0.7, waited=1, tau=0.7)], own).cost == 0.7
+    assert choose([own, judged("y" * 8, 0.7, waited=1, tau=0.7, max_layer=20)], own).cost == 0.7
 
 
 def test_ties_go_towards_the_defaults() -> None:

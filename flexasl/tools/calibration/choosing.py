@@ -26,8 +26,9 @@ MOST_WAITING = 1 / 4
 RULE = (
     "Of the candidates that max_layer decides for on at most a quarter of the prompts (of all, where there is none), "
     "and that cost no more than the defaults (whatever they cost, where the best of these hold less than half of what "
-    "others do), those that hold the answer on most prompts; of these the cheapest; of several such the one with the "
-    "fewest changes to the defaults. Where none holds any answer, the default."
+    "others do), those that hold the answer on most prompts, in the mean of a candidate and those one step away in one "
+    "setting; of these the cheapest; of several such the one with the fewest changes to the defaults. Where none holds "
+    "any answer, the default."
 )
 
 
@@ -108,26 +109,49 @@ def _stages(ranking_layers: Sequence[int]) -> list[Stage | None]:
 
 
 def choose(judged: Sequence[Judged], default: Judged | None = None) -> Judged:
-    """The candidate to take, by `RULE`; without a default, whatever it costs, and the first of equals."""
+    """The candidate to take, by `RULE`; without a default, the cheapest of those that hold most by themselves."""
     prompts = len(judged[0].outcomes)
     able = [one for one in judged if one.waited <= MOST_WAITING * prompts] or list(judged)
-    if default is not None:
-        cheap = [one for one in able if one.cost <= default.cost]
-        if cheap and 2 * _most_held(cheap) >= _most_held(able):
-            able = cheap
-    most = _most_held(able)
-    if default is not None and not most:
+    if default is None or default.rule is None:
+        most = max(one.held for one in able)
+        return min((one for one in able if one.held == most), key=lambda one: round(one.cost, 9))
+    steady = {id(one): held for one, held in zip(judged, _steady(judged), strict=True)}
+    cheap = [one for one in able if one.cost <= default.cost]
+    if cheap and 2 * max(one.held for one in cheap) >= max(one.held for one in able):
+        able = cheap
+    if not any(one.held for one in able):
         return default
+    most_steady, rule = max(steady[id(one)] for one in able), default.rule
 
     def order(one: Judged) -> tuple[Any, ...]:
-        far = () if default is None or default.rule is None or one.rule is None else _distance(one.rule, default.rule)
-        return round(one.cost, 9), far
+        return round(one.cost, 9), () if one.rule is None else _distance(one.rule, rule)
 
-    return min((one for one in able if one.held == most), key=order)
+    return min((one for one in able if steady[id(one)] == most_steady), key=order)
 
 
-def _most_held(judged: Sequence[Judged]) -> int:
-    return max(one.held for one in judged)
+def _steady(judged: Sequence[Judged]) -> list[float]:
+    """On how many prompts each holds the answer, in the mean of itself and those one step away in one setting: one that
+    holds more than all around it does so by chance."""
+    settings = [_numbers(one.settings) for one in judged]
+    levels = [{value: level for level, value in enumerate(sorted(set(values)))} for values in zip(*settings)]
+    places = [tuple(level[value] for level, value in zip(levels, of_one)) for of_one in settings]
+    held = {place: one.held for place, one in zip(places, judged, strict=True)}
+
+    def around(place: tuple[int, ...]) -> list[int]:
+        steps = [
+            (*place[:axis], place[axis] + step, *place[axis + 1 :]) for axis in range(len(place)) for step in (-1, 1)
+        ]
+        return [held[one] for one in (place, *steps) if one in held]
+
+    return [fmean(around(place)) for place in places]
+
+
+def _numbers(settings: dict[str, Any]) -> tuple[float, ...]:
+    """The settings as numbers, those of the stage too, -1 where there is none."""
+    plain = [settings[name] for name in SETTINGS if name != "stages"]
+    for stage in settings["stages"] or (None,):
+        plain += [-1] * 3 if stage is None else [stage.tokens, stage.min_layer, stage.max_layer]
+    return tuple(plain)
 
 
 def _distance(rule: ASLConfig, default: ASLConfig) -> tuple[float, ...]:
