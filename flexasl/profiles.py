@@ -25,6 +25,7 @@ FOUND = ("score_from", "stages", "min_layer", "max_layer", "tau")
 SHIPPED: dict[str, tuple[str, int, int]] = {
     "SmolLM2-135M-Instruct": ("llama", 30, 576),
     "Qwen2.5-Coder-0.5B-Instruct": ("qwen2", 24, 896),
+    "Qwen2.5-Coder-1.5B-Instruct": ("qwen2", 28, 1536),
     "gemma-3-270m": ("gemma3_text", 18, 640),
 }
 """Files in `flexasl/profiles/`, without `.json`, and the model_type, num_layers and hidden_size that each is for."""

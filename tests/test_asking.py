@@ -7,7 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GREEDY, GROUPS, HEADS, SMALL, STAGED, counting, held_columns, left_padded, prompts, recompute, tiny
+from models import (
+    GREEDY,
+    GROUPS,
+    HEADS,
+    SMALL,
+    STAGED,
+    counting,
+    held_columns,
+    left_padded,
+    prefills,
+    prompts,
+    recompute,
+    selected,
+    tiny,
+)
+from models import (
+    RULES as BOTH_RULES,
+)
 from tiny_chat import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -259,11 +276,12 @@ def test_masked_equals_gathered(lengths, first, wide, config, power, select_toke
         assert row.reason == its.reason
 
 
+@pytest.mark.parametrize("rule", BOTH_RULES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("kv", [{}, {"kv_budget": 20}, {"kv_top_p": 0.6}], ids=str)
-def test_decode_equals_recompute(family, kv):
+def test_decode_equals_recompute(family, kv, rule):
     model, ids = tiny(family), prompts(80)[0][None]
-    with flexasl.patch(model, SMALL.replace(**kv), question=(60, 70)) as patch:
+    with flexasl.patch(model, BOTH_RULES[rule].replace(**kv), question=(60, 70)) as patch, prefills() as read:
         out = model.generate(ids, max_new_tokens=6, output_logits=True, **GREEDY)
         row = patch.report.rows[0]
     assert row.ranked_by == "tokens 60 to 69" and {*range(60, 70)} <= set(row.kept_positions)
@@ -272,7 +290,8 @@ def test_decode_equals_recompute(family, kv):
         columns = [held_columns(layer) for layer in layers]
     else:
         columns = [layer.positions for layer in layers]
-    want = recompute(model, out.sequences, 80, columns, row.selected_layer, torch.tensor(row.kept_positions))
+    kept, before = torch.tensor(row.kept_positions), selected(read[0], 0)[:-1]
+    want = recompute(model, out.sequences, 80, columns, row.selected_layer, kept, before)
     torch.testing.assert_close(torch.stack(out.logits, 1), want[:, 79:-1], rtol=1e-3, atol=1e-3)
 
 

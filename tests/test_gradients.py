@@ -2,6 +2,7 @@
 
 import copy
 
+import models
 import pytest
 import torch
 from models import (
@@ -58,11 +59,13 @@ def test_dropping_gives_the_gradients_of_masking(family, lengths, config):
     check_same(*found)
 
 
+@pytest.mark.parametrize("rule", models.RULES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_a_recomputation(family):
+def test_gradients_are_those_of_a_recomputation(family, rule):
     """Of a prompt with a cache budget and two new tokens."""
     model, ids = trained(family), torch.cat([prompts(80)[0], torch.tensor([7, 8])])[None]
-    with flexasl.patch(model, SMALL.replace(kv_budget=20)) as patch:
+    config = models.RULES[rule].replace(kv_budget=20)
+    with flexasl.patch(model, config) as patch, models.prefills() as read:
         out = model(ids[:, :80], use_cache=True)
         logits = [out.logits[:, -1:]]
         for at in (80, 81):
@@ -70,7 +73,8 @@ def test_gradients_are_those_of_a_recomputation(family):
     row, columns = patch.report.rows[0], [held_columns(layer) for layer in out.past_key_values.layers]
     assert row.pruned
     mine = gradients(model, torch.cat(logits, 1).square().mean())
-    want = recompute(model, ids, 80, columns, row.selected_layer, torch.tensor(row.kept_positions))[:, 79:]
+    kept, before = torch.tensor(row.kept_positions), models.selected(read[0], 0)[:-1]
+    want = recompute(model, ids, 80, columns, row.selected_layer, kept, before)[:, 79:]
     torch.testing.assert_close(torch.cat(logits, 1), want, rtol=1e-4, atol=1e-4)
     check_same(mine, gradients(model, want.square().mean()))
 

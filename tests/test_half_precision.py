@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import SMALL, left_padded, prompts, tiny
+from models import RULES, left_padded, prompts, tiny
 
 import flexasl
 
@@ -10,7 +10,7 @@ LENGTHS = (90, 71, 64, 80, 55, 90, 33, 77)
 
 
 @torch.no_grad()
-def runs(model, count_positions):
+def runs(model, count_positions, config):
     """Each row's report and last logits in a batch, and alone. count_positions: whether they begin at 0 in each row;
     else at the left end of the batch, which rotary angles are rounded by."""
     found = []
@@ -19,7 +19,7 @@ def runs(model, count_positions):
         inputs = left_padded(rows)
         if count_positions:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        with flexasl.patch(model, SMALL) as patch:
+        with flexasl.patch(model, config) as patch:
             logits = model(**inputs).logits[:, -1].float()
             told = patch.report.rows
             for index, row in enumerate(rows):
@@ -40,18 +40,20 @@ def apart(one, other):
     "family, count_positions", [("llama", False), ("gemma2", False), ("llama", True), ("gpt2", True)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_row_is_alone_up_to_rounding(family, count_positions, dtype):
-    """In float32 exactly. Else hardly ever does the layer move, and at most two tokens of 24 change places with others;
-    where the same tokens are kept, logits are as near each other as both are to float32's."""
-    exact = runs(tiny(family), count_positions)
+@pytest.mark.parametrize("rule, most, mean", [("variance", 2, 0.3), ("lookup", 4, 0.75)])
+def test_a_row_is_alone_up_to_rounding(family, count_positions, dtype, rule, most, mean):
+    """In float32 exactly. Else hardly ever does the layer move, and few tokens of 24 change places with others: two
+    under scores that are sums over heads and queries, which level out what rounding does to each weight, four under
+    highest weights; where the same tokens are kept, logits are as near each other as both are to float32's."""
+    exact = runs(tiny(family), count_positions, RULES[rule])
     assert all(
         (row.selected_layer, row.kept_positions) == (its.selected_layer, its.kept_positions) for row, _, its, _ in exact
     )
-    found = runs(tiny(family, dtype), count_positions)
+    found = runs(tiny(family, dtype), count_positions, RULES[rule])
     same_layer = [one for one in found if one[0].selected_layer == one[2].selected_layer]
     assert len(same_layer) >= 0.9 * len(found)
     moved = [len(set(mine.kept_positions) - set(its.kept_positions)) for mine, _, its, _ in same_layer]
-    assert max(moved) <= 2 and sum(moved) <= 0.3 * len(moved)
+    assert max(moved) <= most and sum(moved) <= mean * len(moved)
     rounding = max(
         apart(got[3], want[3]) for got, want in zip(found, exact) if got[2].kept_positions == want[2].kept_positions
     )

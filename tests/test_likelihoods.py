@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from models import SMALL, counting, held_columns, prompts, recompute, tiny
+from models import RULES, SMALL, counting, held_columns, prefills, prompts, recompute, selected, tiny
 from torch.nn.functional import cross_entropy
 
 import flexasl
@@ -40,18 +40,20 @@ def test_lm_eval_is_refused_where_the_prompt_may_be_pruned(score, propagate) -> 
         torch.testing.assert_close(got, model(ids[None]).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt2"])
-def test_two_calls_give_the_likelihood_under_what_is_left_of_the_context(family) -> None:
+def test_two_calls_give_the_likelihood_under_what_is_left_of_the_context(family, rule) -> None:
     """As docs/evaluation.md shows it, against the unpatched model with everything dropped masked out."""
     model, (ids,) = tiny(family, torch.float64), prompts(90)
     context, answer = ids[None, :80], ids[None, 80:]
-    with flexasl.patch(model, SMALL) as patch:
+    with flexasl.patch(model, RULES[rule]) as patch, prefills() as made:
         read = model(context, use_cache=True)
         then = model(answer, past_key_values=read.past_key_values)
     row = patch.report.rows[0]
     columns = [held_columns(layer) for layer in then.past_key_values.layers]
     logits = torch.cat([read.logits[:, -1:], then.logits[:, :-1]], 1)
-    want = recompute(model, ids[None], 80, columns, row.selected_layer, torch.tensor(row.kept_positions))[:, 79:-1]
+    kept, before = torch.tensor(row.kept_positions), selected(made[0], 0)[:-1]
+    want = recompute(model, ids[None], 80, columns, row.selected_layer, kept, before)[:, 79:-1]
     assert row.kept_tokens == 24 and row.prompt_tokens == 80
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5)
     likelihood, one_prompt = (-cross_entropy(part[0], answer[0], reduction="sum") for part in (logits, want))
