@@ -1,0 +1,209 @@
+"""Every method on every model: answers into `docs/results/grid`, and the pages that are made of them.
+
+    python bench/grid.py run [CELL ...] [--models FOLDER]     answers what is missing, hours of it, and can be stopped
+    python bench/grid.py page                                 tables and pictures, from the answers that are there
+
+A cell is an evaluation of one model. `run` without a name goes through all, those whose model is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models import MODELS
+from page import write_pages
+from squad import write_questions
+
+from flexasl import evaluation
+from flexasl.tools.evaluation.records import ANSWERS, check
+from flexasl.tools.evaluation.runner import answer_key, evaluate
+from flexasl.tools.evaluation.storage import RUN, read_all
+from flexasl.tools.loading import load_model
+
+ROOT = Path(__file__).parent.parent
+STORE = ROOT / "docs" / "results" / "grid"
+SEED = 180
+"""No setting was chosen on its prompts."""
+BUDGET = 256
+LITERAL = ("niah_single_2", "niah_multikey_1", "number_string")
+TASKS = (*LITERAL, "niah_single_3", "niah_multivalue", "vt", "fwe", "kv_retrieval", "by_meaning", "uniform")
+WITH_RULES = (*LITERAL, "by_meaning", "uniform")
+POOLING = "kernel_size=25,pooling=maxpool"
+RANKING = f"{POOLING},score_power=max,contrast=true"
+POOLED = ("fixed_layer", "snapkv", "pyramid_kv", "pyramid_infer")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation."""
+
+    model: str
+    """`SmolLM2-135M-Instruct`, which is embedded, or a key of `bench/models.py`."""
+    policies: tuple[str, ...]
+    samples: int
+    tasks: tuple[str, ...] = TASKS
+    length: int = 2048
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `flexasl.evaluation.plan`."""
+    qa: bool = False
+    """Whether questions of `bench/squad.py` are asked."""
+
+    def command(self) -> str:
+        """What `flexasl eval` answers the same with."""
+        told = ["flexasl", "eval", "--together", "--tasks", ",".join(self.tasks), "--lengths", str(self.length)]
+        told += ["--samples", str(self.samples), "--budget", str(BUDGET), "--answer-tokens", "48", "--seed", str(SEED)]
+        told += ["--policies", ",".join(self.policies)]
+        told += [] if self.model == EMBEDDED else ["--model", MODELS[self.model].file]
+        told += ["--qa-file", "questions.json"] if self.qa else []
+        for name, value in self.options.items():
+            option = name.replace("_", "-")
+            told += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", value]
+        return shlex.join(told)
+
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+KINDS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "ranking": {"rank_by": "question", "profile": False},
+    "pooling": {"rank_by": "window"},
+    "rules": {"after_question": "rules", "answer_prefix": False},
+}
+"""Of cells: what they ask of `flexasl.evaluation.plan`."""
+
+
+def _cells(short: str, model: str, samples: int, layers: tuple[int, int], loose: int) -> dict[str, Cell]:
+    """Those of a model at 2,048 tokens. layers: fixed ones to compare with; loose: that of a first stage before the
+    first of them."""
+    first = layers[0]
+    fixed = [f"fixed_layer:layer={layer},{RANKING}" for layer in layers]
+    two = f"asl:stages=0.4@{loose}-{loose},min_layer={first},max_layer={first}"
+    policies = {
+        "paper": (
+            *("asl", f"asl:kv_budget={BUDGET}", "paper", "fixed_layer", "gemfilter", "snapkv", "pyramid_kv"),
+            *("pyramid_infer", "streaming"),
+        ),
+        "ranking": (
+            *("asl", f"asl:kv_budget={BUDGET}", f"fixed_layer:{RANKING}", *fixed, two),
+            *(f"{name}:{RANKING}" for name in POOLED[1:]),
+        ),
+        "pooling": (f"paper:{POOLING}", *(f"{name}:{POOLING}" for name in POOLED)),
+        "rules": ("asl", "fixed_layer", "snapkv"),
+    }
+    tasks = {"rules": WITH_RULES}
+    made = {
+        f"{short}-{kind}": Cell(model, policies[kind], samples, tasks.get(kind, TASKS), options=options)
+        for kind, options in KINDS.items()
+    }
+    return made
+
+
+CELLS = {
+    **_cells("smollm2", EMBEDDED, 3, (10, 14), 7),
+    **_cells("qwen-0.5b", "qwen2.5-coder-0.5b", 2, (8, 11), 3),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    running = steps.add_parser("run")
+    running.add_argument("cells", nargs="*", choices=[[], *CELLS], default=[], metavar="CELL")
+    running.add_argument("--models", type=Path, default=Path("models"), help="folder of `bench/models.py`")
+    running.add_argument("--out", type=Path, default=Path("out/grid"))
+    steps.add_parser("page")
+    args = parser.parse_args()
+    if args.step == "page":
+        write_pages({name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}, ROOT)
+        return
+    for name in args.cells or CELLS:
+        with contextlib.suppress(FileNotFoundError) if not args.cells else contextlib.nullcontext():
+            run(name, args.models, args.out)
+
+
+def run(name: str, models: Path, out: Path) -> None:
+    """Answers what the store lacks of a cell. Raises FileNotFoundError where the model's file is not there."""
+    cell, folder = CELLS[name], out / name
+    file = None if cell.model == EMBEDDED else models / MODELS[cell.model].file
+    if file is not None and not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; fetch it with: python bench/models.py {cell.model}")
+    model, tokenizer = load_model(file)
+    sources = evaluation.Sources(qa_files=(write_questions(out),)) if cell.qa else None
+    plan = evaluation.plan(
+        tasks=cell.tasks,
+        lengths=[cell.length],
+        samples=cell.samples,
+        policies=cell.policies,
+        budgets=[BUDGET],
+        seed=SEED,
+        answer_tokens=48,
+        sources=sources,
+        **cell.options,
+    )
+    _restore(name, folder)
+    with _packed(name, folder):
+        evaluate(
+            plan, model, tokenizer, folder, together=True, on_progress=lambda *told: print(name, *told, flush=True)
+        )
+
+
+def stored(name: str) -> Path:
+    """The file of a cell's answers."""
+    return STORE / f"{name}.jsonl.gz"
+
+
+def read(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a stored cell was run with, and its answers."""
+    lines = gzip.decompress(stored(name).read_bytes()).splitlines()
+    told: dict[str, Any] = json.loads(stored(name).with_name(f"{name}.json").read_text())
+    return told, [check(ANSWERS, json.loads(line)) for line in lines]
+
+
+def _restore(name: str, folder: Path) -> None:
+    """Puts stored answers where an evaluation goes on from them."""
+    if (folder / RUN).exists() or not stored(name).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {key: value for key, value in read(name)[0].items() if key != "commit"}
+    (folder / RUN).write_text(json.dumps(told, indent=1) + "\n")
+    (folder / f"{ANSWERS}-0.jsonl").write_bytes(gzip.decompress(stored(name).read_bytes()))
+
+
+@contextlib.contextmanager
+def _packed(name: str, folder: Path) -> Iterator[None]:
+    """Stores the answers that are there in the end, whatever ends it."""
+    try:
+        yield
+    finally:
+        pack(name, folder)
+
+
+def pack(name: str, folder: Path) -> None:
+    """Stores the answers of an evaluation's folder: the same bytes for the same answers."""
+    records = read_all(folder, ANSWERS, answer_key) if (folder / RUN).exists() else []
+    if not records:
+        return
+    lines = sorted(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    STORE.mkdir(parents=True, exist_ok=True)
+    stored(name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    known = stored(name).with_name(f"{name}.json")
+    commit = json.loads(known.read_text())["commit"] if known.exists() else _commit()
+    told = json.loads((folder / RUN).read_text()) | {"commit": commit}
+    known.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

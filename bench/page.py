@@ -1,0 +1,308 @@
+"""Tables and pictures of the grid's answers: `docs/results/README.md` and the part of README.md that is about them.
+
+The same answers give the same bytes. Settings of all methods stand in `bench/grid.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from flexasl.tools.evaluation.plans import FULL
+from flexasl.tools.evaluation.tables import FLOOR, Estimate, Record, bootstrap, table
+
+BEGIN, END = "<!-- made by bench/grid.py page -->", "<!-- end -->"
+GROUPS = {
+    "literal": ("niah_single_2", "niah_multikey_1", "number_string"),
+    "long identifiers": ("niah_single_3",),
+    "several values": ("niah_multivalue",),
+    "variable tracking": ("vt",),
+    "word counts": ("fwe",),
+    "keys and values": ("kv_retrieval",),
+    "by meaning": ("by_meaning",),
+    "one of many alike": ("uniform",),
+    "question answering": ("qa_1",),
+}
+VARIANTS = {"paper": "its paper's settings", "pooling": "with our pooling", "ranking": "with our ranking"}
+ALIKE = 0.005
+"""Costs that differ by less are equal."""
+
+
+class Method(NamedTuple):
+    """One row: a method by the beginning of its setting's name, in the cells that have it."""
+
+    name: str
+    begins: str
+    ours: bool = False
+    layers: bool = False
+    """Whether the rest of the setting's name says which layers."""
+
+
+METHODS = (
+    Method("full cache", FULL),
+    Method("**FlexASL**", "asl@", ours=True),
+    Method("**FlexASL**, `kv_budget` as large", "asl:kv_budget=", ours=True),
+    Method("ASL's published rule", "paper"),
+    Method("FastKV", "fixed_layer"),
+    Method("fixed layer", "fixed_layer:layer=", layers=True),
+    Method("two fixed layers", "asl:stages=", layers=True),
+    Method("GemFilter", "gemfilter"),
+    Method("PyramidInfer", "pyramid_infer"),
+    Method("SnapKV", "snapkv"),
+    Method("PyramidKV", "pyramid_kv"),
+    Method("StreamingLLM", "streaming"),
+)
+
+
+class Row(NamedTuple):
+    """What one method's setting made of a model's prompts."""
+
+    method: Method
+    name: str
+    kind: str
+    """Of its cell."""
+    records: list[Record]
+
+    @property
+    def title(self) -> str:
+        if self.method.ours:
+            return f"{self.name}, {'its profile' if self.kind == 'paper' else 'default settings'}"
+        return self.name
+
+    @property
+    def cost(self) -> float:
+        return statistics.fmean(record["counted_prefill"] for record in self.records)
+
+    @property
+    def kv(self) -> float:
+        return statistics.fmean(record["kv_share"] for record in self.records)
+
+    def of(self, tasks: Iterable[str]) -> Row:
+        """The same on some tasks."""
+        tasks = set(tasks)
+        return self._replace(records=[record for record in self.records if record["task"] in tasks])
+
+    def score(self) -> Estimate:
+        return bootstrap(list(_cells(self.records).values()))
+
+    def told(self) -> str:
+        return f"{self.score()} at {self.cost:.2f}" if self.records else "–"
+
+
+Cells = Mapping[str, tuple[Any, dict[str, Any], list[Record]]]
+"""By name, the cell, what it was run with, and its answers."""
+
+
+def write_pages(cells: Cells, root: Path) -> None:
+    """Writes the page, its picture, and README's part."""
+    folder = root / "docs" / "results"
+    models = _by_model(cells)
+    (folder / "README.md").write_text(results_page(cells), encoding="utf-8")
+    picture({model: _rows(kinds) for model, kinds in models.items()}).savefig(folder / "grid.png", dpi=120)
+    readme = root / "README.md"
+    readme.write_text(with_part(readme.read_text(encoding="utf-8"), readme_part(cells)), encoding="utf-8")
+
+
+def with_part(text: str, part: str) -> str:
+    """A page with this between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+
+
+def results_page(cells: Cells) -> str:
+    """The page of all results."""
+    parts = [
+        "# Results",
+        "Made of the answers in [grid](grid) by `python bench/grid.py page`. Greedy answers to prompts that no setting "
+        "was chosen on. Scores are means over tasks, with 95 % bootstrap intervals by prompt; behind each stands the "
+        "counted cost of the prefill, as a share of the full one. Every method runs at its paper's settings, scaled to "
+        "the model's depth, with our pooling (`kernel_size=25`, `maxpool`), and with our ranking (the question's "
+        "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
+        "is [the default rule](../defaults.md); results of the former one are [here](variance.md).",
+        "![Accuracy against the cost of the prefill](grid.png)",
+    ]
+    for model, kinds in _by_model(cells).items():
+        parts += _model_part(model, kinds)
+    parts += ["## Commands", *(_command(name, cell, told) for name, (cell, told, _) in cells.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_part(cells: Cells) -> str:
+    """README's table: methods by model."""
+    models = _by_model(cells)
+    rows: dict[str, list[str]] = {}
+    for place, kinds in enumerate(models.values()):
+        for row in within_reach(_rows(kinds)):
+            if row.kind == "pooling" or row.method.layers or (row.method.ours and "kv_budget" in row.name):
+                continue
+            ours = row.method.ours or row.method.begins == FULL
+            name = row.title if ours else f"{row.name}, {VARIANTS[row.kind]}"
+            rows.setdefault(name, ["–"] * len(models))[place] = f"{row.score().mean:.2f} at {row.cost:.2f}"
+    return table(["", *models], [[name, *told] for name, told in rows.items()])
+
+
+def picture(models: Mapping[str, list[Row]]) -> Figure:
+    """Score against cost, a panel for each model; a method's settings are joined."""
+    figure = Figure(figsize=(6 * len(models) + 2.5, 5), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, (model, rows) in zip(panels, models.items(), strict=True):
+        for place, method in enumerate(METHODS):
+            found = [row for row in within_reach(rows) if row.method is method and row.kind in VARIANTS]
+            if not found or (method.ours and "kv_budget" in method.name):
+                continue
+            color = "black" if method.begins == FULL else "crimson" if method.ours else f"C{place % 10}"
+            costs, scores = [row.cost for row in found], [row.score().mean for row in found]
+            axes.plot(costs, scores, color=color, linewidth=1, alpha=0.0 if method.layers else 0.5)
+            for row in found:
+                fill = {"paper": "none", "pooling": "white"}.get(row.kind, color) if not method.ours else color
+                shape, size = ("*", 15) if method.ours or method.begins == FULL else ("o", 7)
+                style = {"marker": shape, "markersize": size, "markerfacecolor": fill, "linestyle": ":"}
+                axes.plot([row.cost], [row.score().mean], color=color, **style)
+            axes.plot([], [], color=color, marker="o", linestyle="", label=method.name.replace("*", ""))
+        axes.set(title=model, xlabel="counted cost of the prefill / full", xlim=(0, 1.05), ylim=(-0.02, 1.02))
+    panels[0].set_ylabel("score")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(
+        "Hollow: at the paper's settings, filled: with our ranking; stars: full cache and FlexASL", fontsize=10
+    )
+    return figure
+
+
+def within_reach(rows: Sequence[Row]) -> list[Row]:
+    """Without the tasks on which the full cache scores under `FLOOR`."""
+    lost = beyond(rows)
+    return [row.of({record["task"] for record in row.records} - set(lost)) for row in rows]
+
+
+def beyond(rows: Sequence[Row]) -> dict[str, float]:
+    """Tasks on which the full cache scores under `FLOOR`, and its score."""
+    full = next(row for row in rows if row.method.begins == FULL)
+    means = {task: statistics.fmean(scores) for task, scores in _cells(full.records).items()}
+    return {task: mean for task, mean in means.items() if mean < FLOOR}
+
+
+def better(rows: Sequence[Row]) -> list[str]:
+    """What answers more than FlexASL's default at no greater cost, beyond the interval of the difference by prompt."""
+    ours = next((row for row in rows if row.method.begins == "asl@" and row.kind == "ranking"), None)
+    found = []
+    for row in rows if ours else ():
+        if ours is not None and not row.method.ours and row.cost <= ours.cost + ALIKE:
+            known = {_prompt(record): record["score"] for record in ours.records}
+            both = [record for record in row.records if _prompt(record) in known]
+            apart = [{**record, "score": record["score"] - known[_prompt(record)]} for record in both]
+            if apart and bootstrap(list(_cells(apart).values())).low > 0:
+                found.append(f"{row.name} {VARIANTS[row.kind]} ({row.told()}, ours {ours.told()})")
+    return found
+
+
+def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
+    rows = _rows(kinds)
+    lost, reached = beyond(rows), within_reach(rows)
+    prompts = {kind: len({_prompt(record) for record in records}) for kind, records in kinds.items()}
+    parts = [f"## {model}, 2,048 tokens, 256 of them selected"]
+    counted = ", ".join(f"{prompts[kind]} {name}" for kind, name in VARIANTS.items() if kind in prompts)
+    parts.append(f"Prompts: {counted}.")
+    if lost:
+        named = ", ".join(f"`{task}` ({mean:.2f})" for task, mean in lost.items())
+        parts.append(f"Beyond this model, whose full cache scores under {FLOOR}, and left out of means: {named}.")
+    names = dict.fromkeys(row.title if row.method.ours else row.name for row in reached)
+    lines = []
+    for name in names:
+        own = {row.kind: row for row in reached if name in (row.title, row.name)}
+        some = next(iter(own.values()))
+        if some.method.ours:
+            own = {"ranking": some}
+        lines.append([name, *(own[kind].told() if kind in own else "–" for kind in VARIANTS), f"{some.kv:.2f}"])
+    parts.append(table(["method", *VARIANTS.values(), "KV cache"], lines))
+    found = better(reached)
+    groups = {name: tasks for name, tasks in GROUPS.items() if any(row.of(tasks).records for row in rows)}
+    for name, tasks in groups.items():
+        found += [f"{name}: {one}" for one in better([row.of(tasks) for row in rows])]
+    told = "; ".join(found) if found else "none, over all groups and in each"
+    parts.append(f"Better than FlexASL's default at no greater cost, beyond the interval of the difference: {told}.")
+    shown = [row for row in rows if row.kind == "ranking" or row.method.ours or row.method.begins == FULL]
+    lines = [
+        [
+            row.title,
+            *(
+                f"{some.score().mean:.2f} at {some.cost:.2f}" if (some := row.of(tasks)).records else "–"
+                for tasks in groups.values()
+            ),
+        ]
+        for row in shown
+    ]
+    parts += ["By group, with our ranking:", table(["method", *groups], lines)]
+    if "rules" in kinds:
+        parts += _rules_part(kinds)
+    return parts
+
+
+def _rules_part(kinds: dict[str, list[Record]]) -> list[str]:
+    """What some 60 tokens of rules behind the question do."""
+    with_rules = _rows({"rules": kinds["rules"]})
+    tasks = {record["task"] for record in kinds["rules"]}
+    usual = {row.name: row.of(tasks) for row in _rows({"paper": kinds["paper"]})}
+    lines = [[row.name, usual[row.name].told() if row.name in usual else "–", row.told()] for row in with_rules]
+    heads = ["method", "the question last, the answer begun", "60 tokens of rules behind it"]
+    return [
+        "With rules for the answer behind the question, on five tasks:",
+        table(heads, lines),
+    ]
+
+
+def _rows(kinds: Mapping[str, list[Record]]) -> list[Row]:
+    """Those of a model, in the order of `METHODS`; the full cache once."""
+    rows = []
+    for method in METHODS:
+        for kind, records in kinds.items():
+            if kind == "rules" and len(kinds) > 1:
+                continue
+            for setting in dict.fromkeys(record["setting"] for record in records):
+                if _method(setting) is not method or (method.begins == FULL and any(r.method is method for r in rows)):
+                    continue
+                name = f"{method.name} `{_layers(setting)}`" if method.layers else method.name
+                own = [record for record in records if record["setting"] == setting]
+                rows.append(Row(method, name, kind, own))
+    return rows
+
+
+def _layers(setting: str) -> str:
+    """What the name of a setting says of layers."""
+    return setting.partition(":")[2].rpartition("@")[0].partition(",kernel_size")[0]
+
+
+def _method(setting: str) -> Method:
+    """That of a setting: the one whose beginning is longest."""
+    return max((one for one in METHODS if setting.startswith(one.begins)), key=lambda one: len(one.begins))
+
+
+def _by_model(cells: Cells) -> dict[str, dict[str, list[Record]]]:
+    """By model and kind of cell, the answers."""
+    models: dict[str, dict[str, list[Record]]] = {}
+    for name, (_, told, records) in cells.items():
+        models.setdefault(told["identity"]["model"], {})[name.rpartition("-")[2]] = records
+    return models
+
+
+def _command(name: str, cell: Any, told: dict[str, Any]) -> str:
+    about = told["about"]
+    versions = f"torch {about['torch']}, transformers {about['transformers']}, Python {about['python']}"
+    return f"`{name}`, commit {told['commit']}, {about['device']}, {versions}:\n\n```\n{cell.command()}\n```"
+
+
+def _cells(records: Iterable[Record]) -> dict[str, list[float]]:
+    """Scores by task."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        found.setdefault(record["task"], []).append(record["score"])
+    return found
+
+
+def _prompt(record: Record) -> tuple[str, int, int]:
+    return record["task"], record["length"], record["index"]
