@@ -119,10 +119,11 @@ def main() -> None:
     running.add_argument("cells", nargs="*", choices=[[], *CELLS], default=[], metavar="CELL")
     running.add_argument("--models", type=Path, default=Path("models"), help="folder of `bench/models.py`")
     running.add_argument("--out", type=Path, default=Path("out/grid"))
-    steps.add_parser("page")
+    paging = steps.add_parser("page")
+    paging.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and docs/results")
     args = parser.parse_args()
     if args.step == "page":
-        write_pages({name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}, ROOT)
+        write_pages({name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}, args.root)
         return
     for name in args.cells or CELLS:
         with contextlib.suppress(FileNotFoundError) if not args.cells else contextlib.nullcontext():

@@ -2,8 +2,8 @@
 entry: `python bench/kv_choice.py [--model FILE] [--samples N]`.
 
 Each prompt is pruned by the default rule. Then the caches of all layers that hold more than `--kv-budget` entries are
-cut down in several ways, and all ways read the unpatched model's own answer. Figures are the divergence of their next-token
-distributions from those with these caches whole, and from the unpatched model's, in nats a token:
+cut down in several ways, and all ways read the unpatched model's own answer. Figures are the divergence of their
+next-token distributions from those with these caches whole, and from the unpatched model's, in nats a token:
 
 - `own`: a layer's own scores, by KV head, as `kv_budget` does it; `tokens`: the highest of its heads, for all heads
 - `selected`: the tokens of the final selection first, then by `own`

@@ -189,6 +189,7 @@ def beyond(rows: Sequence[Row]) -> dict[str, float]:
 
 def better(rows: Sequence[Row]) -> list[str]:
     """What answers more than FlexASL's default at no greater cost, beyond the interval of the difference by prompt."""
+    rows = [row for row in rows if row.records]
     ours = next((row for row in rows if row.method.begins == "asl@" and row.kind == "ranking"), None)
     found = []
     for row in rows if ours else ():
@@ -223,7 +224,7 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
     found = better(reached)
     groups = {name: tasks for name, tasks in GROUPS.items() if any(row.of(tasks).records for row in rows)}
     for name, tasks in groups.items():
-        found += [f"{name}: {one}" for one in better([row.of(tasks) for row in rows])]
+        found += [f"{name}: {one}" for one in better([row.of(tasks) for row in reached])]
     told = "; ".join(found) if found else "none, over all groups and in each"
     parts.append(f"Better than FlexASL's default at no greater cost, beyond the interval of the difference: {told}.")
     shown = [row for row in rows if row.kind == "ranking" or row.method.ours or row.method.begins == FULL]
