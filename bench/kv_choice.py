@@ -37,6 +37,7 @@ from flexasl.tools.text import encode
 TASKS = ("niah_multikey_1", "niah_multivalue", "by_meaning", "uniform")
 CHOICES = ("whole", "own", "own +1", "own +16", "tokens", "selected", "selected +1", "selected +16", "recent")
 WINDOW, FIRST = 32, 4
+WHAT = "Nats a token from whole caches, and from the unpatched model."
 
 
 class Means(NamedTuple):
@@ -73,12 +74,14 @@ def main() -> None:
         for place, name in enumerate(CHOICES)
     ]
     heads = ["kept", *(f"`{task}`, {len(one)} prompts" for task, one in found.items())]
-    text = f"From whole caches, and from the unpatched model.\n\n{table(heads, rows)}\n"
+    told = setting()
+    about = "".join(f"- {name}: {value}\n" for name, value in told.items())
+    text = f"# Which cache entries to keep\n\n{about}\n{WHAT}\n\n{table(heads, rows)}\n"
     print(text)
     if args.out:
         args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        told = {"setting": setting(), "choices": CHOICES, "nats": {task: one.tolist() for task, one in means.items()}}
-        args.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        made = {"setting": told, "choices": CHOICES, "nats": {task: one.tolist() for task, one in means.items()}}
+        args.out.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(model: Any, tokenizer: Any, ids: list[int], budget: int, most: int) -> list[list[float]] | None:
