@@ -107,8 +107,8 @@ def _cells(short: str, model: str, samples: int, layers: tuple[int, int], loose:
 
 
 CELLS = {
-    **_cells("smollm2", EMBEDDED, 3, (10, 14), 7),
-    **_cells("qwen-0.5b", "qwen2.5-coder-0.5b", 2, (8, 11), 3),
+    **_cells("smollm2", EMBEDDED, 3, (10, 17), 7),
+    **_cells("qwen-0.5b", "qwen2.5-coder-0.5b", 2, (8, 14), 3),
 }
 
 
@@ -162,10 +162,12 @@ def stored(name: str) -> Path:
 
 
 def read(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a stored cell was run with, and its answers."""
+    """What a stored cell was run with, and the answers of its settings."""
     lines = gzip.decompress(stored(name).read_bytes()).splitlines()
+    wanted = {"full", *CELLS[name].policies} if name in CELLS else None
     told: dict[str, Any] = json.loads(stored(name).with_name(f"{name}.json").read_text())
-    return told, [check(ANSWERS, json.loads(line)) for line in lines]
+    records = [check(ANSWERS, json.loads(line)) for line in lines]
+    return told, [record for record in records if wanted is None or record["policy"] in wanted]
 
 
 def _restore(name: str, folder: Path) -> None:

@@ -159,8 +159,9 @@ def picture(models: Mapping[str, list[Row]]) -> Figure:
             costs, scores = [row.cost for row in found], [row.score().mean for row in found]
             axes.plot(costs, scores, color=color, linewidth=1, alpha=0.0 if method.layers else 0.5)
             for row in found:
-                fill = {"paper": "none", "pooling": "white"}.get(row.kind, color) if not method.ours else color
-                shape, size = ("*", 15) if method.ours or method.begins == FULL else ("o", 7)
+                starred = method.ours or method.begins == FULL
+                fill = color if starred else {"paper": "none", "pooling": "white"}.get(row.kind, color)
+                shape, size = ("*", 15) if starred else ("o", 7)
                 style = {"marker": shape, "markersize": size, "markerfacecolor": fill, "linestyle": ":"}
                 axes.plot([row.cost], [row.score().mean], color=color, **style)
             axes.plot([], [], color=color, marker="o", linestyle="", label=method.name.replace("*", ""))
