@@ -16,7 +16,7 @@ from flexasl.checks import amount, article, ascending, instance, integer, one_of
 from flexasl.errors import ConfigError
 from flexasl.stages import Stage
 
-POOLINGS = ("avgpool", "maxpool")
+POOLINGS = ("avgpool", "maxpool", "forward")
 SETTLED_BY = ("lookup", "variance")
 VARIANCE_REFERENCES = ("initial", "peak")
 SELECT_ON = ("last", "max", "recent", "sum")
@@ -84,6 +84,8 @@ class ASLConfig:
     kernel_size: Tokens that each score is pooled over; odd. None: 25, so that a token is kept together with what
         stands around it; 7 with the `"initial"` reference and for other methods than `asl`, as in the papers.
     pooling: How scores are pooled over neighbouring tokens. None: `"maxpool"`; `"avgpool"` in the same cases.
+        `"forward"` is `"maxpool"` over the token, a sixth of `kernel_size` behind it, and the rest before it: with 49,
+        an answer is kept that goes on for 40 tokens behind what the question matches.
     score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
         2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
         weight. None: `"max"` with `"lookup"`, else 1.
@@ -120,7 +122,7 @@ class ASLConfig:
     score_from: int | None = None
     window: int = 32
     kernel_size: int | None = None
-    pooling: Literal["avgpool", "maxpool"] | None = None
+    pooling: Literal["avgpool", "maxpool", "forward"] | None = None
     score_power: float | Literal["max"] | None = None
     contrast: bool | None = None
     variance_reference: Literal["initial", "peak"] | None = None

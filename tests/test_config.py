@@ -36,7 +36,7 @@ from flexasl import ASLConfig, ConfigError, Stage, policies
         ({"window": None}, "window=None is not a whole number"),
         ({"kernel_size": 4}, "kernel_size=4 is even"),
         ({"kernel_size": -1}, "kernel_size=-1 is too small"),
-        ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool'"),
+        ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool' or 'forward'"),
         ({"score_power": 0.5}, "score_power=0.5 is too small; give a number of at least 1, or 'max'"),
         ({"score_power": float("inf")}, "score_power=inf is out of range; give a number of at least 1, or 'max'"),
         ({"score_power": "sum"}, "score_power='sum' is out of range"),

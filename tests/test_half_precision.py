@@ -44,7 +44,8 @@ def apart(one, other):
 def test_a_row_is_alone_up_to_rounding(family, count_positions, dtype, rule, most, mean):
     """In float32 exactly. Else hardly ever does the layer move, and few tokens of 24 change places with others: two
     under scores that are sums over heads and queries, which level out what rounding does to each weight, four under
-    highest weights; where the same tokens are kept, logits are as near each other as both are to float32's."""
+    highest weights; where the same tokens are kept, logits are as near each other as both are to float32's (looked at
+    without a loose stage, of whose tokens no report tells)."""
     exact = runs(tiny(family), count_positions, RULES[rule])
     assert all(
         (row.selected_layer, row.kept_positions) == (its.selected_layer, its.kept_positions) for row, _, its, _ in exact
@@ -54,6 +55,8 @@ def test_a_row_is_alone_up_to_rounding(family, count_positions, dtype, rule, mos
     assert len(same_layer) >= 0.9 * len(found)
     moved = [len(set(mine.kept_positions) - set(its.kept_positions)) for mine, _, its, _ in same_layer]
     assert max(moved) <= most and sum(moved) <= mean * len(moved)
+    if rule == "lookup":
+        return
     rounding = max(
         apart(got[3], want[3]) for got, want in zip(found, exact) if got[2].kept_positions == want[2].kept_positions
     )

@@ -121,7 +121,7 @@ def test_powers_keep_what_is_not_a_number_and_drop_what_is_too_small(kernel, pow
 @given(
     case=window_cases(),
     kernel_size=st.sampled_from([1, 3, 5, 7]),
-    pooling=st.sampled_from(["avgpool", "maxpool"]),
+    pooling=st.sampled_from(["avgpool", "maxpool", "forward"]),
     sunk=st.booleans(),
     tile=st.sampled_from([1, 30, 2**23]),
     power=POWERS,
@@ -161,7 +161,7 @@ def test_scoring_queries_see_the_keys_up_to_their_own(kernel):
     torch.testing.assert_close(mass, torch.tensor(rows))
 
 
-@pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool", "forward"])
 def test_window_scores_of_a_padded_row_are_the_rows_alone(pooling):
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 14, 8)
     valid = torch.arange(14) >= torch.tensor([[0], [5]])
@@ -577,3 +577,13 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
         prefill.advance()
     evaluated = 5 if if_never == "keep" else 4  # at the last one it selects in any case
     assert moved == [("tolist", 1)] * evaluated
+
+
+def test_forward_pooling_reaches_further_behind_a_match_than_before_it():
+    """With 13 tokens: ten behind the one that is attended to, and two before it."""
+    key = torch.zeros(1, 1, 60, 4)
+    key[0, 0, 30, 0] = 50.0
+    query = torch.zeros(1, 1, 4, 4)
+    query[..., 0] = 1.0
+    scores = ops.window_scores(query, key, 13, "forward", power=math.inf)
+    assert (scores[0, 0] > 0.5).nonzero()[:, 0].tolist() == list(range(28, 41))

@@ -77,12 +77,22 @@ def window_scores_and_mass(
     scores = window_mass(query, key, spec, *marks, query_at, power, controls)
     scores = scores if query_at is not None else scores[..., : key.shape[2] - query.shape[2]]
     if scores.shape[-1] > 0:
-        pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-        scores = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
+        scores = pooled(scores, kernel_size, pooling)
     by_group = scores.unflatten(1, (key.shape[1], -1))
     asking = query_at if query_at is None else query_at[:, controls:]
     mass = window_mass(query[:, :, controls:], key, spec, *marks, asking).unflatten(1, (key.shape[1], -1)).sum(2)
     return by_group.amax(2) if power == math.inf else by_group.sum(2), mass
+
+
+def pooled(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Scores [..., P] over neighbouring tokens."""
+    if pooling == "forward":
+        behind = kernel_size // 6
+        before = kernel_size - 1 - behind
+        spans = [(max(0, at - before), at + behind + 1) for at in range(scores.shape[-1])]
+        return torch.stack([scores[..., first:stop].amax(-1) for first, stop in spans], -1)
+    pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
+    return pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def window_mass(

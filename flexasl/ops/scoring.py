@@ -40,8 +40,9 @@ def window_scores(
     the keys up to its own. spec is the `text` of an `AttentionSpec`. valid [B, N] bool is False at padding, which
     neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter where the specification asks
     for them. sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling is
-    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, or `"maxpool"`. → [B, G, P] float32,
-    without gradients. A real token that is not finite makes the scores of its KV head NaN, in its row.
+    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"forward"`, the
+    highest of `pool_reach` before and behind. → [B, G, P] float32, without gradients. A real token that is not
+    finite makes the scores of its KV head NaN, in its row.
 
     Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
@@ -158,8 +159,17 @@ def giving(valid: Tensor | None, at: Tensor | None, window: int) -> Tensor | Non
 def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
     if kernel_size == 1 or mass.shape[-1] == 0:
         return mass
+    if pooling == "forward":
+        return F.max_pool1d(F.pad(mass, pool_reach(kernel_size, pooling), value=-math.inf), kernel_size, stride=1)
     pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
     return pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def pool_reach(kernel_size: int, pooling: str) -> tuple[int, int]:
+    """Tokens before and behind one that its score is pooled over. An answer stands behind the words that the question
+    matches more often than before them: `"forward"` looks back five times as far as ahead."""
+    behind = kernel_size // 6 if pooling == "forward" else kernel_size // 2
+    return kernel_size - 1 - behind, behind
 
 
 def _pooled(

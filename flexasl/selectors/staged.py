@@ -16,6 +16,7 @@ from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
+from flexasl.ops.scoring import pool_reach
 from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
 
 NEAR = 32
@@ -249,8 +250,8 @@ class StagedSelector(Selector):
 
     def _far_tokens(self, always: Tensor) -> Tensor:
         """Tokens [R, P] bool that are far from all that are kept in any case, from the window and from the start."""
-        assert self.config.kernel_size is not None
-        reach, tokens = NEAR + self.config.kernel_size // 2, always.shape[1]
+        assert self.config.kernel_size is not None and self.config.pooling is not None
+        reach, tokens = NEAR + max(pool_reach(self.config.kernel_size, self.config.pooling)), always.shape[1]
         marked = always if self._valid is None else always | ~self._valid[:, :tokens]
         at = torch.arange(tokens, dtype=torch.int64, device=always.device)
         before = torch.where(marked, at, -1).cummax(1).values
