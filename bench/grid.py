@@ -3,7 +3,7 @@
     python bench/grid.py run [CELL ...] [--models FOLDER]     answers what is missing, hours of it, and can be stopped
     python bench/grid.py page                                 tables and pictures, from the answers that are there
 
-A cell is an evaluation of one model. `run` without a name goes through all, those whose model is there.
+A cell is an evaluation of one model. `run` without a name goes through all, and names those whose model is not there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gzip
 import json
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 from models import MODELS
 from page import write_pages
-from squad import write_questions
 
 from flexasl import evaluation
 from flexasl.tools.evaluation.records import ANSWERS, check
@@ -54,8 +54,6 @@ class Cell:
     length: int = 2048
     options: dict[str, Any] = field(default_factory=dict)
     """Of `flexasl.evaluation.plan`."""
-    qa: bool = False
-    """Whether questions of `bench/squad.py` are asked."""
 
     def command(self) -> str:
         """What `flexasl eval` answers the same with."""
@@ -63,7 +61,6 @@ class Cell:
         told += ["--samples", str(self.samples), "--budget", str(BUDGET), "--answer-tokens", "48", "--seed", str(SEED)]
         told += ["--policies", ",".join(self.policies)]
         told += [] if self.model == EMBEDDED else ["--model", MODELS[self.model].file]
-        told += ["--qa-file", "questions.json"] if self.qa else []
         for name, value in self.options.items():
             option = name.replace("_", "-")
             told += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", value]
@@ -99,11 +96,10 @@ def _cells(short: str, model: str, samples: int, layers: tuple[int, int], loose:
         "rules": ("asl", "fixed_layer", "snapkv"),
     }
     tasks = {"rules": WITH_RULES}
-    made = {
+    return {
         f"{short}-{kind}": Cell(model, policies[kind], samples, tasks.get(kind, TASKS), options=options)
         for kind, options in KINDS.items()
     }
-    return made
 
 
 CELLS = {
@@ -125,9 +121,14 @@ def main() -> None:
     if args.step == "page":
         write_pages({name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}, args.root)
         return
+    missing = []
     for name in args.cells or CELLS:
-        with contextlib.suppress(FileNotFoundError) if not args.cells else contextlib.nullcontext():
+        try:
             run(name, args.models, args.out)
+        except FileNotFoundError as error:
+            missing.append(f"{name} is left out: {error}")
+    if missing:
+        sys.exit("\n".join(missing))
 
 
 def run(name: str, models: Path, out: Path) -> None:
@@ -137,7 +138,6 @@ def run(name: str, models: Path, out: Path) -> None:
     if file is not None and not file.exists():
         raise FileNotFoundError(f"{file} does not exist; fetch it with: python bench/models.py {cell.model}")
     model, tokenizer = load_model(file)
-    sources = evaluation.Sources(qa_files=(write_questions(out),)) if cell.qa else None
     plan = evaluation.plan(
         tasks=cell.tasks,
         lengths=[cell.length],
@@ -146,7 +146,6 @@ def run(name: str, models: Path, out: Path) -> None:
         budgets=[BUDGET],
         seed=SEED,
         answer_tokens=48,
-        sources=sources,
         **cell.options,
     )
     _restore(name, folder)

@@ -25,7 +25,6 @@ GROUPS = {
     "keys and values": ("kv_retrieval",),
     "by meaning": ("by_meaning",),
     "one of many alike": ("uniform",),
-    "question answering": ("qa_1",),
 }
 VARIANTS = {"paper": "its paper's settings", "pooling": "with our pooling", "ranking": "with our ranking"}
 ALIKE = 0.005
@@ -138,7 +137,7 @@ def readme_part(cells: Cells) -> str:
     rows: dict[str, list[str]] = {}
     for place, kinds in enumerate(models.values()):
         for row in within_reach(_rows(kinds)):
-            if row.kind == "pooling" or row.method.layers or (row.method.ours and "kv_budget" in row.name):
+            if row.method.layers or (row.method.ours and "kv_budget" in row.name):
                 continue
             ours = row.method.ours or row.method.begins == FULL
             name = row.title if ours else f"{row.name}, {VARIANTS[row.kind]}"
