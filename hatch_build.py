@@ -19,10 +19,13 @@ class CustomMetadataHook(MetadataHookInterface):
 
 
 def without_relative_links(markdown: str) -> str:
-    """Links to files of the repository become their text, with the file's name where the text is another."""
+    """Links to files of the repository become their text, with the file's name where the text is another; those to
+    places on the same page become their text alone."""
 
     def plain(link: re.Match[str]) -> str:
         text, path = link.groups()
+        if not path:
+            return text
         return f"`{path}`" if path.startswith(text) else f"{text} (`{path}`)"
 
-    return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]+)[^)]*\)", plain, markdown)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]*)[^)]*\)", plain, markdown)
