@@ -33,7 +33,12 @@ PUBLISHED_SCORES: dict[str, Any] = {
 """How tokens are scored in ASL, FastKV and SnapKV."""
 OWN_SCORES: dict[str, Any] = PUBLISHED_SCORES | {"kernel_size": 25, "pooling": "maxpool", "select_on": "recent"}
 """How they are scored here under the rule of rank variance."""
-LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {"score_power": "max", "contrast": True}
+LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {
+    "kernel_size": 17,
+    "pooling": "forward",
+    "score_power": "max",
+    "contrast": True,
+}
 """How they are scored under the rule of look-ups."""
 KV_DTYPES = ("int8", "fp8")
 LOOKUP_TAU, STAGE_TAU = 0.5, 0.95
@@ -81,11 +86,13 @@ class ASLConfig:
         paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
     score_from: First layer whose scores count with `"lookup"`. None: an eighth of the layers.
     window: Last prompt tokens, whose queries score the others, and which are always kept.
-    kernel_size: Tokens that each score is pooled over; odd. None: 25, so that a token is kept together with what
-        stands around it; 7 with the `"initial"` reference and for other methods than `asl`, as in the papers.
-    pooling: How scores are pooled over neighbouring tokens. None: `"maxpool"`; `"avgpool"` in the same cases.
-        `"forward"` is `"maxpool"` over the token, a sixth of `kernel_size` behind it, and the rest before it: with 49,
-        an answer is kept that goes on for 40 tokens behind what the question matches.
+    kernel_size: Tokens that each score is pooled over; odd. None: 17, so that a token is kept together with what
+        stands around it; 25 with `"variance"`; 7 with the `"initial"` reference and for other methods than `asl`, as
+        in the papers.
+    pooling: How scores are pooled over neighbouring tokens. None: `"forward"`; `"maxpool"` with `"variance"`;
+        `"avgpool"` with the `"initial"` reference and for other methods. `"forward"` is `"maxpool"`, after which each
+        score also counts for the `2 * kernel_size` tokens behind it, 5 percent less with each: what the question
+        matches stands before its answer, and a strong match keeps more behind it than a weak one.
     score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
         2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
         weight. None: `"max"` with `"lookup"`, else 1.

@@ -221,7 +221,7 @@ def test_own_defaults_for_the_embedded_depth():
     config = ASLConfig().resolve(30)
     assert (config.score_from, config.min_layer, config.max_layer, config.tau) == (3, 10, 20, 0.5)
     assert config.stages == (Stage(tokens=0.4, tau=0.95, min_layer=3, max_layer=7),)
-    assert (config.kernel_size, config.pooling, config.score_power) == (25, "maxpool", "max")
+    assert (config.kernel_size, config.pooling, config.score_power) == (17, "forward", "max")
     assert (config.contrast, config.select_on, config.if_never) == (True, "recent", "select")
     config = ASLConfig(settled_by="variance").resolve(30)
     assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (11, 20, 4, 0.05)

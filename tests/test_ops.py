@@ -579,11 +579,13 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     assert moved == [("tolist", 1)] * evaluated
 
 
-def test_forward_pooling_reaches_further_behind_a_match_than_before_it():
-    """With 13 tokens: ten behind the one that is attended to, and two before it."""
+def test_forward_pooling_goes_on_behind_a_match_and_fades_there():
+    """With 5 tokens: two on either side of the one that is attended to, and ten more behind it."""
     key = torch.zeros(1, 1, 60, 4)
     key[0, 0, 30, 0] = 50.0
     query = torch.zeros(1, 1, 4, 4)
     query[..., 0] = 1.0
-    scores = ops.window_scores(query, key, 13, "forward", power=math.inf)
-    assert (scores[0, 0] > 0.5).nonzero()[:, 0].tolist() == list(range(28, 41))
+    narrow, scores = (ops.window_scores(query, key, 5, how, power=math.inf)[0, 0] for how in ("maxpool", "forward"))
+    assert (scores > 0.5).nonzero()[:, 0].tolist() == list(range(28, 43))
+    torch.testing.assert_close(scores[:33], narrow[:33], rtol=0, atol=0)
+    torch.testing.assert_close(scores[33:43], narrow[32] * 0.95 ** torch.arange(1, 11), rtol=1e-6, atol=0)

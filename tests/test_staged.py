@@ -42,9 +42,10 @@ def decide(config, scores, counting, near):
     highest score of a far token by layer."""
     prefix, window = len(scores[0]), config.window
     counts, stages = budgets(config, prefix + window), [*config.stages, config]
-    reach = near + config.kernel_size // 2
+    back = near + config.kernel_size // 2
+    on = back + (2 * config.kernel_size if config.pooling == "forward" and config.kernel_size > 1 else 0)
     marked = [-1, *np.flatnonzero(np.isinf(scores[0])), prefix]
-    far = {j for j in range(prefix) if min(abs(j - at) for at in marked) > reach}
+    far = {j for j in range(prefix) if all(j - at > on or at - j > back for at in marked)}
     left, best, made, seen = list(range(prefix)), None, [], {}
     last = len(stages) - 1
 
@@ -91,6 +92,7 @@ def configs(draw):
         select_tokens=draw(st.integers(window + 1, 12) | st.floats(0.05, 1.0)),
         window=window,
         kernel_size=draw(st.sampled_from([1, 3, 5])),
+        pooling=draw(st.sampled_from(["maxpool", "forward"])),
         stages=stages,
         min_layer=draw(st.sampled_from([first, None])),
         max_layer=last,
@@ -173,18 +175,19 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     assert asked == [layer for layer in counting if layer <= latest]
 
 
-def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch):
+@pytest.mark.parametrize(("pooling", "on"), [("maxpool", 1), ("forward", 7)])
+def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch, pooling, on):
     settings = {"select_tokens": 5, "window": 1, "kernel_size": 3, "min_layer": 1, "max_layer": 5, "stages": ()}
-    settings |= {"settled_by": "lookup", "tau": 0.5}
+    settings |= {"settled_by": "lookup", "tau": 0.5, "pooling": pooling}
     monkeypatch.setattr(staged, "PATIENCE", 1.0)
     config = ASLConfig(**settings).resolve(LAYERS)
-    reach = staged.NEAR + 1
+    first, last = staged.NEAR + on, 98 - staged.NEAR - 1
     for token, weight, layer in (
-        (reach, 0.5, 1),
-        (reach, 0.49, 5),
-        (reach - 1, 0.5, 5),
-        (99 - reach, 0.5, 5),
-        (98 - reach, 0.5, 1),
+        (first, 0.5, 1),
+        (first, 0.49, 5),
+        (first - 1, 0.5, 5),
+        (last + 1, 0.5, 5),
+        (last, 0.5, 1),
     ):
         scores = torch.zeros(1, 99)
         scores[0, token] = weight

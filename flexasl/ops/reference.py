@@ -86,13 +86,13 @@ def window_scores_and_mass(
 
 def pooled(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Scores [..., P] over neighbouring tokens."""
-    if pooling == "forward":
-        behind = kernel_size // 6
-        before = kernel_size - 1 - behind
-        spans = [(max(0, at - before), at + behind + 1) for at in range(scores.shape[-1])]
-        return torch.stack([scores[..., first:stop].amax(-1) for first, stop in spans], -1)
     pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-    return pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    found = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    if pooling != "forward" or kernel_size == 1:
+        return found
+    tokens = range(scores.shape[-1])
+    weights = [[0.95 ** (at - by) if 0 <= at - by <= 2 * kernel_size else 0.0 for by in tokens] for at in tokens]
+    return (found[..., None, :] * found.new_tensor(weights)).amax(-1)
 
 
 def window_mass(

@@ -15,6 +15,8 @@ from flexasl.attention_spec import AttentionSpec
 
 LEAST = 1e-36
 """Powers of weights below it count as 0."""
+FADING = 0.95
+"""What a score counts one token further on, with `pooling="forward"`."""
 
 
 @torch.library.custom_op("flexasl::window_scores", mutates_args=())
@@ -40,9 +42,9 @@ def window_scores(
     the keys up to its own. spec is the `text` of an `AttentionSpec`. valid [B, N] bool is False at padding, which
     neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter where the specification asks
     for them. sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling is
-    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"forward"`, the
-    highest of `pool_reach` before and behind. → [B, G, P] float32, without gradients. A real token that is not
-    finite makes the scores of its KV head NaN, in its row.
+    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"forward"`, which lets
+    the highest go on to twice `kernel_size` tokens more, 5 percent less with each. → [B, G, P] float32, without
+    gradients. A real token that is not finite makes the scores of its KV head NaN, in its row.
 
     Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
@@ -159,23 +161,34 @@ def giving(valid: Tensor | None, at: Tensor | None, window: int) -> Tensor | Non
 def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
     if kernel_size == 1 or mass.shape[-1] == 0:
         return mass
-    if pooling == "forward":
-        return F.max_pool1d(F.pad(mass, pool_reach(kernel_size, pooling), value=-math.inf), kernel_size, stride=1)
     pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-    return pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    pooled = pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    return _forward(pooled, 2 * kernel_size) if pooling == "forward" else pooled
+
+
+def _forward(scores: Tensor, reach: int) -> Tensor:
+    """The highest of each token's score and those of so many tokens before it, each of which has faded on its way."""
+    covered = 0
+    while covered < reach:
+        step = min(covered + 1, reach - covered)
+        scores = torch.maximum(scores, F.pad(scores, (step, 0))[..., : scores.shape[-1]] * FADING**step)
+        covered += step
+    return scores
 
 
 def pool_reach(kernel_size: int, pooling: str) -> tuple[int, int]:
     """Tokens before and behind one that its score is pooled over. An answer stands behind the words that the question
-    matches more often than before them: `"forward"` looks back five times as far as ahead."""
-    behind = kernel_size // 6 if pooling == "forward" else kernel_size // 2
-    return kernel_size - 1 - behind, behind
+    matches more often than before them, so `"forward"` looks back further than ahead."""
+    before = behind = kernel_size // 2
+    return before + (2 * kernel_size if pooling == "forward" and kernel_size > 1 else 0), behind
 
 
 def _pooled(
     mass: Tensor, query: Tensor, key: Tensor, kernel_size: int, pooling: str, query_at: Tensor | None, power: float
 ) -> Tensor:
     scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
+    if power == math.inf and pooling != "avgpool":  # the highest of all heads is the same before and after
+        return _pool(scored.unflatten(1, (key.shape[1], -1)).amax(2), kernel_size, pooling)
     return over_heads(_pool(scored, kernel_size, pooling).unflatten(1, (key.shape[1], -1)), 2, power)
 
 

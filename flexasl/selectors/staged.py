@@ -251,12 +251,13 @@ class StagedSelector(Selector):
     def _far_tokens(self, always: Tensor) -> Tensor:
         """Tokens [R, P] bool that are far from all that are kept in any case, from the window and from the start."""
         assert self.config.kernel_size is not None and self.config.pooling is not None
-        reach, tokens = NEAR + max(pool_reach(self.config.kernel_size, self.config.pooling)), always.shape[1]
+        on, back = pool_reach(self.config.kernel_size, self.config.pooling)
+        tokens = always.shape[1]
         marked = always if self._valid is None else always | ~self._valid[:, :tokens]
         at = torch.arange(tokens, dtype=torch.int64, device=always.device)
         before = torch.where(marked, at, -1).cummax(1).values
         after = torch.where(marked, at, tokens).flip(1).cummin(1).values.flip(1)
-        return (at - before > reach) & (after - at > reach)
+        return (at - before > NEAR + on) & (after - at > NEAR + back)
 
     def _thresholds(self, layer: int) -> Tensor:
         """Of each stage, and of none [S + 1]."""
