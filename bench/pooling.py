@@ -1,79 +1,84 @@
-"""Which pooling keeps answers: on how many prompts the selection holds the answer's tokens, by layer and by the rule.
+"""Which pool keeps answers: on how many prompts the default rule holds the sentences that answer, by task.
 
-Every prompt is read with its full cache, once for each pooling; what is decided is replayed on the scores of that run.
+Every prompt is read once with its full cache and its scores are recorded as they are; each pool, and what is decided on
+what it makes of them, is replayed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from setting import arguments, setting, table, write
 
 import flexasl
-from flexasl import embedded
-from flexasl.integrations.transformers.models import decoder_layers
-from flexasl.tools.calibration.recording import locate, record
+from flexasl.config import LOOKUP_SCORES
+from flexasl.ops.scoring import pool
+from flexasl.tools.calibration.calibrating import WORDINGS
+from flexasl.tools.calibration.recording import Recording, locate, record
 from flexasl.tools.calibration.tables import Table
-from flexasl.tools.evaluation.costs import layer_costs
-from flexasl.tools.evaluation.memo import Memo, costly_modules
+from flexasl.tools.evaluation.costs import LayerCost, layer_costs
 from flexasl.tools.evaluation.tasks import build
+from flexasl.tools.loading import load_model
 
-TASKS = ["needle", "passkey", "number_string", "niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery"]
-POOLINGS = [("avgpool", 7), ("avgpool", 15), ("avgpool", 31), ("maxpool", 15), ("maxpool", 25), ("maxpool", 31)]
-LAYERS = range(12, 23)
+TASKS = ["niah_single_2", "niah_multikey_1", "niah_single_3", "kv_retrieval", "niah_multivalue", "niah_multiquery"]
+TASKS += ["by_meaning", "uniform"]
+POOLS = [(width, kind) for kind in ("maxpool", "forward") for width in (13, 17, 21, 25, 33, 49)]
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(tokens=[2048], select_tokens=256)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--model", type=Path, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--samples", type=int, default=3, help="prompts of each task")
+    parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     setting()
-    model, tokenizer = embedded.load(getattr(torch, args.dtype), args.device)
-    costs = layer_costs(model)
-    asked = [(task, tokens, index) for index in range(args.samples) for tokens in args.tokens for task in TASKS]
-    kept: dict[str, dict[int, list[bool]]] = {}
-    ruled: dict[str, list[Any]] = {}
-    for task, tokens, index in asked:
-        prompt = locate(tokenizer, build(task, tokenizer, tokens, args.seed, index))
-        with Memo(len(prompt.ids)).over(costly_modules(decoder_layers(model))):
-            for pooling, width in POOLINGS:
-                config = flexasl.ASLConfig(select_tokens=args.select_tokens, kernel_size=width, pooling=pooling)
-                rule = config.resolve(len(costs))
-                (recording,), ranking_layers = record(model, [prompt], rule, tokenizer, lambda done: None)
-                known = Table(recording, costs, ranking_layers)
-                for select_on in ("last", "recent"):
-                    name = f"{pooling} {width}, {'one layer' if select_on == 'last' else 'best of all'}"
-                    for layer in LAYERS:
-                        at = rule.replace(stages=(), min_layer=layer, max_layer=layer, select_on=select_on)
-                        kept.setdefault(name, {}).setdefault(layer, []).append(known.outcome(at).held)
-                ruled.setdefault(f"{pooling} {width}", []).append((task, known.outcome(rule)))
-    rows = [[name, *(f"{fmean(by[layer]):.2f}" for layer in LAYERS)] for name, by in kept.items()]
-    chosen = [
-        [name, f"{fmean(o.held for _, o in seen):.2f}", f"{fmean(o.cost for _, o in seen):.3f}", *_layers(seen)]
-        for name, seen in ruled.items()
-    ]
-    body = "\n\n".join(
-        [
-            f"{len(asked)} prompts, {args.samples} of each of {', '.join(TASKS)}, of {args.tokens[0]:,} tokens; "
-            f"select_tokens={args.select_tokens}. Share of prompts of which the selection holds 90 % of the tokens of "
-            "every answer.",
-            "Selection at a fixed layer, by what is pooled over how many tokens, on one layer's scores or each token's "
-            "best of all so far:",
-            table(["", *map(str, LAYERS)], rows),
-            "The default rule with each pooling: share kept, cost of the prefill, and the mean layer by task:",
-            table(["pooling", "kept", "cost", *TASKS], chosen),
-        ]
+    model, tokenizer = load_model(args.model)
+    costs, scored = layer_costs(model), flexasl.ASLConfig(kernel_size=1).scored(LOOKUP_SCORES)
+    recordings: list[Recording] = []
+    layers: list[int] | None = None
+    for place, task in enumerate(TASKS):
+        for index in range(args.samples):
+            wording = WORDINGS[(place + index) % 2]
+            sample = build(task, tokenizer, args.tokens[0], args.seed, index, None, wording)
+            found, layers = record(
+                model, [locate(tokenizer, sample, sentences=True)], scored, tokenizer, lambda _: None
+            )
+            recordings += found
+    made = {pooled: outcomes(recordings, costs, layers, args.select_tokens, *pooled) for pooled in POOLS}
+    rows = []
+    for (width, kind), seen in made.items():
+        held = [fmean(one.held for task, one in seen if task == name) for name in TASKS]
+        figures = [*held, fmean(held), fmean(one.cost for _, one in seen)]
+        rows.append([f"{width}, `{kind}`", *(f"{figure:.2f}" for figure in figures[:-1]), f"{figures[-1]:.3f}"])
+    name = "SmolLM2-135M-Instruct" if args.model is None else args.model.name
+    body = (
+        f"{name}: {len(recordings)} prompts, {args.samples} of each task, of {args.tokens[0]:,} tokens, half of them "
+        f"with rules behind the question; seed {args.seed}, select_tokens={args.select_tokens}. Share of prompts of "
+        "which the selection of the default rule holds nine tenths of the tokens of the sentences that answer, the "
+        "mean over tasks, and the counted cost of the prefill.\n\n" + table(["pool", *TASKS, "mean", "cost"], rows)
     )
-    write(args.out, "Pooling", body, {"kept": kept, "rule": ruled})
+    write(args.out, "Pooling", body, {"outcomes": {f"{width} {kind}": seen for (width, kind), seen in made.items()}})
 
 
-def _layers(seen: list[Any]) -> list[str]:
-    """The mean selection layer of each task."""
-    return [f"{fmean(outcome.layer for task, outcome in seen if task == name):.1f}" for name in TASKS]
+def outcomes(
+    recordings: list[Recording],
+    costs: list[LayerCost],
+    layers: list[int] | None,
+    budget: int,
+    width: int,
+    kind: Any,
+) -> list[tuple[str, Any]]:
+    """What the default rule with this pool makes of each prompt, with its task."""
+    config = flexasl.ASLConfig(select_tokens=budget, kernel_size=width, pooling=kind).resolve(len(costs), layers)
+    found = []
+    for recording in recordings:
+        pooled = dataclasses.replace(recording, scores=pool(recording.scores[None], width, kind)[0])
+        found.append((recording.prompt.task, Table(pooled, costs, layers).outcome(config)))
+    return found
 
 
 if __name__ == "__main__":

@@ -158,11 +158,12 @@ def giving(valid: Tensor | None, at: Tensor | None, window: int) -> Tensor | Non
     return valid[:, valid.shape[1] - window :] if at is None else valid.take_along_dim(at, 1)
 
 
-def _pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
+def pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Scores [B, H, P], none below 0, each pooled over the tokens beside it."""
     if kernel_size == 1 or mass.shape[-1] == 0:
         return mass
-    pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-    pooled = pool(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    of_neighbours = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
+    pooled = of_neighbours(mass, kernel_size, stride=1, padding=kernel_size // 2)
     return _forward(pooled, 2 * kernel_size) if pooling == "forward" else pooled
 
 
@@ -188,8 +189,8 @@ def _pooled(
 ) -> Tensor:
     scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
     if power == math.inf and pooling != "avgpool":  # the highest of all heads is the same before and after
-        return _pool(scored.unflatten(1, (key.shape[1], -1)).amax(2), kernel_size, pooling)
-    return over_heads(_pool(scored, kernel_size, pooling).unflatten(1, (key.shape[1], -1)), 2, power)
+        return pool(scored.unflatten(1, (key.shape[1], -1)).amax(2), kernel_size, pooling)
+    return over_heads(pool(scored, kernel_size, pooling).unflatten(1, (key.shape[1], -1)), 2, power)
 
 
 def powers_of(weights: Tensor, power: float) -> Tensor:
