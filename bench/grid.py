@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from models import MODELS
-from page import write_pages
+from page import VARIANTS, write_pages
 
 from flexasl import evaluation
 from flexasl.tools.evaluation.records import ANSWERS, check
@@ -36,8 +36,8 @@ SEED = 180
 BUDGET = 256
 LITERAL = ("niah_single_2", "niah_multikey_1", "number_string")
 TASKS = (*LITERAL, "niah_single_3", "niah_multivalue", "vt", "fwe", "kv_retrieval", "by_meaning", "uniform")
-WITH_RULES = (*LITERAL, "by_meaning", "uniform")
-POOLING = "kernel_size=25,pooling=maxpool"
+FEW_TASKS = (*LITERAL, "by_meaning", "uniform")
+POOLING = "kernel_size=17,pooling=forward"
 RANKING = f"{POOLING},score_power=max,contrast=true"
 POOLED = ("fixed_layer", "snapkv", "pyramid_kv", "pyramid_infer")
 
@@ -52,13 +52,15 @@ class Cell:
     samples: int
     tasks: tuple[str, ...] = TASKS
     length: int = 2048
+    budget: int = BUDGET
     options: dict[str, Any] = field(default_factory=dict)
     """Of `flexasl.evaluation.plan`."""
 
     def command(self) -> str:
         """What `flexasl eval` answers the same with."""
         told = ["flexasl", "eval", "--together", "--tasks", ",".join(self.tasks), "--lengths", str(self.length)]
-        told += ["--samples", str(self.samples), "--budget", str(BUDGET), "--answer-tokens", "48", "--seed", str(SEED)]
+        told += ["--samples", str(self.samples), "--budget", str(self.budget), "--answer-tokens", "48"]
+        told += ["--seed", str(SEED)]
         told += ["--policies", ",".join(self.policies)]
         told += [] if self.model == EMBEDDED else ["--model", MODELS[self.model].file]
         for name, value in self.options.items():
@@ -68,43 +70,65 @@ class Cell:
 
 
 EMBEDDED = "SmolLM2-135M-Instruct"
+BY_QUESTION: dict[str, Any] = {"rank_by": "question", "profile": False}
 KINDS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "ranking": {"rank_by": "question", "profile": False},
+    "ranking": BY_QUESTION,
     "pooling": {"rank_by": "window"},
     "rules": {"after_question": "rules", "answer_prefix": False},
+    "behind30": BY_QUESTION | {"after_question": "rules-30"},
+    "behind60": BY_QUESTION | {"after_question": "rules"},
+    "behind120": BY_QUESTION | {"after_question": "rules-120"},
+    "front": BY_QUESTION | {"question_first": True},
 }
-"""Of cells: what they ask of `flexasl.evaluation.plan`."""
+"""Of cells at 2,048 tokens: what they ask of `flexasl.evaluation.plan`."""
+OURS = ("asl", f"asl:kv_budget={BUDGET}")
+FEW_METHODS = ("asl", f"fixed_layer:{RANKING}", f"snapkv:{RANKING}")
 
 
 def _cells(short: str, model: str, samples: int, layers: tuple[int, int], loose: int) -> dict[str, Cell]:
-    """Those of a model at 2,048 tokens. layers: fixed ones to compare with; loose: that of a first stage before the
-    first of them."""
+    """All methods on a model. layers: fixed ones to compare with; loose: that of a first stage before the first of
+    them."""
     first = layers[0]
     fixed = [f"fixed_layer:layer={layer},{RANKING}" for layer in layers]
     two = f"asl:stages=0.4@{loose}-{loose},min_layer={first},max_layer={first}"
     policies = {
-        "paper": (
-            *("asl", f"asl:kv_budget={BUDGET}", "paper", "fixed_layer", "gemfilter", "snapkv", "pyramid_kv"),
-            *("pyramid_infer", "streaming"),
-        ),
-        "ranking": (
-            *("asl", f"asl:kv_budget={BUDGET}", f"fixed_layer:{RANKING}", *fixed, two),
-            *(f"{name}:{RANKING}" for name in POOLED[1:]),
-        ),
+        "paper": (*OURS, "paper", "fixed_layer", "gemfilter", "snapkv", "pyramid_kv", "pyramid_infer", "streaming"),
+        "ranking": (*OURS, f"fixed_layer:{RANKING}", *fixed, two, *(f"{name}:{RANKING}" for name in POOLED[1:])),
         "pooling": (f"paper:{POOLING}", *(f"{name}:{POOLING}" for name in POOLED)),
         "rules": ("asl", "fixed_layer", "snapkv"),
     }
-    tasks = {"rules": WITH_RULES}
     return {
-        f"{short}-{kind}": Cell(model, policies[kind], samples, tasks.get(kind, TASKS), options=options)
+        f"{short}-{kind}": Cell(
+            model, policies.get(kind, FEW_METHODS), samples, TASKS if kind in VARIANTS else FEW_TASKS, options=options
+        )
         for kind, options in KINDS.items()
+    }
+
+
+def _few(short: str, model: str, samples: int) -> dict[str, Cell]:
+    """The methods that matter most, on another model."""
+    return {
+        f"{short}-paper": Cell(model, OURS, samples),
+        f"{short}-ranking": Cell(model, (*OURS, *FEW_METHODS[1:]), samples, options=BY_QUESTION),
+    }
+
+
+def _longer(short: str, model: str, lengths: dict[str, tuple[int, int]]) -> dict[str, Cell]:
+    """The same on longer prompts. lengths: by name, tokens and budget."""
+    return {
+        f"{short}-{name}": Cell(model, FEW_METHODS, 1, FEW_TASKS, length, budget, BY_QUESTION)
+        for name, (length, budget) in lengths.items()
     }
 
 
 CELLS = {
     **_cells("smollm2", EMBEDDED, 3, (10, 17), 7),
+    **_longer("smollm2", EMBEDDED, {"4k": (4096, BUDGET), "8k": (8000, BUDGET)}),
     **_cells("qwen-0.5b", "qwen2.5-coder-0.5b", 2, (8, 14), 3),
+    **_longer("qwen-0.5b", "qwen2.5-coder-0.5b", {"4k": (4096, BUDGET), "8k": (8192, BUDGET), "16k": (16384, 1024)}),
+    **_few("qwen-1.5b", "qwen2.5-coder-1.5b", 1),
+    **_few("gemma", "gemma3-270m", 2),
 }
 
 
@@ -143,7 +167,7 @@ def run(name: str, models: Path, out: Path) -> None:
         lengths=[cell.length],
         samples=cell.samples,
         policies=cell.policies,
-        budgets=[BUDGET],
+        budgets=[cell.budget],
         seed=SEED,
         answer_tokens=48,
         **cell.options,
@@ -189,16 +213,18 @@ def _packed(name: str, folder: Path) -> Iterator[None]:
 
 
 def pack(name: str, folder: Path) -> None:
-    """Stores the answers of an evaluation's folder: the same bytes for the same answers."""
+    """Stores an evaluation's answers, the same bytes for the same answers, and the commits that made them."""
     records = read_all(folder, ANSWERS, answer_key) if (folder / RUN).exists() else []
     if not records:
         return
     lines = sorted(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    packed, known = gzip.compress("".join(lines).encode(), mtime=0), stored(name).with_name(f"{name}.json")
+    if stored(name).exists() and stored(name).read_bytes() == packed:
+        return
+    commits = json.loads(known.read_text())["commit"].split(", ") if known.exists() else []
     STORE.mkdir(parents=True, exist_ok=True)
-    stored(name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    known = stored(name).with_name(f"{name}.json")
-    commit = json.loads(known.read_text())["commit"] if known.exists() else _commit()
-    told = json.loads((folder / RUN).read_text()) | {"commit": commit}
+    stored(name).write_bytes(packed)
+    told = json.loads((folder / RUN).read_text()) | {"commit": ", ".join(dict.fromkeys([*commits, _commit()]))}
     known.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -27,6 +27,15 @@ GROUPS = {
     "one of many alike": ("uniform",),
 }
 VARIANTS = {"paper": "its paper's settings", "pooling": "with our pooling", "ranking": "with our ranking"}
+BEHIND = {
+    "ranking": "nothing behind it",
+    "behind30": "30 tokens",
+    "behind60": "60 tokens",
+    "behind120": "120 tokens",
+    "front": "the question in front",
+}
+LENGTHS = {"ranking": "2,048 tokens", "4k": "4,096", "8k": "8,192", "16k": "16,384 (1,024 selected)"}
+"""Kinds of cells that are set side by side."""
 ALIKE = 0.005
 """Costs that differ by less are equal."""
 
@@ -120,7 +129,7 @@ def results_page(cells: Cells) -> str:
         "Made of the answers in [grid](grid) by `python bench/grid.py page`. Greedy answers to prompts that no setting "
         "was chosen on. Scores are means over tasks, with 95 % bootstrap intervals by prompt; behind each stands the "
         "counted cost of the prefill, as a share of the full one. Every method runs at its paper's settings, scaled to "
-        "the model's depth, with our pooling (`kernel_size=25`, `maxpool`), and with our ranking (the question's "
+        "the model's depth, with our pooling (`kernel_size=17`, `forward`), and with our ranking (the question's "
         "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
         "is [the default rule](../defaults.md); results of the former one are [here](variance.md).",
         "![Accuracy against the cost of the prefill](grid.png)",
@@ -239,20 +248,39 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
         for row in shown
     ]
     parts += ["By group, with our ranking:", table(["method", *groups], lines)]
-    if "rules" in kinds:
+    if "rules" in kinds and "paper" in kinds:
         parts += _rules_part(kinds)
-    return parts
+    parts += _side_by_side("By what stands behind the question, all ranked by it", kinds, BEHIND)
+    return parts + _side_by_side("By length of the prompt, all ranked by the question", kinds, LENGTHS)
+
+
+def _side_by_side(title: str, kinds: Mapping[str, list[Record]], names: Mapping[str, str]) -> list[str]:
+    """Cells of several kinds on the prompts that all of them have."""
+    own = {kind: kinds[kind] for kind in names if kind in kinds}
+    if len(own) < 2:
+        return []
+    shared = set.intersection(*({(one["task"], one["index"]) for one in records} for records in own.values()))
+    columns: dict[str, dict[str, str]] = {}
+    for kind, records in own.items():
+        some = [record for record in records if (record["task"], record["index"]) in shared]
+        for row in _rows({"ranking": some}):
+            columns.setdefault(row.title, {})[kind] = row.told()
+    lines = [
+        [title, *(told.get(kind, "–") for kind in own)] for title, told in columns.items() if len(told) == len(own)
+    ]
+    heads = ["method", *(names[kind] for kind in own)]
+    return [f"{title}; {len(shared)} prompts of {len({task for task, _ in shared})} tasks:", table(heads, lines)]
 
 
 def _rules_part(kinds: dict[str, list[Record]]) -> list[str]:
     """What some 60 tokens of rules behind the question do."""
-    with_rules = _rows({"rules": kinds["rules"]})
+    with_rules = _rows({"paper": kinds["rules"]})
     tasks = {record["task"] for record in kinds["rules"]}
     usual = {row.name: row.of(tasks) for row in _rows({"paper": kinds["paper"]})}
     lines = [[row.name, usual[row.name].told() if row.name in usual else "–", row.told()] for row in with_rules]
     heads = ["method", "the question last, the answer begun", "60 tokens of rules behind it"]
     return [
-        "With rules for the answer behind the question, on five tasks:",
+        "With 60 tokens of rules behind the question, each method ranking as in its paper, on five tasks:",
         table(heads, lines),
     ]
 
@@ -261,9 +289,8 @@ def _rows(kinds: Mapping[str, list[Record]]) -> list[Row]:
     """Those of a model, in the order of `METHODS`; the full cache once."""
     rows = []
     for method in METHODS:
-        for kind, records in kinds.items():
-            if kind == "rules" and len(kinds) > 1:
-                continue
+        for kind in (one for one in VARIANTS if one in kinds):
+            records = kinds[kind]
             for setting in dict.fromkeys(record["setting"] for record in records):
                 if _method(setting) is not method or (method.begins == FULL and any(r.method is method for r in rows)):
                     continue
@@ -284,11 +311,11 @@ def _method(setting: str) -> Method:
 
 
 def _by_model(cells: Cells) -> dict[str, dict[str, list[Record]]]:
-    """By model and kind of cell, the answers."""
+    """By model and kind of cell, the answers, of models that have been asked at 2,048 tokens."""
     models: dict[str, dict[str, list[Record]]] = {}
     for name, (_, told, records) in cells.items():
         models.setdefault(told["identity"]["model"], {})[name.rpartition("-")[2]] = records
-    return models
+    return {model: kinds for model, kinds in models.items() if kinds.keys() & VARIANTS.keys()}
 
 
 def _command(name: str, cell: Any, told: dict[str, Any]) -> str:

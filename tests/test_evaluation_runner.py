@@ -366,21 +366,30 @@ def test_how_prompts_end_is_chosen(folder: Path, loaded, tmp_path: Path, capsys:
         cli.main(["eval", *few, *chosen, "--model", str(folder), "--out", str(tmp_path)])
     assert caught.value.code == 0 and "| 1/1 |" in capsys.readouterr().out
     (prompt,) = lines(tmp_path / "prompts-0.jsonl")
-    assert prompt["prompt"].endswith(f"What is the pass key?\n\n{RULES}<end><assistant>")
+    assert prompt["prompt"].endswith(f"What is the pass key?\n\n{RULES[0]} {RULES[1]}<end><assistant>")
     assert prompt["prompt_tokens"] <= 900 and prompt["max_new_tokens"] == 6 + 32
     assert {line["ranked_by"] for line in lines(tmp_path / "answers-0.jsonl")} == {"", "What is the pass key?"}
     page = (tmp_path / "report.md").read_text()
-    assert "- ranked by: the question\n- behind the question: rules\n- start of the answer: left out\n" in page
+    assert "- ranked by: the question\n- question: behind the text\n- behind the question: rules\n" in page
+    assert "\n- start of the answer: left out\n" in page
     same = {"tasks": ["passkey"], "lengths": [900], "rank_by": "question", "after_question": "rules"}
-    for other, words in (({}, "answer_prefix=False"), ({"after_question": None}, "after_question='rules'")):
+    for other, words in (
+        ({}, "answer_prefix=False"),
+        ({"after_question": None}, "after_question='rules'"),
+        ({"answer_prefix": False, "question_first": True}, "question_first=False"),
+    ):
         with pytest.raises(FlexASLError, match=f"holds results with {words}"):
             evaluate(plan(**same | other), *loaded, tmp_path)
     with pytest.raises(FlexASLError, match="rank_by='both' is not known; give 'policy' or 'question' or 'window'"):
         plan(rank_by="both")
-    with pytest.raises(FlexASLError, match="after_question='none' is not known; give None or 'rules'"):
+    with pytest.raises(FlexASLError, match="after_question='none' is not known; give None or 'rules-30' or 'rules'"):
         plan(after_question="none")
     with pytest.raises(FlexASLError, match=r"answer_prefix='no' is .*; give True or False"):
         plan(answer_prefix="no")
+    with pytest.raises(FlexASLError, match="question_first=True does not go with task 'longbook_qa_eng'"):
+        book = {"tasks": ["longbook_qa_eng"], "sources": Sources(infinitebench=tmp_path)}
+        (tmp_path / "longbook_qa_eng.jsonl").write_text('{"context": "a", "input": "b", "answer": ["c"]}\n')
+        plan(**book, samples=1, question_first=True)
 
 
 def test_settings_that_policies_start_from() -> None:

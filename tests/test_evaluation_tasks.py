@@ -377,12 +377,24 @@ def test_each_sentence_of_a_uniform_text_has_another_key(tokenizer) -> None:
     assert len(keys) > 10 and len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("name", ["needle", "niah_multivalue", "vt", "fwe", "kv_retrieval", "by_meaning", "uniform"])
+def test_question_stands_where_it_is_asked_to(tokenizer, name) -> None:
+    usual, first = (build(name, tokenizer, 1200, wording=Wording(question_first=one)) for one in (False, True))
+    question = body(usual).rpartition("\n")[2]
+    assert question.rstrip().endswith(("?", ".")) and body(first).startswith(f"{question}\n\n")
+    assert body(first).count(question) == body(usual).count(question) and first.references == usual.references
+    assert not body(first).endswith(question)
+
+
 def test_end_of_prompts_is_chosen(tokenizer) -> None:
-    plain, ruled, bare = (
+    plain, short, ruled, long, bare = (
         build("needle", tokenizer, 900, wording=one)
-        for one in (Wording(), Wording(after_question="rules"), Wording(answer_prefix=False))
+        for one in (
+            *(Wording(after_question=key) for key in (None, "rules-30", "rules", "rules-120")),
+            Wording(answer_prefix=False),
+        )
     )
-    assert body(ruled).endswith(RULES) and RULES not in plain.prompt
-    assert (
-        ruled.prompt_tokens <= 900 and bare.prompt.endswith("<assistant>") and not plain.prompt.endswith("<assistant>")
-    )
+    for made, rules in ((short, RULES[:1]), (ruled, RULES[:2]), (long, RULES)):
+        assert body(made).endswith(" ".join(rules)) and made.prompt_tokens <= 900
+    assert RULES[0] not in plain.prompt and RULES[1] not in short.prompt and RULES[2] not in ruled.prompt
+    assert bare.prompt.endswith("<assistant>") and not plain.prompt.endswith("<assistant>")

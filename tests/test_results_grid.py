@@ -108,7 +108,7 @@ def test_every_cell_is_a_plan_that_flexasl_eval_takes(bench):
 
     for cell in grid.CELLS.values():
         how = {"tasks": cell.tasks, "lengths": [cell.length], "samples": cell.samples, "policies": cell.policies}
-        plan = evaluation.plan(**how, budgets=[grid.BUDGET], seed=grid.SEED, **cell.options)
+        plan = evaluation.plan(**how, budgets=[cell.budget], seed=grid.SEED, **cell.options)
         assert len(plan.settings) == 1 + len(cell.policies)
         assert cell.command().startswith("flexasl eval --together --tasks ")
 

@@ -37,6 +37,8 @@ class RankBy(StrEnum):
 
 class AfterQuestion(StrEnum):
     rules = "rules"
+    rules_30 = "rules-30"
+    rules_120 = "rules-120"
 
 
 def evaluate(
@@ -83,9 +85,16 @@ def evaluate(
         bool, typer.Option(help="Fill in settings that are left open from the model's profile, where there is one.")
     ] = True,
     after_question: Annotated[
-        AfterQuestion | None, typer.Option(help="Text behind each question: rules for the answer.", show_default="none")
+        AfterQuestion | None,
+        typer.Option(
+            help="Text behind each question: rules for the answer, some 60 tokens of them, 30 or 120.",
+            show_default="none",
+        ),
     ] = None,
     answer_prefix: Annotated[bool, typer.Option(help="End prompts with the start of the answer.")] = True,
+    question_first: Annotated[
+        bool, typer.Option("--question-first", help="Put the question before the text, not behind it.")
+    ] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
     ] = False,
@@ -115,6 +124,7 @@ def evaluate(
         profile=profile,
         after_question=None if after_question is None else after_question.value,
         answer_prefix=answer_prefix,
+        question_first=question_first,
         config=None if config is None else ASLConfig.load(config),
         sources=evaluation.Sources(
             haystack=haystack, qa_files=tuple(qa_file or ()), infinitebench=infinitebench, **given

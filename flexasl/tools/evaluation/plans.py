@@ -106,6 +106,7 @@ def plan(
     profile: bool = True,
     after_question: str | None = None,
     answer_prefix: bool = True,
+    question_first: bool = False,
 ) -> Plan:
     """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
 
@@ -118,8 +119,10 @@ def plan(
     rank_by: what ranks the tokens of a prompt. `"policy"`: the question where adaptive selection starts from config,
     the window under `paper` and the other policies, as their papers have it; or one of both under all of them.
     profile: whether settings that are left open are those of the model's profile, where there is one.
-    after_question: text that stands behind the question of every prompt; `"rules"` are rules of how to answer.
-    answer_prefix: whether prompts end with the start of the answer; without it an answer gets some more tokens.
+    after_question: text that stands behind the question of every prompt: rules of how to answer, some 60 tokens of them
+        (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`). answer_prefix: whether prompts end with the start of the
+    answer; without it an answer gets some more tokens. question_first: whether the question stands before the text,
+    which tasks that come from a user's file do not take.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
@@ -136,11 +139,16 @@ def plan(
         if isinstance(length, bool) or length < 1:
             raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
     one_of("rank_by", rank_by, RANK_BY)
-    wording = Wording(after_question, answer_prefix)
+    wording = Wording(after_question, answer_prefix, question_first)
     answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
     check_samples(samples, len(chosen) * len(lengths))
     for name in chosen:
         check_supply(find_task(name), sources, samples)
+        if question_first and find_task(name).needs is not None:
+            raise FlexASLError(
+                f"question_first=True does not go with task {name!r}, whose questions a file words; give tasks of the "
+                "package's own"
+            )
     return Plan(
         suite=suite,
         tasks=chosen,

@@ -71,6 +71,7 @@ class Identity(TypedDict):
     profile: NotRequired[bool]
     after_question: NotRequired[str | None]
     answer_prefix: NotRequired[bool]
+    question_first: NotRequired[bool]
 
 
 class About(TypedDict):

@@ -92,6 +92,7 @@ def _page(
         "seed": identity["seed"],
         "longest answer, tokens": identity.get("answer_tokens") or "as the benchmarks have it",
         "ranked by": RANKED[identity.get("rank_by", "window")],
+        "question": "before the text" if identity.get("question_first") else "behind the text",
         "behind the question": identity.get("after_question") or "nothing",
         "start of the answer": "in the prompt" if identity.get("answer_prefix", True) else "left out",
         "the model's profile": "used, where there is one" if identity.get("profile", True) else "not used",

@@ -218,6 +218,7 @@ def _identity(plan: Plan, model: Any, tokenizer: Any, together: bool) -> dict[st
         "profile": plan.profile,
         "after_question": plan.wording.after_question,
         "answer_prefix": plan.wording.answer_prefix,
+        "question_first": plan.wording.question_first,
         "config": None if plan.config is None else plan.config.to_dict(),
         **plan.sources.fingerprint(),
     }

@@ -33,28 +33,45 @@ class Draft(NamedTuple):
 
 RULES = (
     "Rules for the answer: keep it to a single sentence, written in plain English. Rely on the text above and "
-    "on nothing else. Do not use lists, headings, bold or quotation marks. Do not explain the steps, do not apologise, "
-    "and add no remarks of any kind. Stop as soon as the sentence ends."
+    "on nothing else.",
+    "Do not use lists, headings, bold or quotation marks. Do not explain the steps, do not apologise, "
+    "and add no remarks of any kind. Stop as soon as the sentence ends.",
+    "Write for a reader who has never seen the text and has no time to look anything up. Prefer short words to long "
+    "ones, and never use an abbreviation without its meaning. Do not repeat these rules, do not refer to them, and do "
+    "not say that you follow them. If you are not sure, give the answer that is most likely right.",
 )
-AFTER_QUESTION = {None: "", "rules": f"\n\n{RULES}"}
+AFTER_QUESTION = {
+    None: "",
+    "rules-30": f"\n\n{RULES[0]}",
+    "rules": f"\n\n{RULES[0]} {RULES[1]}",
+    "rules-120": f"\n\n{' '.join(RULES)}",
+}
+"""Some 30, 60 and 120 tokens."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How the prompts of all tasks end."""
+    """How the prompts of all tasks are put."""
 
     after_question: str | None = None
     """What stands behind the message of the task: a key of `AFTER_QUESTION`."""
     answer_prefix: bool = True
     """Whether the start of the answer is there."""
+    question_first: bool = False
+    """Whether the last line of the message, which is the question, comes first."""
 
     def __post_init__(self) -> None:
         one_of("after_question", self.after_question, tuple(AFTER_QUESTION))
-        instance("answer_prefix", self.answer_prefix, bool, "True or False")
+        for name in ("answer_prefix", "question_first"):
+            instance(name, getattr(self, name), bool, "True or False")
 
     def of(self, draft: Draft) -> Draft:
-        """The draft with this end."""
-        message = draft.message + AFTER_QUESTION[self.after_question]
+        """The draft, put like this."""
+        message = draft.message
+        if self.question_first:
+            text, _, question = message.rpartition("\n")
+            message = f"{question}\n\n{text.rstrip()}"
+        message += AFTER_QUESTION[self.after_question]
         return draft._replace(message=message, answer_prefix=draft.answer_prefix if self.answer_prefix else "")
 
 
