@@ -37,7 +37,7 @@ BUDGET = 256
 LITERAL = ("niah_single_2", "niah_multikey_1", "number_string")
 TASKS = (*LITERAL, "niah_single_3", "niah_multivalue", "vt", "fwe", "kv_retrieval", "by_meaning", "uniform")
 FEW_TASKS = (*LITERAL, "by_meaning", "uniform")
-POOLING = "kernel_size=17,pooling=forward"
+POOLING = "kernel_size=17,pooling=phrase"
 RANKING = f"{POOLING},score_power=max,contrast=true"
 POOLED = ("fixed_layer", "snapkv", "pyramid_kv", "pyramid_infer")
 

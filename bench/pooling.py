@@ -25,7 +25,7 @@ from flexasl.tools.loading import load_model
 
 TASKS = ["niah_single_2", "niah_multikey_1", "niah_single_3", "kv_retrieval", "niah_multivalue", "niah_multiquery"]
 TASKS += ["by_meaning", "uniform"]
-POOLS = [(width, kind) for kind in ("maxpool", "forward") for width in (13, 17, 21, 25, 33, 49)]
+POOLS = [(width, kind) for kind in ("maxpool", "phrase") for width in (13, 17, 21, 25, 33, 49)]
 
 
 def main() -> None:

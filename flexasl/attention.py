@@ -34,8 +34,8 @@ class Scoring:
             raise ConfigError(f"window={self.window!r} is no number of queries; give an int of at least 1")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConfigError(f"kernel_size={self.kernel_size!r} is no odd number of tokens; give 1, 3, 5, ...")
-        if self.pooling not in ("avgpool", "maxpool", "forward"):
-            raise ConfigError(f"pooling={self.pooling!r} is not known; give 'avgpool', 'maxpool' or 'forward'")
+        if self.pooling not in ("avgpool", "maxpool", "phrase"):
+            raise ConfigError(f"pooling={self.pooling!r} is not known; give 'avgpool', 'maxpool' or 'phrase'")
         if not isinstance(self.power, (int, float)) or not self.power >= 1:
             raise ConfigError(f"power={self.power!r} is no power of weights; give a number of at least 1, or infinity")
 

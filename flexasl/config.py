@@ -16,7 +16,7 @@ from flexasl.checks import amount, article, ascending, instance, integer, one_of
 from flexasl.errors import ConfigError
 from flexasl.stages import Stage
 
-POOLINGS = ("avgpool", "maxpool", "forward")
+POOLINGS = ("avgpool", "maxpool", "phrase")
 SETTLED_BY = ("lookup", "variance")
 VARIANCE_REFERENCES = ("initial", "peak")
 SELECT_ON = ("last", "max", "recent", "sum")
@@ -35,15 +35,15 @@ OWN_SCORES: dict[str, Any] = PUBLISHED_SCORES | {"kernel_size": 25, "pooling": "
 """How they are scored here under the rule of rank variance."""
 LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {
     "kernel_size": 17,
-    "pooling": "forward",
+    "pooling": "phrase",
     "score_power": "max",
     "contrast": True,
 }
 """How they are scored under the rule of look-ups."""
 KV_DTYPES = ("int8", "fp8")
-LOOKUP_TAU, STAGE_TAU = 0.5, 0.95
-"""Shares of a head's attention that count as a look-up, for the final selection and for a loose one."""
-STAGE_TOKENS = 0.4
+LOOKUP_TAUS: dict[str, tuple[float, float]] = {"phrase": (0.2, 0.4), "maxpool": (0.5, 0.95), "avgpool": (0.5, 0.95)}
+"""By pooling, scores that count as a look-up, for the final selection and for a loose one."""
+STAGE_TOKENS = 0.3
 """What goes on from a loose selection, as a share of the prompt."""
 PAPER_RULE: dict[str, Any] = {
     "settled_by": "variance",
@@ -70,14 +70,14 @@ class ASLConfig:
     kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
     kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
         as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
-    settled_by: What says that the ranking has settled: `"lookup"`, that a head gives a share of at least `tau` of its
-        attention to one far token, of which 15 percent less is asked with every further layer; or `"variance"`, as in
-        the paper, that the variance of ranks over `observe_layers` has fallen below `tau` of a reference. None:
-        `"variance"` where `variance_reference` or `observe_layers` is given, else `"lookup"`.
-    tau: Threshold of that, in (0, 1]. None: 0.5 for a look-up; for the variance 0.3 with the `"initial"` reference, as
-        in the paper, and 0.05 with `"peak"`.
-    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: two fifths of
-        the tokens with `"lookup"`, no stage with `"variance"`, which takes none.
+    settled_by: What says that the ranking has settled: `"lookup"`, that a token far from the question scores at least
+        `tau`, of which 15 percent less is asked with every further layer; or `"variance"`, as in the paper, that the
+        variance of ranks over `observe_layers` has fallen below `tau` of a reference. None: `"variance"` where
+        `variance_reference` or `observe_layers` is given, else `"lookup"`.
+    tau: Threshold of that, in (0, 1]. None: 0.2 for a look-up, 0.5 where scores are not those of a phrase; for the
+        variance 0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
+    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: three tenths
+        of the tokens with `"lookup"`, no stage with `"variance"`, which takes none.
     min_layer: First layer at which selection can happen. None: a third of the layers; with `"variance"` and the
         `"peak"` reference three eighths; no less than `observe_layers - 1`.
     max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
@@ -89,10 +89,11 @@ class ASLConfig:
     kernel_size: Tokens that each score is pooled over; odd. None: 17, so that a token is kept together with what
         stands around it; 25 with `"variance"`; 7 with the `"initial"` reference and for other methods than `asl`, as
         in the papers.
-    pooling: How scores are pooled over neighbouring tokens. None: `"forward"`; `"maxpool"` with `"variance"`;
-        `"avgpool"` with the `"initial"` reference and for other methods. `"forward"` is `"maxpool"`, after which each
-        score also counts for the `2 * kernel_size` tokens behind it, 5 percent less with each: what the question
-        matches stands before its answer, and a strong match keeps more behind it than a weak one.
+    pooling: How scores are pooled over neighbouring tokens. None: `"phrase"`; `"maxpool"` with `"variance"`;
+        `"avgpool"` with the `"initial"` reference and for other methods. `"phrase"` is the average over 7 tokens, since
+        the question matches phrases where chance matches words, then `"maxpool"`, after which each score also counts
+        for the `2 * kernel_size` tokens behind it, 5 percent less with each, since an answer stands behind what
+        matches.
     score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
         2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
         weight. None: `"max"` with `"lookup"`, else 1.
@@ -129,7 +130,7 @@ class ASLConfig:
     score_from: int | None = None
     window: int = 32
     kernel_size: int | None = None
-    pooling: Literal["avgpool", "maxpool", "forward"] | None = None
+    pooling: Literal["avgpool", "maxpool", "phrase"] | None = None
     score_power: float | Literal["max"] | None = None
     contrast: bool | None = None
     variance_reference: Literal["initial", "peak"] | None = None

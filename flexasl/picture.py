@@ -53,7 +53,7 @@ def _draw_curve(axes: Axes, row: RowReport, report: Report) -> None:
     title = "Has the question looked up what it asks for?" if row.lookup else "Has the ranking of tokens settled?"
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("layer")
-    axes.set_ylabel("attention to one far token" if row.lookup else "rank variance / reference")
+    axes.set_ylabel("highest score of a far token" if row.lookup else "rank variance / reference")
     axes.set_xlim(-0.5, report.num_layers - 0.5)
     axes.locator_params(axis="x", integer=True)
     if row.eval_layers:

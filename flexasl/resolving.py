@@ -7,10 +7,9 @@ from typing import NoReturn
 
 from flexasl.config import (
     LOOKUP_SCORES,
-    LOOKUP_TAU,
+    LOOKUP_TAUS,
     OWN_SCORES,
     PUBLISHED_SCORES,
-    STAGE_TAU,
     STAGE_TOKENS,
     ASLConfig,
 )
@@ -55,7 +54,9 @@ def resolve_lookup(config: ASLConfig, num_layers: int, ranking_layers: Sequence[
             among.refuse("min_layer", config.min_layer)
     if last is None:
         last = max(first, among.up_to("max_layer", max(7 * (num_layers - 1) // 10, first)))
-    stages = _stages(config, among, opens, last)
+    config = config.scored(LOOKUP_SCORES)
+    tau, loose = LOOKUP_TAUS[str(config.pooling)]
+    stages = _stages(config, among, opens, last, loose)
     selects = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
     if config.score_from is not None and config.score_from > selects:
         raise ConfigError(
@@ -64,17 +65,18 @@ def resolve_lookup(config: ASLConfig, num_layers: int, ranking_layers: Sequence[
         )
     return config.replace(
         settled_by="lookup",
-        tau=LOOKUP_TAU if config.tau is None else config.tau,
+        tau=tau if config.tau is None else config.tau,
         stages=stages,
         score_from=min(opens, selects),
         min_layer=first,
         max_layer=last,
         if_never=config.if_never or "select",
-    ).scored(LOOKUP_SCORES)
+    )
 
 
-def _stages(config: ASLConfig, among: _RankingLayers, opens: int, last: int) -> tuple[Stage, ...]:
-    """The loose stages, the first from layer `opens` on, none after the last layer of the final selection."""
+def _stages(config: ASLConfig, among: _RankingLayers, opens: int, last: int, tau: float) -> tuple[Stage, ...]:
+    """The loose stages, the first from layer `opens` on, none after the last layer of the final selection; tau: that
+    of stages which have none."""
     given = config.stages
     if given is None:
         given = (Stage(tokens=STAGE_TOKENS),) if opens < last else ()
@@ -100,8 +102,8 @@ def _stages(config: ASLConfig, among: _RankingLayers, opens: int, last: int) -> 
             continue
         if stop is None:
             stop = max([start, *(one for one in among.layers if one <= among.num_layers // 4)])
-        tau = STAGE_TAU if stage.tau is None else stage.tau
-        made.append(Stage(tokens=stage.tokens, tau=tau, min_layer=start, max_layer=stop))
+        least = tau if stage.tau is None else stage.tau
+        made.append(Stage(tokens=stage.tokens, tau=least, min_layer=start, max_layer=stop))
         before = start
     return tuple(made)
 

@@ -36,7 +36,7 @@ from flexasl import ASLConfig, ConfigError, Stage, policies
         ({"window": None}, "window=None is not a whole number"),
         ({"kernel_size": 4}, "kernel_size=4 is even"),
         ({"kernel_size": -1}, "kernel_size=-1 is too small"),
-        ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool' or 'forward'"),
+        ({"pooling": "mean"}, "pooling='mean' is not known; give 'avgpool' or 'maxpool' or 'phrase'"),
         ({"score_power": 0.5}, "score_power=0.5 is too small; give a number of at least 1, or 'max'"),
         ({"score_power": float("inf")}, "score_power=inf is out of range; give a number of at least 1, or 'max'"),
         ({"score_power": "sum"}, "score_power='sum' is out of range"),
@@ -219,9 +219,9 @@ def test_initial_reference_alone_keeps_all_where_ranks_never_settle():
 
 def test_own_defaults_for_the_embedded_depth():
     config = ASLConfig().resolve(30)
-    assert (config.score_from, config.min_layer, config.max_layer, config.tau) == (3, 10, 20, 0.5)
-    assert config.stages == (Stage(tokens=0.4, tau=0.95, min_layer=3, max_layer=7),)
-    assert (config.kernel_size, config.pooling, config.score_power) == (17, "forward", "max")
+    assert (config.score_from, config.min_layer, config.max_layer, config.tau) == (3, 10, 20, 0.2)
+    assert config.stages == (Stage(tokens=0.3, tau=0.4, min_layer=3, max_layer=7),)
+    assert (config.kernel_size, config.pooling, config.score_power) == (17, "phrase", "max")
     assert (config.contrast, config.select_on, config.if_never) == (True, "recent", "select")
     config = ASLConfig(settled_by="variance").resolve(30)
     assert (config.min_layer, config.max_layer, config.observe_layers, config.tau) == (11, 20, 4, 0.05)

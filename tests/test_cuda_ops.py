@@ -83,7 +83,7 @@ def test_rank_variance_of_long_prompts_is_that_of_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pooling", ["avgpool", "maxpool", "forward"])
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool", "phrase"])
 def test_scores_of_a_long_prompt(dtype, pooling):
     query, key = torch.randn(1, 8, 32, 64).to(dtype), torch.randn(1, 2, 8192, 64).to(dtype)
     want = reference.window_scores(query, key, 25, pooling)

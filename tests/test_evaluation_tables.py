@@ -75,5 +75,5 @@ def test_pictures_show_every_selection() -> None:
     assert heights == pytest.approx([0.3, 0.255, 0.5, 0.425, 0.36125])
     dots = [list(zip(line.get_xdata(), line.get_ydata())) for line in axes.lines if line.get_marker() == "."]
     assert dots == [[(1, 0.9), (2, 0.72)], [(2, 0.2), (4, 0.361)], [(2, 0.2), (4, 0.362)], [(1, 0.31)], []]
-    assert axes.get_ylabel() == "attention to one far token"
+    assert axes.get_ylabel() == "highest score of a far token"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["needle", THRESHOLD]

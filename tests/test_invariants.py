@@ -71,7 +71,7 @@ def rules(draw, most=40, layers=LAYERS, settled_by=None):
         max_layer=draw(st.none() | st.integers(max(first or 0, observe - 1), layers - 1)),
         window=window,
         kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
-        pooling=draw(st.sampled_from(["avgpool", "maxpool", "forward"])),
+        pooling=draw(st.sampled_from(["avgpool", "maxpool", "phrase"])),
         select_on=draw(st.sampled_from(SELECT_ON)),
         if_never=draw(st.sampled_from([None, "select", "keep"])),
         propagate=draw(st.sampled_from(["gather", "gather", "mask"])) if cache == "full" else "gather",

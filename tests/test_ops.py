@@ -121,7 +121,7 @@ def test_powers_keep_what_is_not_a_number_and_drop_what_is_too_small(kernel, pow
 @given(
     case=window_cases(),
     kernel_size=st.sampled_from([1, 3, 5, 7]),
-    pooling=st.sampled_from(["avgpool", "maxpool", "forward"]),
+    pooling=st.sampled_from(["avgpool", "maxpool", "phrase"]),
     sunk=st.booleans(),
     tile=st.sampled_from([1, 30, 2**23]),
     power=POWERS,
@@ -161,7 +161,7 @@ def test_scoring_queries_see_the_keys_up_to_their_own(kernel):
     torch.testing.assert_close(mass, torch.tensor(rows))
 
 
-@pytest.mark.parametrize("pooling", ["avgpool", "maxpool", "forward"])
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool", "phrase"])
 def test_window_scores_of_a_padded_row_are_the_rows_alone(pooling):
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 14, 8)
     valid = torch.arange(14) >= torch.tensor([[0], [5]])
@@ -579,13 +579,14 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     assert moved == [("tolist", 1)] * evaluated
 
 
-def test_forward_pooling_goes_on_behind_a_match_and_fades_there():
-    """With 5 tokens: two on either side of the one that is attended to, and ten more behind it."""
+def test_phrase_pooling_takes_a_run_of_tokens_and_goes_on_behind_it():
+    """With 5 tokens: three of the average, two beside these, and ten more behind."""
     key = torch.zeros(1, 1, 60, 4)
     key[0, 0, 30, 0] = 50.0
     query = torch.zeros(1, 1, 4, 4)
     query[..., 0] = 1.0
-    narrow, scores = (ops.window_scores(query, key, 5, how, power=math.inf)[0, 0] for how in ("maxpool", "forward"))
-    assert (scores > 0.5).nonzero()[:, 0].tolist() == list(range(28, 43))
-    torch.testing.assert_close(scores[:33], narrow[:33], rtol=0, atol=0)
-    torch.testing.assert_close(scores[33:43], narrow[32] * 0.95 ** torch.arange(1, 11), rtol=1e-6, atol=0)
+    weight = ops.window_scores(query, key, 1, "phrase", power=math.inf)[0, 0, 30].item()
+    scores = ops.window_scores(query, key, 5, "phrase", power=math.inf)[0, 0]
+    assert weight > 0.99 and (scores > 0.01).nonzero()[:, 0].tolist() == list(range(25, 46))
+    torch.testing.assert_close(scores[25:36], torch.full((11,), weight / 7), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores[35:46], weight / 7 * 0.95 ** torch.arange(11), rtol=1e-6, atol=0)

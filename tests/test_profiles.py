@@ -39,7 +39,7 @@ def data_for(model: CalibratedFor, **settings) -> dict:
     answers = {"full": 1.0, "default": 0.5, "chosen": 1.0}
     evidence = {"select_tokens": 256, "length": 1536, "seed": 0, "prompts": {"needle": 2}, "checked": {"uniform": 1}}
     evidence |= {"held": 1.0, "cost": 0.4, "waited": 0.0, "answers": answers, "costs": answers, "kept_default": False}
-    scores = {"kernel_size": 17, "pooling": "forward", "score_power": "max", "contrast": True, "select_on": "recent"}
+    scores = {"kernel_size": 17, "pooling": "phrase", "score_power": "max", "contrast": True, "select_on": "recent"}
     return {
         "format": 1,
         "model": dataclasses.asdict(model),

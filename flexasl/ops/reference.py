@@ -86,9 +86,13 @@ def window_scores_and_mass(
 
 def pooled(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Scores [..., P] over neighbouring tokens."""
+    if kernel_size == 1:
+        return scores
+    if pooling == "phrase":
+        scores = F.avg_pool1d(scores, 7, stride=1, padding=3)
     pool = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
     found = pool(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    if pooling != "forward" or kernel_size == 1:
+    if pooling != "phrase":
         return found
     tokens = range(scores.shape[-1])
     weights = [[0.95 ** (at - by) if 0 <= at - by <= 2 * kernel_size else 0.0 for by in tokens] for at in tokens]

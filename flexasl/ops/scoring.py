@@ -15,8 +15,8 @@ from flexasl.attention_spec import AttentionSpec
 
 LEAST = 1e-36
 """Powers of weights below it count as 0."""
-FADING = 0.95
-"""What a score counts one token further on, with `pooling="forward"`."""
+PHRASE, FADING = 7, 0.95
+"""With `pooling="phrase"`: tokens that a match is taken over, and what it counts one token further on."""
 
 
 @torch.library.custom_op("flexasl::window_scores", mutates_args=())
@@ -42,9 +42,10 @@ def window_scores(
     the keys up to its own. spec is the `text` of an `AttentionSpec`. valid [B, N] bool is False at padding, which
     neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter where the specification asks
     for them. sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling is
-    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"forward"`, which lets
-    the highest go on to twice `kernel_size` tokens more, 5 percent less with each. → [B, G, P] float32, without
-    gradients. A real token that is not finite makes the scores of its KV head NaN, in its row.
+    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"phrase"`: the average
+    over 7 tokens, of which the highest of `kernel_size` then goes on to twice as many tokens behind, 5 percent less
+    with each. → [B, G, P] float32, without gradients. A real token that is not finite makes the scores of its KV head
+    NaN, in its row.
 
     Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
     """
@@ -162,9 +163,12 @@ def pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Scores [B, H, P], none below 0, each pooled over the tokens beside it."""
     if kernel_size == 1 or mass.shape[-1] == 0:
         return mass
-    of_neighbours = F.avg_pool1d if pooling == "avgpool" else F.max_pool1d
-    pooled = of_neighbours(mass, kernel_size, stride=1, padding=kernel_size // 2)
-    return _forward(pooled, 2 * kernel_size) if pooling == "forward" else pooled
+    if pooling == "avgpool":
+        return F.avg_pool1d(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    if pooling == "phrase":
+        mass = F.avg_pool1d(mass, PHRASE, stride=1, padding=PHRASE // 2)
+    highest = F.max_pool1d(mass, kernel_size, stride=1, padding=kernel_size // 2)
+    return _forward(highest, 2 * kernel_size) if pooling == "phrase" else highest
 
 
 def _forward(scores: Tensor, reach: int) -> Tensor:
@@ -178,18 +182,17 @@ def _forward(scores: Tensor, reach: int) -> Tensor:
 
 
 def pool_reach(kernel_size: int, pooling: str) -> tuple[int, int]:
-    """Tokens before and behind one that its score is pooled over. An answer stands behind the words that the question
-    matches more often than before them, so `"forward"` looks back further than ahead."""
-    before = behind = kernel_size // 2
-    return before + (2 * kernel_size if pooling == "forward" and kernel_size > 1 else 0), behind
+    """Tokens before and behind one that its score is pooled over."""
+    if pooling != "phrase" or kernel_size == 1:
+        return kernel_size // 2, kernel_size // 2
+    near = kernel_size // 2 + PHRASE // 2
+    return near + 2 * kernel_size, near
 
 
 def _pooled(
     mass: Tensor, query: Tensor, key: Tensor, kernel_size: int, pooling: str, query_at: Tensor | None, power: float
 ) -> Tensor:
     scored = mass if query_at is not None else mass[..., : key.shape[2] - query.shape[2]]
-    if power == math.inf and pooling != "avgpool":  # the highest of all heads is the same before and after
-        return pool(scored.unflatten(1, (key.shape[1], -1)).amax(2), kernel_size, pooling)
     return over_heads(pool(scored, kernel_size, pooling).unflatten(1, (key.shape[1], -1)), 2, power)
 
 

@@ -44,10 +44,10 @@ class _Stage(NamedTuple):
 
 
 class StagedSelector(Selector):
-    """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a head
-    gives a share of at least `tau` of its attention to one far token, by the scores of all layers up to there; at the
-    end of the range in any case, or, with `if_never="keep"`, not at all. The threshold falls by 15 percent with every
-    layer of the range, a little slower than scores fade.
+    """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a far
+    token has a score of at least `tau`, by the scores of all layers up to there; at the end of the range in any case,
+    or, with `if_never="keep"`, not at all. The threshold falls by 15 percent with every layer of the range, a little
+    slower than scores fade.
 
     A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
     that would drop nothing, or as much as the final one, is passed over. Tokens with a score of infinity are kept; they
@@ -179,7 +179,7 @@ class StagedSelector(Selector):
         if trace is None:
             return within_budget(config, self.lengths[row])
         highest = max(trace.lookup, default=0.0)
-        never = f"no head gave enough of its attention to one far token (highest {highest:.2f}, tau={config.tau})"
+        never = f"no far token scored enough (highest {highest:.2f}, tau={config.tau})"
         if selection is None:
             return f"{never}; if_never='keep' keeps every token"
         weight = dict(zip(trace.eval_layers, trace.lookup)).get(selection.layer, highest)
@@ -190,7 +190,7 @@ class StagedSelector(Selector):
         least = stage.threshold(selection.layer)
         if weight >= least:
             fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
-            return f"a head gave {weight:.2f} of its attention to one far token, at least {least:.2f}{fallen}"
+            return f"a far token scored {weight:.2f}, at least {least:.2f}{fallen}"
         if not final:
             return f"{never}; if_never='keep' keeps what is left"
         if stage.first == stage.last:

@@ -15,8 +15,9 @@ from flexasl.tools.calibration.tables import Outcome
 
 SETTINGS = FOUND
 """What calibration looks for."""
-TAUS = (0.4, 0.5, 0.6)
-STAGE_TOKENS = (0.25, 0.4)
+TAUS = (0.75, 1.0, 1.5)
+"""Thresholds that are tried, as shares of the default's."""
+STAGE_TOKENS = (0.2, 0.3)
 STARTS, STOPS = (1 / 8, 1 / 6), (1 / 6, 1 / 4, 1 / 3)
 """Depths, as shares of the layers, from which a stage is tried, and up to which."""
 FIRST, LAST = (1 / 4, 1 / 3, 5 / 12, 1 / 2), (0.6, 0.7, 0.8)
@@ -78,11 +79,13 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
     depth = len(ranking_layers)
     default = default_of(config).resolve(num_layers, ranking_layers)
     assert default.score_from is not None and default.min_layer is not None and default.max_layer is not None
+    assert default.tau is not None
+    taus = [round(share * default.tau, 3) for share in TAUS]
     firsts = _places(FIRST, depth, ranking_layers.index(default.min_layer))
     lasts = _places(LAST, depth, ranking_layers.index(default.max_layer))
     found = {tuple(settings_of(default).values()): default}
     stages = [*_stages(ranking_layers), default.stages[0] if default.stages else None]
-    for stage, first, last, tau in itertools.product(stages, firsts, lasts, TAUS):
+    for stage, first, last, tau in itertools.product(stages, firsts, lasts, taus):
         opening = ranking_layers[first] if stage is None or stage.min_layer is None else stage.min_layer
         if last < first or opening > ranking_layers[first] or (stage is not None and last == first):
             continue

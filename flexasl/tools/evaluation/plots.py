@@ -140,7 +140,7 @@ def decisions(results: Results) -> Figure | None:
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("layer")
         lookup = any(record["lookup"] for record in looked)
-        axes.set_ylabel("attention to one far token" if lookup else "rank variance / reference")
+        axes.set_ylabel("highest score of a far token" if lookup else "rank variance / reference")
     return _with_legend(figure, "When is it time to select? Thin: prompts, dots: selections; thick: median of a task")
 
 
