@@ -687,7 +687,7 @@ def test_refuses_names_that_cannot_be_written(tmp_path: Path) -> None:
 def test_the_embedded_model_keeps_most_answers() -> None:
     model, tokenizer = run.load_model(None)
     config = flexasl.ASLConfig(select_tokens=192)
-    few = {"tasks": ["needle", "by_meaning"], "unseen": None, "samples": 2, "length": 768}
+    few = {"tasks": ["needle", "by_meaning"], "unseen": None, "samples": 2, "length": 1536}
     made = flexasl.calibrate(model, tokenizer, config, **few)
     assert made.chosen.held >= max(3, made.default.held) and made.chosen.waited <= 1
     assert made.chosen.cost <= made.default.cost < 0.8

@@ -99,7 +99,7 @@ def test_results_are_the_models_answers(finished: Path, loaded) -> None:
     assert row.ranked_by == line["ranked_by"] == "What is the pass key?" and line["answer"] == pruned.text
     assert line["selections"] == [{"layer": one.layer, "kept_tokens": one.kept_tokens} for one in row.selections]
     assert line["eval_layers"] == list(row.eval_layers) and line["lookup"] == pytest.approx(row.lookup, rel=1e-5)
-    assert line["thresholds"] == [[0.95, 0, 1], [0.5, 2, 3]] and line["variance_ratio"] == []
+    assert line["thresholds"] == [[0.4, 0, 1], [0.2, 2, 3]] and line["variance_ratio"] == []
     prompts = lines(finished / "prompts-0.jsonl")
     assert sample.to_dict() in prompts and len(prompts) == 8
 

@@ -72,7 +72,7 @@ def test_a_profile_fills_in_what_is_open(known: Path) -> None:
     assert settings_on(tiny("llama"), policy="asl_two_pass") == (FILLED | {"stages": ()}, named), "it has none"
     assert settings_on(tiny("qwen2"))[1] is None, "another model"
     assert settings_on(tiny("llama"), profile=False) == settings_on(
-        tiny("llama"), flexasl.ASLConfig(tau=0.5), profile=False
+        tiny("llama"), flexasl.ASLConfig(tau=0.2), profile=False
     )
 
 
@@ -439,6 +439,6 @@ def test_evaluation_says_whether_profiles_count(loaded, tmp_path: Path, profile:
     asked = {"tasks": ["passkey"], "lengths": [200], "samples": 1, "policies": ["asl"], "budgets": [64]}
     evaluate(plan(**asked, profile=profile), *loaded, tmp_path / "out", together=together)
     _, answered = map(json.loads, (tmp_path / "out/answers-0.jsonl").read_text().splitlines())
-    assert answered["tau"] == (0.55 if profile else 0.5)
+    assert answered["tau"] == (0.55 if profile else 0.2)
     with pytest.raises(flexasl.FlexASLError, match=f"holds results with profile={profile}, not {not profile}"):
         evaluate(plan(**asked, profile=not profile), *loaded, tmp_path / "out", together=together)
