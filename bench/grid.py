@@ -22,10 +22,12 @@ from typing import Any
 
 from models import MODELS
 from page import VARIANTS, write_pages
+from squad import write_questions
 
 from flexasl import evaluation
 from flexasl.tools.evaluation.records import ANSWERS, check
 from flexasl.tools.evaluation.runner import answer_key, evaluate
+from flexasl.tools.evaluation.sources import Sources
 from flexasl.tools.evaluation.storage import RUN, read_all
 from flexasl.tools.loading import load_model
 
@@ -34,9 +36,13 @@ STORE = ROOT / "docs" / "results" / "grid"
 SEED = 180
 """No setting was chosen on its prompts."""
 BUDGET = 256
+QUESTIONS = "questions.json"
+"""What `bench/squad.py` writes."""
 LITERAL = ("niah_single_2", "niah_multikey_1", "number_string")
 TASKS = (*LITERAL, "niah_single_3", "niah_multivalue", "vt", "fwe", "kv_retrieval", "by_meaning", "uniform")
 FEW_TASKS = (*LITERAL, "by_meaning", "uniform")
+SQUAD_TASKS = ("qa_1",)
+"""Of questions that `bench/squad.py` writes."""
 POOLING = "kernel_size=17,pooling=phrase"
 RANKING = f"{POOLING},score_power=max,contrast=true"
 POOLED = ("fixed_layer", "snapkv", "pyramid_kv", "pyramid_infer")
@@ -62,6 +68,7 @@ class Cell:
         told += ["--samples", str(self.samples), "--budget", str(self.budget), "--answer-tokens", "48"]
         told += ["--seed", str(SEED)]
         told += ["--policies", ",".join(self.policies)]
+        told += ["--qa-file", QUESTIONS] if self.tasks == SQUAD_TASKS else []
         told += [] if self.model == EMBEDDED else ["--model", MODELS[self.model].file]
         for name, value in self.options.items():
             option = name.replace("_", "-")
@@ -80,6 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "behind60": BY_QUESTION | {"after_question": "rules"},
     "behind120": BY_QUESTION | {"after_question": "rules-120"},
     "front": BY_QUESTION | {"question_first": True},
+    "squad": BY_QUESTION,
 }
 """Of cells at 2,048 tokens: what they ask of `flexasl.evaluation.plan`."""
 OURS = ("asl", f"asl:kv_budget={BUDGET}")
@@ -98,9 +106,14 @@ def _cells(short: str, model: str, samples: int, layers: tuple[int, int], loose:
         "pooling": (f"paper:{POOLING}", *(f"{name}:{POOLING}" for name in POOLED)),
         "rules": ("asl", "fixed_layer", "snapkv"),
     }
+    tasks = dict.fromkeys(VARIANTS, TASKS) | {"squad": SQUAD_TASKS}
     return {
         f"{short}-{kind}": Cell(
-            model, policies.get(kind, FEW_METHODS), samples, TASKS if kind in VARIANTS else FEW_TASKS, options=options
+            model,
+            policies.get(kind, FEW_METHODS),
+            8 if kind == "squad" else samples,
+            tasks.get(kind, FEW_TASKS),
+            options=options,
         )
         for kind, options in KINDS.items()
     }
@@ -170,6 +183,7 @@ def run(name: str, models: Path, out: Path) -> None:
         budgets=[cell.budget],
         seed=SEED,
         answer_tokens=48,
+        sources=Sources(qa_files=(write_questions(out),)) if cell.tasks == SQUAD_TASKS else None,
         **cell.options,
     )
     _restore(name, folder)

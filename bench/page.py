@@ -36,6 +36,7 @@ BEHIND = {
 }
 LENGTHS = {"ranking": "2,048 tokens", "4k": "4,096", "8k": "8,192", "16k": "16,384 (1,024 selected)"}
 """Kinds of cells that are set side by side."""
+SQUAD = {"squad": "questions in SQuAD's format, over made-up articles"}
 ALIKE = 0.005
 """Costs that differ by less are equal."""
 
@@ -129,7 +130,7 @@ def results_page(cells: Cells) -> str:
         "Made of the answers in [grid](grid) by `python bench/grid.py page`. Greedy answers to prompts that no setting "
         "was chosen on. Scores are means over tasks, with 95 % bootstrap intervals by prompt; behind each stands the "
         "counted cost of the prefill, as a share of the full one. Every method runs at its paper's settings, scaled to "
-        "the model's depth, with our pooling (`kernel_size=17`, `forward`), and with our ranking (the question's "
+        "the model's depth, with our pooling (`kernel_size=17`, `phrase`), and with our ranking (the question's "
         "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
         "is [the default rule](../defaults.md); results of the former one are [here](variance.md).",
         "![Accuracy against the cost of the prefill](grid.png)",
@@ -251,13 +252,14 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
     if "rules" in kinds and "paper" in kinds:
         parts += _rules_part(kinds)
     parts += _side_by_side("By what stands behind the question, all ranked by it", kinds, BEHIND)
-    return parts + _side_by_side("By length of the prompt, all ranked by the question", kinds, LENGTHS)
+    parts += _side_by_side("By length of the prompt, all ranked by the question", kinds, LENGTHS)
+    return parts + (_side_by_side("Reading comprehension, ranked by the question", kinds, SQUAD, least=1))
 
 
-def _side_by_side(title: str, kinds: Mapping[str, list[Record]], names: Mapping[str, str]) -> list[str]:
-    """Cells of several kinds on the prompts that all of them have."""
+def _side_by_side(title: str, kinds: Mapping[str, list[Record]], names: Mapping[str, str], least: int = 2) -> list[str]:
+    """Cells of several kinds, where so many are there, on the prompts that all of them have."""
     own = {kind: kinds[kind] for kind in names if kind in kinds}
-    if len(own) < 2:
+    if len(own) < least:
         return []
     shared = set.intersection(*({(one["task"], one["index"]) for one in records} for records in own.values()))
     columns: dict[str, dict[str, str]] = {}

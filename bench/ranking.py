@@ -1,4 +1,4 @@
-"""What ranks a prompt's tokens: on how many prompts the best ones hold the answer's, by whose queries, score and layer.
+"""What ranks a prompt's tokens: on how many prompts the best ones hold the answer's, with each idea alone and left out.
 
 Every prompt is read with its full cache, once for each way to score; questions have format rules behind them in half of
 the prompts, and no answer is begun.
@@ -18,6 +18,7 @@ from torch import Tensor
 import flexasl
 from flexasl import ASLConfig
 from flexasl.asking import Asked
+from flexasl.config import LOOKUP_SCORES, PUBLISHED_SCORES
 from flexasl.integrations.transformers.models import decoder_layers
 from flexasl.ops import over_heads
 from flexasl.policies.base import SCORES
@@ -32,18 +33,28 @@ from flexasl.tools.evaluation.tasks import build
 from flexasl.tools.loading import load_model
 
 KINDS = {
-    "literal": ("niah_single_2", "niah_multikey_1", "niah_multiquery", "niah_multivalue", "passkey", "number_string"),
+    "literal": (
+        *("niah_single_2", "niah_single_3", "niah_multikey_1"),
+        *("niah_multiquery", "niah_multivalue", "kv_retrieval"),
+    ),
     "by meaning": ("by_meaning",),
     "uniform": ("uniform",),
 }
-OWN = {"kernel_size": 25, "pooling": "maxpool"}
+PAPER = {name: PUBLISHED_SCORES[name] for name in ("kernel_size", "pooling", "score_power", "contrast")}
+OURS = {name: LOOKUP_SCORES[name] for name in PAPER}
+PHRASE = {"kernel_size": 17, "pooling": "phrase"}
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "last 32 tokens: sum, average of 7 (ASL, FastKV)": (False, {"kernel_size": 7, "pooling": "avgpool"}),
-    "last 32 tokens: sum": (False, OWN),
-    "question: sum": (True, OWN),
-    "question: squares": (True, OWN | {"score_power": 2}),
-    "question: highest": (True, OWN | {"score_power": "max"}),
-    "question: highest, less the text's": (True, OWN | {"score_power": "max", "contrast": True}),
+    "ASL, FastKV: last 32 tokens, sum, average of 7": (False, PAPER),
+    "only the question added": (True, PAPER),
+    "only the highest weight added": (False, PAPER | {"score_power": "max"}),
+    "only the phrase added": (False, PAPER | PHRASE),
+    "**ours**: question, highest weight, contrast, phrase": (True, OURS),
+    "without the question": (False, OURS),
+    "without the highest weight: sum": (True, OURS | {"score_power": 1}),
+    "without the highest weight: squares": (True, OURS | {"score_power": 2}),
+    "without contrast": (True, OURS | {"contrast": False}),
+    "without the phrase: maximum of 25": (True, OURS | {"kernel_size": 25, "pooling": "maxpool"}),
+    "without the phrase: average of 7": (True, OURS | {"kernel_size": 7, "pooling": "avgpool"}),
 }
 """Whether the question ranks, and how."""
 
@@ -95,7 +106,7 @@ def main() -> None:
     peaks = [
         [kind, way, *(f"{fmean(found[layer] for found in seen):.2f}" for layer in shown)]
         for (kind, way), seen in looked_up.items()
-        if "highest" in way
+        if way.startswith("**ours")
     ]
     body += "\n\nHighest score of a far token, mean over prompts:\n\n"
     body += table(["prompts", "ranked by", *map(str, shown)], peaks)
@@ -133,7 +144,7 @@ def keeper(tokenizer: Any, prompt: Prompt, budget: int, window: int = 32) -> Cal
     return kept
 
 
-def far(tokenizer: Any, prompt: Prompt, scores: list[Tensor], near: int = 44) -> list[float]:
+def far(tokenizer: Any, prompt: Prompt, scores: list[Tensor], near: int = 77) -> list[float]:
     """By layer, the highest score of a token that is far from the question and from the start."""
     first = next(at for at, _ in find_question(tokenizer, prompt.ids) if at > len(prompt.ids) // 2)
     return [float(one[near : first - near].max()) for one in scores]

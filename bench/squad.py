@@ -35,8 +35,13 @@ def write_questions(folder: Path) -> Path:
     """The file `questions.json` in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "questions.json"
-    file.write_text(json.dumps(articles(), indent=1) + "\n", encoding="utf-8")
+    write(file)
     return file
+
+
+def write(file: Path) -> None:
+    """The file of all articles."""
+    file.write_text(json.dumps(articles(), indent=1) + "\n", encoding="utf-8")
 
 
 def _article(rng: Random, place: int) -> dict[str, Any]:
@@ -89,4 +94,4 @@ def _article(rng: Random, place: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(articles(), indent=1) + "\n", encoding="utf-8")
+    write(Path(sys.argv[1]))

@@ -102,12 +102,20 @@ def test_stored_answers_are_gone_on_with(bench, monkeypatch, tmp_path):
     assert grid.read(name)[0]["identity"] == about["identity"]
 
 
-def test_every_cell_is_a_plan_that_flexasl_eval_takes(bench):
-    grid = bench("grid")
+def test_every_cell_is_a_plan_that_flexasl_eval_takes(bench, tmp_path):
+    grid, questions = bench("grid"), bench("squad").write_questions(tmp_path)
     from flexasl import evaluation
+    from flexasl.tools.evaluation.sources import Sources
 
     for cell in grid.CELLS.values():
-        how = {"tasks": cell.tasks, "lengths": [cell.length], "samples": cell.samples, "policies": cell.policies}
+        sources = Sources(qa_files=(questions,)) if cell.tasks == grid.SQUAD_TASKS else None
+        how = {
+            "sources": sources,
+            "tasks": cell.tasks,
+            "lengths": [cell.length],
+            "samples": cell.samples,
+            "policies": cell.policies,
+        }
         plan = evaluation.plan(**how, budgets=[cell.budget], seed=grid.SEED, **cell.options)
         assert len(plan.settings) == 1 + len(cell.policies)
         assert cell.command().startswith("flexasl eval --together --tasks ")
