@@ -111,7 +111,14 @@ def write_pages(cells: Cells, root: Path) -> None:
     folder = root / "docs" / "results"
     models = _by_model(cells)
     (folder / "README.md").write_text(results_page(cells), encoding="utf-8")
-    picture({model: _rows(kinds) for model, kinds in models.items()}).savefig(folder / "grid.png", dpi=120)
+    drawn = {
+        "grid": picture({model: _rows(kinds) for model, kinds in models.items()}),
+        "layers": picture_of_layers(models),
+        "behind": picture_of_endings(models),
+    }
+    for name, figure in drawn.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=120)
     readme = root / "README.md"
     readme.write_text(with_part(readme.read_text(encoding="utf-8"), readme_part(cells)), encoding="utf-8")
 
@@ -135,8 +142,13 @@ def results_page(cells: Cells) -> str:
         "is [the default rule](../defaults.md); results of the former one are [here](variance.md).",
         "![Accuracy against the cost of the prefill](grid.png)",
     ]
-    for model, kinds in _by_model(cells).items():
+    models = _by_model(cells)
+    if picture_of_layers(models) is not None:
+        parts.append("![Where prompts of each group were cut](layers.png)")
+    for model, kinds in models.items():
         parts += _model_part(model, kinds)
+    if picture_of_endings(models) is not None:
+        parts.append("![What text behind the question does to each method](behind.png)")
     parts += ["## Commands", *(_command(name, cell, told) for name, (cell, told, _) in cells.items())]
     return "\n\n".join(parts) + "\n"
 
@@ -181,6 +193,59 @@ def picture(models: Mapping[str, list[Row]]) -> Figure:
     figure.suptitle(
         "Hollow: at the paper's settings, filled: with our ranking; stars: full cache and FlexASL", fontsize=10
     )
+    return figure
+
+
+def picture_of_layers(models: Mapping[str, dict[str, list[Record]]]) -> Figure | None:
+    """Where FlexASL's default cut the prompts of each group: loosely in pale, finally in full color."""
+    cut = {
+        model: [one for one in kinds.get("ranking", ()) if one["setting"].startswith("asl@") and one["selections"]]
+        for model, kinds in models.items()
+    }
+    cut = {model: records for model, records in cut.items() if records}
+    if not cut:
+        return None
+    figure = Figure(figsize=(6 * len(cut), 4), layout="constrained")
+    for axes, (model, records) in zip(figure.subplots(1, len(cut), squeeze=False)[0], cut.items(), strict=True):
+        groups = {name: [one for one in records if one["task"] in tasks] for name, tasks in GROUPS.items()}
+        groups = {name: own for name, own in groups.items() if own}
+        for place, own in enumerate(groups.values()):
+            for number, record in enumerate(sorted(own, key=_prompt)):
+                height = place + 0.12 * (number % 5 - 2)
+                *loose, final = (made["layer"] for made in record["selections"])
+                axes.plot([*loose, final], [height] * (len(loose) + 1), color="crimson", linewidth=0.8, alpha=0.4)
+                axes.plot(loose, [height] * len(loose), "o", color="crimson", alpha=0.35, markersize=6)
+                axes.plot([final], [height], "o", color="crimson", markersize=6)
+        axes.set_yticks(range(len(groups)), groups)
+        axes.invert_yaxis()
+        axes.set(title=model, xlabel="layer", xlim=(-0.5, records[0]["num_layers"] - 0.5))
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("Where prompts were cut: loosely (pale) and finally, a line for each prompt", fontsize=10)
+    return figure
+
+
+def picture_of_endings(models: Mapping[str, dict[str, list[Record]]]) -> Figure | None:
+    """What text behind the question does to each method, where that was asked."""
+    told = {model: _columns(kinds, BEHIND) for model, kinds in models.items()}
+    told = {model: columns for model, columns in told.items() if columns}
+    if not told:
+        return None
+    figure = Figure(figsize=(6 * len(told) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(told), sharey=True, squeeze=False)[0]
+    for axes, (model, columns) in zip(panels, told.items(), strict=True):
+        kinds = [kind for kind in BEHIND if any(kind in rows for rows in columns.values())]
+        for place, (title, rows) in enumerate(columns.items()):
+            seen = [kind for kind in kinds if kind in rows]
+            style: dict[str, Any] = {"color": "black"} if title == "full cache" else {"color": f"C{place}"}
+            style |= {"color": "crimson", "linewidth": 2.5} if rows[seen[0]].method.ours else {}
+            scores = [rows[kind].score().mean for kind in seen]
+            axes.plot([kinds.index(kind) for kind in seen], scores, marker="o", label=title.replace("*", ""), **style)
+        axes.set_xticks(range(len(kinds)), [BEHIND[kind] for kind in kinds], rotation=20, ha="right")
+        axes.set(title=model, ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("score")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
@@ -258,20 +323,29 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
 
 def _side_by_side(title: str, kinds: Mapping[str, list[Record]], names: Mapping[str, str], least: int = 2) -> list[str]:
     """Cells of several kinds, where so many are there, on the prompts that all of them have."""
+    columns = _columns(kinds, names, least)
+    own = [kind for kind in names if any(kind in rows for rows in columns.values())]
+    lines = [
+        [name, *(rows[kind].told() for kind in own)] for name, rows in columns.items() if len(rows) == len(own) and own
+    ]
+    if not lines:
+        return []
+    records = next(iter(columns.values()))[own[0]].records
+    counted = f"{len(records)} prompts of {len({one['task'] for one in records})} tasks"
+    return [f"{title}; {counted}:", table(["method", *(names[kind] for kind in own)], lines)]
+
+
+def _columns(kinds: Mapping[str, list[Record]], names: Mapping[str, str], least: int = 2) -> dict[str, dict[str, Row]]:
+    """By method and kind of cell, where so many kinds are there, the answers to prompts that all of them have."""
     own = {kind: kinds[kind] for kind in names if kind in kinds}
     if len(own) < least:
-        return []
+        return {}
     shared = set.intersection(*({(one["task"], one["index"]) for one in records} for records in own.values()))
-    columns: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[str, Row]] = {}
     for kind, records in own.items():
-        some = [record for record in records if (record["task"], record["index"]) in shared]
-        for row in _rows({"ranking": some}):
-            columns.setdefault(row.title, {})[kind] = row.told()
-    lines = [
-        [title, *(told.get(kind, "–") for kind in own)] for title, told in columns.items() if len(told) == len(own)
-    ]
-    heads = ["method", *(names[kind] for kind in own)]
-    return [f"{title}; {len(shared)} prompts of {len({task for task, _ in shared})} tasks:", table(heads, lines)]
+        for row in _rows({"ranking": [one for one in records if (one["task"], one["index"]) in shared]}):
+            columns.setdefault(row.title, {})[kind] = row
+    return columns
 
 
 def _rules_part(kinds: dict[str, list[Record]]) -> list[str]:

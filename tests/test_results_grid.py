@@ -70,6 +70,31 @@ def test_what_the_full_cache_cannot_do_is_named_and_left_out(bench):
     assert "`fwe` (0.00)" in text and "| FastKV | – | – | 1.00 [1.00, 1.00] at 0.30 | 0.60 |" in text
 
 
+def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_path):
+    grid, page = bench("grid"), bench("page")
+    made = cells(grid)
+    cell, about, records = made["tiny-ranking"]
+    fewer = [{**one, "score": one["score"] / 2} for one in records if one["index"] < 4]
+    made |= {f"tiny-{kind}": (cell, about, fewer) for kind in ("behind60", "front", "4k", "squad")}
+    text = page.results_page(made)
+    assert (
+        "all ranked by it; 8 prompts of 2 tasks:\n\n| method | nothing behind it | 60 tokens | the question in front |"
+        in text
+    )
+    beside = text.partition("all ranked by it;")[2].split("\n\n")[1].splitlines()
+    (line,) = [line for line in beside if line.startswith("| **FlexASL**, default settings | ")]
+    before, *halves = (float(cell.split()[0]) for cell in line.split(" | ")[1:])
+    assert len(halves) == 2 and all(one == pytest.approx(before / 2, abs=0.01) for one in halves)
+    assert "length of the prompt, all ranked by the question; 8 prompts" in text and "| 2,048 tokens | 4,096 |" in text
+    assert "questions in SQuAD's format, over made-up articles |" in text
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"a {page.BEGIN} old {page.END} b")
+    page.write_pages(made, tmp_path)
+    for name in ("grid", "layers", "behind"):
+        assert f"({name}.png)" in text and (tmp_path / "docs" / "results" / f"{name}.png").stat().st_size > 5_000
+    assert (tmp_path / "README.md").read_text().startswith(f"a {page.BEGIN}\n|")
+
+
 def test_order_of_answers_makes_no_difference(bench):
     grid, page = bench("grid"), bench("page")
     (name, (cell, about, records)), *_ = cells(grid).items()
