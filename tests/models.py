@@ -76,12 +76,13 @@ STAGED = flexasl.ASLConfig(
     select_tokens=24,
     window=8,
     kernel_size=3,
+    pooling="maxpool",
     stages=flexasl.Stage(tokens=0.5, tau=0.25, min_layer=1, max_layer=2),
     min_layer=2,
     max_layer=4,
     tau=0.2,
 )
-"""Likewise, by the rule of look-ups, in two stages."""
+"""Likewise, by the rule of look-ups, in two stages, with a pool that leaves such short prompts far tokens."""
 RULES = {"variance": SMALL, "lookup": STAGED}
 
 
