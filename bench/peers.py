@@ -117,7 +117,7 @@ def compare(args: argparse.Namespace) -> None:
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("kvpress", "transformers", "torch"))
     text = (
-        f"# Peers by their own code\n\n{versions}, against our versions of the methods, SmolLM2-135M-Instruct, float32, "
+        f"# Peers by their own code\n\n{versions}, against our versions, SmolLM2-135M-Instruct, float32, "
         f"{len(told['prompts'])} prompts of {told['tokens']:,} tokens (seed {told['seed']}; {', '.join(TASKS)}), "
         f"{told['budget']} entries a KV head: same answers, token by token ({ANSWER_TOKENS} tokens), and the share "
         "of kept entries that are the same, mean over layers and heads. `python bench/peers.py ours`, then "
