@@ -185,7 +185,7 @@ class Report:
         if tau is None or not any(row.eval_layers for row in self.rows):
             return ""
         if any(row.lookup for row in self.rows):
-            return f"; threshold: a look-up of {tau:g} of a head's attention"
+            return f"; threshold: a look-up of {tau:g}"
         return f"; threshold: rank variance below {tau:g} of its {reference or 'reference'} value"
 
     def _row_lines(self, index: int, row: RowReport) -> list[str]:

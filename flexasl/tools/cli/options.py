@@ -92,7 +92,7 @@ KVDtypeName = Annotated[
 Tau = Annotated[
     float | None,
     typer.Option(
-        help="Share of a head's attention to one token that counts as a look-up, in (0, 1]; under paper, the variance "
+        help="Score of a far token that counts as a look-up, in (0, 1]; under paper, the variance "
         "ratio below which ranks have settled.",
         callback=_number,
         show_default="0.5; 0.3 under paper",
