@@ -1,7 +1,7 @@
 """Prefill time of a patched model as a share of the unpatched one's, beside the limit that arithmetic sets.
 
 A prompt cannot take less of the full time than the mean over layers of what a layer costs on the tokens that are left,
-as a share of its cost on all of them, measured here. `asl` ranks by the question, fixed layers by the window. Runs
+as a share of its cost on all of them, measured here; `counted` is that in operations. `asl` ranks by the question, fixed layers by the window. Runs
 alternate, and shares are medians of pairs, because machines are shared.
 """
 
@@ -17,6 +17,7 @@ from setting import arguments, setting, table, write
 
 import flexasl
 from flexasl.prefill import Prefill
+from flexasl.tools.evaluation.costs import layer_costs, row_share
 from flexasl.tools.loading import load_model
 from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
 
@@ -28,12 +29,14 @@ def main() -> None:
     setting()
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     asking = {"tokenizer": tokenizer, "question": FACT.question}
-    rows, data = [], []
+    rows, data, costs = [], [], layer_costs(model)
     for tokens in args.tokens:
         ids = _prompt(tokenizer, tokens, args.device)
         if args.keep_all:
             pairs = _pairs(model, ids, args.pairs, config=flexasl.ASLConfig(select_tokens=1.0), **asking)
-            rows.append([ids.shape[1], "all", "", _seconds(pairs, 0), _seconds(pairs, 1), _share(pairs), "1.000", ""])
+            rows.append(
+                [ids.shape[1], "all", "", _seconds(pairs, 0), _seconds(pairs, 1), _share(pairs), "1.000", "1.000", ""]
+            )
             data.append({"tokens": ids.shape[1], "keep": "all", "pairs": pairs})
         config = flexasl.ASLConfig(select_tokens=args.select_tokens)
         known = {ids.shape[1]: 1.0}
@@ -48,12 +51,18 @@ def main() -> None:
             median = statistics.median(b / a for a, b in pairs)
             rows.append(
                 [ids.shape[1], f"{args.select_tokens}, {name}", selected, _seconds(pairs, 0), _seconds(pairs, 1)]
-                + [_share(pairs), f"{limit:.3f} ({median / limit - 1:+.1%})", f"{scoring:.2%}"]
+                + [_share(pairs), f"{row_share(costs, row):.3f}", f"{limit:.3f} ({median / limit - 1:+.1%})"]
+                + [f"{scoring:.2%}"]
             )
             data.append(
                 {"tokens": ids.shape[1], "keep": args.select_tokens, "policy": name}
                 | {"selected_layers": [selection.layer for selection in row.selections], "pairs": pairs}
-                | {"limit": limit, "layer_shares": dict(known), "scoring_share": scoring}
+                | {
+                    "counted": row_share(costs, row),
+                    "limit": limit,
+                    "layer_shares": dict(known),
+                    "scoring_share": scoring,
+                }
             )
     heads = [
         "tokens",
@@ -62,6 +71,7 @@ def main() -> None:
         "unpatched, s",
         "patched, s",
         "share",
+        "counted",
         "limit (above it)",
         "scoring and decision",
     ]
