@@ -1,8 +1,8 @@
 """Prefill time of a patched model as a share of the unpatched one's, beside the limit that arithmetic sets.
 
 A prompt cannot take less of the full time than the mean over layers of what a layer costs on the tokens that are left,
-as a share of its cost on all of them, measured here; `counted` is that in operations. `asl` ranks by the question, fixed layers by the window. Runs
-alternate, and shares are medians of pairs, because machines are shared.
+as a share of its cost on all of them, measured here; `counted` is the same in operations. `asl` ranks by the question,
+fixed layers by the window. Runs alternate, and shares are medians of pairs, because machines are shared.
 """
 
 from __future__ import annotations
