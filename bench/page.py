@@ -140,7 +140,8 @@ def results_page(cells: Cells) -> str:
         "the model's depth, with our pooling (`kernel_size=17`, `phrase`), and with our ranking (the question's "
         "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
         "is [the default rule](../defaults.md); results of the former one are [here](variance.md). SnapKV and "
-        "StreamingLLM here keep the entries, and give the answers, that [kvpress's own code](../benchmarks/peers.md) does.",
+        "StreamingLLM here keep the entries, and give the answers, that [kvpress's own code](../benchmarks/peers.md) "
+        "does.",
         "![Accuracy against the cost of the prefill](grid.png)",
     ]
     models = _by_model(cells)
