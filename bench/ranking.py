@@ -146,7 +146,8 @@ def keeper(tokenizer: Any, prompt: Prompt, budget: int, window: int = 32) -> Cal
 
 def far(tokenizer: Any, prompt: Prompt, scores: list[Tensor], near: int = 77) -> list[float]:
     """By layer, the highest score of a token that is far from the question and from the start."""
-    first = next(at for at, _ in find_question(tokenizer, prompt.ids) if at > len(prompt.ids) // 2)
+    tokens = len(prompt.ids)
+    first = next((at for at, _ in find_question(tokenizer, prompt.ids) if at > tokens // 2), tokens - 32)
     return [float(one[near : first - near].max()) for one in scores]
 
 

@@ -141,7 +141,8 @@ def _late(sentences: list[_Sentence], kind: Kind) -> tuple[list[_Sentence], bool
     for place in range(len(sentences) - 1, -1, -1):
         one = sentences[place]
         if one.kind == kind:
-            return _with_those_before(sentences, place), words == 0 or one.opens
+            found = _with_those_before(sentences, place)
+            return found, words == 0 or found[0].opens
         words += one.words
         if words > NEAR:
             break

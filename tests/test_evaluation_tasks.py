@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tiny_chat import tiny_tokenizer
 
 from flexasl.errors import FlexASLError
+from flexasl.question import find_question, text_of
 from flexasl.tools.evaluation import Sample, Sources, build, tasks
 from flexasl.tools.evaluation.haystack import Haystack, hide
 from flexasl.tools.evaluation.recall import PARAPHRASES
-from flexasl.tools.evaluation.samples import RULES, Draft, Recipe, Wording, fill
+from flexasl.tools.evaluation.samples import AFTER_QUESTION, RULES, Draft, Recipe, Wording, fill
 from flexasl.tools.text import encode, prompt_ids, render
 
 RULER = (
@@ -384,6 +385,19 @@ def test_question_stands_where_it_is_asked_to(tokenizer, name) -> None:
     assert question.rstrip().endswith(("?", ".")) and body(first).startswith(f"{question}\n\n")
     assert body(first).count(question) == body(usual).count(question) and first.references == usual.references
     assert not body(first).endswith(question)
+
+
+@pytest.mark.parametrize("after", AFTER_QUESTION)
+def test_question_is_found_whatever_stands_behind_it(tokenizer, after) -> None:
+    for name, task in tasks().items():
+        for seed in range(3) if task.needs is None else ():
+            plain, made = (
+                build(name, tokenizer, 3000, seed, wording=Wording(after_question=one, answer_prefix=False))
+                for one in (None, after)
+            )
+            ids = encode(tokenizer, made.prompt)
+            found = text_of(tokenizer, ids, find_question(tokenizer, ids)).replace(" … ", " ")
+            assert " ".join(body(plain).rpartition("\n")[2].split()) in found, (name, seed, found)
 
 
 def test_end_of_prompts_is_chosen(tokenizer) -> None:

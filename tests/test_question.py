@@ -32,6 +32,11 @@ TEXTS = {
     "before, after a word of greeting": (f"Hello! I have a long text for you. {Q}\n\n{DOCUMENT}", [Q]),
     "both": (f"{Q}\n\n{DOCUMENT}\n\nQuestion: {Q}\nAnswer:", [Q, f"Question: {Q}"]),
     "in one line": (f"{DOCUMENT}{Q} {RULES}", [Q]),
+    "and a task in a line, in a text that opens like a task": (
+        f"Return the keys of the dictionary. {DOCUMENT}\n\nWhose mat is it? Give the name of the person.\n\n"
+        f"Rely on the text above and on nothing else. {RULES}",
+        ["Whose mat is it?", "Give the name of the person."],
+    ),
     "over two lines": (f"{DOCUMENT}\n\nBased on the text, which animal sat on\nthe mat?", None),
     "of a doctor": (f"{DOCUMENT}\n\nWhen did Dr. Smith go home? {RULES}", ["When did Dr. Smith go home?"]),
     "in quotes": (f'{DOCUMENT}\n\nWho said "Is it so?" to Mr. Smith?', ['Who said "Is it so?" to Mr. Smith?']),
