@@ -141,7 +141,7 @@ def results_page(cells: Cells) -> str:
         "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
         "is [the default rule](../defaults.md); results of the former one are [here](variance.md). SnapKV and "
         "StreamingLLM here keep the entries, and give the answers, that [kvpress's own code](../benchmarks/peers.md) "
-        "does.",
+        "does. Summaries and code, by likelihood: [here](../benchmarks/likelihood-smollm2.md).",
         "![Accuracy against the cost of the prefill](grid.png)",
     ]
     models = _by_model(cells)

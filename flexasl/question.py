@@ -60,9 +60,11 @@ _TASK = re.compile(
     r"write (?:me |us |down )?(?:a|an|the|some|down|two|three|\d+)\s+(?!sentence|word|plain|number)|"
     r"make (?:me |us )?(?:a|an|the) (?:list|table|summary|outline|overview)|"
     r"i(?:'d| would)? (?:want|need|like|wish|have a question)\b|i am (?:looking for|interested in)\b|"
-    r"(?:can|could|would|will) you\b|let me know\b|help me\b)",
+    r"(?:can|could|would|will) you\b|let me know\b|help me\b)\b",
     re.IGNORECASE,
 )
+_CODE = re.compile(r"[{}=;\[\]\\]|\w\(|\w_\w|^(?://|#)|^[a-z]+ (?:[\w.]+$|[(\"'])")
+"""In a sentence that begins with a small letter: a line of a program, or a comment."""
 _FORMAT = re.compile(
     r"\b(?:only|alone|nothing else|no other|letter of|format(?:ted)?|json|markdown|bullet|comma|separated|digits|"
     r"(?:one|a single|two|three|\d+) (?:short )?(?:word|sentence|line|paragraph|phrase)s?|briefly|concise(?:ly)?|"
@@ -205,6 +207,8 @@ def _kind(sentence: str) -> Kind:
     if re.search(rf"[?？؟]{_CLOSING}*$", sentence):
         return "text" if quoted else "asks"
     if quoted:
+        return "text"
+    if sentence.startswith(('"""', "'''")) or (bare[:1].islower() and _CODE.search(sentence)):
         return "text"
     while (opening := _OPENING.match(bare)) is not None:
         bare = bare[opening.end() :]

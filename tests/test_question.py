@@ -32,6 +32,14 @@ TEXTS = {
     "before, after a word of greeting": (f"Hello! I have a long text for you. {Q}\n\n{DOCUMENT}", [Q]),
     "both": (f"{Q}\n\n{DOCUMENT}\n\nQuestion: {Q}\nAnswer:", [Q, f"Question: {Q}"]),
     "in one line": (f"{DOCUMENT}{Q} {RULES}", [Q]),
+    "none in code": (
+        "import os\n\n\ndef first(items, test):\n    # return the first of them that passes, list others\n"
+        "    for item in items:\n        if test(item):\n            return item\n    print(items)\n"
+        '    return (\'\', False, None)\n\n\ndef all(self):\n    """Return the entire message."""\n'
+        "    quotes = {}\n    selected = find_all(items)\n    return self.as_bytes()\n",
+        [],
+    ),
+    "behind code": ("def first(items):\n    return items[0]\n\nfind what it returns for an empty list", None),
     "and a task in a line, in a text that opens like a task": (
         f"Return the keys of the dictionary. {DOCUMENT}\n\nWhose mat is it? Give the name of the person.\n\n"
         f"Rely on the text above and on nothing else. {RULES}",
