@@ -95,7 +95,7 @@ Tau = Annotated[
         help="Score of a far token that counts as a look-up, in (0, 1]; under paper, the variance "
         "ratio below which ranks have settled.",
         callback=_number,
-        show_default="0.5; 0.3 under paper",
+        show_default="0.2; 0.3 under paper",
     ),
 ]
 ConfigFile = Annotated[

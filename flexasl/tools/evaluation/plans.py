@@ -120,9 +120,9 @@ def plan(
     the window under `paper` and the other policies, as their papers have it; or one of both under all of them.
     profile: whether settings that are left open are those of the model's profile, where there is one.
     after_question: text that stands behind the question of every prompt: rules of how to answer, some 60 tokens of them
-        (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`). answer_prefix: whether prompts end with the start of the
-    answer; without it an answer gets some more tokens. question_first: whether the question stands before the text,
-    which tasks that come from a user's file do not take.
+        (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`).
+    answer_prefix: whether prompts end with the start of the answer; without it an answer gets some more tokens.
+    question_first: whether the question stands before the text, which tasks that come from a user's file do not take.
 
     Raises FlexASLError, which names the argument, what was given and what is allowed.
     """
