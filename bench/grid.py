@@ -1,9 +1,11 @@
 """Every method on every model: answers into `docs/results/grid`, and the pages that are made of them.
 
     python bench/grid.py run [CELL ...] [--models FOLDER]     answers what is missing, hours of it, and can be stopped
+    python bench/grid.py time [CELL ...] [--models FOLDER]    time to the first token and memory of a cell's settings
     python bench/grid.py page                                 tables and pictures, from the answers that are there
 
-A cell is an evaluation of one model. `run` without a name goes through all, and names those whose model is not there.
+A cell is an evaluation of one model. `run` and `time` without a name go through all, and name those whose model is not
+there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,16 +23,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import first_token
+from memory import LEAN
+from methods import VARIANTS
 from models import MODELS
-from page import VARIANTS, write_pages
+from page import write_pages
+from setting import setting
 from squad import write_questions
 
 from flexasl import evaluation
+from flexasl.tools.evaluation.plans import Setting
 from flexasl.tools.evaluation.records import ANSWERS, check
 from flexasl.tools.evaluation.runner import answer_key, evaluate
 from flexasl.tools.evaluation.sources import Sources
 from flexasl.tools.evaluation.storage import RUN, read_all
+from flexasl.tools.evaluation.tasks import build
 from flexasl.tools.loading import load_model
+from flexasl.tools.text import encode
 
 ROOT = Path(__file__).parent.parent
 STORE = ROOT / "docs" / "results" / "grid"
@@ -144,24 +154,38 @@ CELLS = {
     **_few("gemma", "gemma3-270m", 2),
 }
 
+TIMED = [name for name in CELLS if name.rpartition("-")[2] in ("paper", "ranking")]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
-    running = steps.add_parser("run")
-    running.add_argument("cells", nargs="*", choices=[[], *CELLS], default=[], metavar="CELL")
-    running.add_argument("--models", type=Path, default=Path("models"), help="folder of `bench/models.py`")
-    running.add_argument("--out", type=Path, default=Path("out/grid"))
+    running, timing = steps.add_parser("run"), steps.add_parser("time")
+    for step, names in ((running, [*CELLS]), (timing, TIMED)):
+        step.add_argument("cells", nargs="*", choices=[[], *names], default=[], metavar="CELL")
+        step.add_argument("--models", type=Path, default=Path("models"), help="folder of `bench/models.py`")
+        step.add_argument("--out", type=Path, default=Path("out/grid"))
+    timing.add_argument("--pairs", type=int, default=3, help="paired runs of each setting")
+    timing.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     paging = steps.add_parser("page")
     paging.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and docs/results")
     args = parser.parse_args()
     if args.step == "page":
-        write_pages({name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}, args.root)
+        cells = {name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}
+        write_pages(
+            cells, args.root, {name: json.loads(timed(name).read_text()) for name in cells if timed(name).exists()}
+        )
+        return
+    if args.step == "time" and args.peaks:
+        print(json.dumps(first_token.peaks(*_first_prompt(args.cells[0], args.models, args.out))))
         return
     missing = []
-    for name in args.cells or CELLS:
+    for name in args.cells or (CELLS if args.step == "run" else TIMED):
         try:
-            run(name, args.models, args.out)
+            if args.step == "run":
+                run(name, args.models, args.out)
+            else:
+                time(name, args.models, args.out, args.pairs)
         except FileNotFoundError as error:
             missing.append(f"{name} is left out: {error}")
     if missing:
@@ -171,11 +195,51 @@ def main() -> None:
 def run(name: str, models: Path, out: Path) -> None:
     """Answers what the store lacks of a cell. Raises FileNotFoundError where the model's file is not there."""
     cell, folder = CELLS[name], out / name
+    model, tokenizer = _model(cell, models)
+    _restore(name, folder)
+    with _packed(name, folder):
+        evaluate(
+            _plan(cell, out),
+            model,
+            tokenizer,
+            folder,
+            together=True,
+            on_progress=lambda *told: print(name, *told, flush=True),
+        )
+
+
+def time(name: str, models: Path, out: Path, pairs: int) -> None:
+    """Measures a cell's settings on its first prompt, on a machine that does nothing else, and stores the shares."""
+    where = setting()
+    model, tokenizer, ids, settings = _first_prompt(name, models, out)
+    seconds = first_token.times(model, tokenizer, ids, settings, pairs)
+    del model
+    again = [sys.executable, __file__, "time", name, "--models", str(models), "--out", str(out), "--peaks"]
+    lean = subprocess.run(again, env=os.environ | LEAN, capture_output=True, text=True, check=True)
+    peaks = json.loads(lean.stdout.splitlines()[-1])
+    told = where | {"tokens": len(ids), "settings": first_token.shares(seconds, peaks, settings[0].label)}
+    timed(name).write_text(json.dumps(told, indent=1) + "\n")
+
+
+def stored(name: str) -> Path:
+    """The file of a cell's answers."""
+    return STORE / f"{name}.jsonl.gz"
+
+
+def timed(name: str) -> Path:
+    """The file of a cell's times and memory."""
+    return STORE / f"{name}.time.json"
+
+
+def _model(cell: Cell, models: Path) -> tuple[Any, Any]:
     file = None if cell.model == EMBEDDED else models / MODELS[cell.model].file
     if file is not None and not file.exists():
         raise FileNotFoundError(f"{file} does not exist; fetch it with: python bench/models.py {cell.model}")
-    model, tokenizer = load_model(file)
-    plan = evaluation.plan(
+    return load_model(None if file is None else str(file))
+
+
+def _plan(cell: Cell, out: Path) -> evaluation.Plan:
+    return evaluation.plan(
         tasks=cell.tasks,
         lengths=[cell.length],
         samples=cell.samples,
@@ -186,16 +250,16 @@ def run(name: str, models: Path, out: Path) -> None:
         sources=Sources(qa_files=(write_questions(out),)) if cell.tasks == SQUAD_TASKS else None,
         **cell.options,
     )
-    _restore(name, folder)
-    with _packed(name, folder):
-        evaluate(
-            plan, model, tokenizer, folder, together=True, on_progress=lambda *told: print(name, *told, flush=True)
-        )
 
 
-def stored(name: str) -> Path:
-    """The file of a cell's answers."""
-    return STORE / f"{name}.jsonl.gz"
+def _first_prompt(name: str, models: Path, out: Path) -> tuple[Any, Any, list[int], tuple[Setting, ...]]:
+    """A cell's model and tokenizer, the token ids of its first prompt, and its settings, the full cache first."""
+    cell = CELLS[name]
+    model, tokenizer = _model(cell, models)
+    plan = _plan(cell, out)
+    first = plan.items()[0]
+    sample = build(first.task, tokenizer, first.length, plan.seed, first.index, plan.sources, plan.wording)
+    return model, tokenizer, encode(tokenizer, sample.prompt), plan.settings
 
 
 def read(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

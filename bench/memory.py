@@ -18,6 +18,8 @@ import flexasl
 from flexasl import embedded
 
 MIB = 2**20
+LEAN = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Environment: one allocation arena, which gives large blocks back at once, so that resident memory is live memory."""
 CASES: dict[str, dict[str, Any] | None] = {
     "unpatched": None,
     "select_tokens=512": {"select_tokens": 512},
@@ -34,8 +36,7 @@ def main() -> None:
     found = {}
     for case in CASES:
         child = [sys.executable, __file__, "--child", case, "--tokens", str(args.tokens), "--model", args.model]
-        # One allocation arena that gives large blocks back at once, so that resident memory is live memory.
-        lean = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        lean = os.environ | LEAN
         found[case] = json.loads(subprocess.run(child, capture_output=True, text=True, check=True, env=lean).stdout)
     full = found["unpatched"]
     rows = [
@@ -54,7 +55,7 @@ def _measure(args: argparse.Namespace) -> dict[str, int]:
     model = embedded.load()[0] if args.model == "embedded" else _random_model()
     ids = torch.randint(3, 100, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     model(ids[:, :256])
-    before = _reset_peak()
+    before = reset_peak()
     settings = CASES[args.child]
     if settings is None:
         cache = model(ids, logits_to_keep=1).past_key_values
@@ -62,7 +63,7 @@ def _measure(args: argparse.Namespace) -> dict[str, int]:
         with flexasl.patch(model, flexasl.ASLConfig(**settings)):
             cache = model(ids, logits_to_keep=1).past_key_values
     held = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
-    return {"prefill": _peak() - before, "cache": held}
+    return {"prefill": peak() - before, "cache": held}
 
 
 def _random_model() -> LlamaForCausalLM:
@@ -72,13 +73,13 @@ def _random_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Bytes resident now, from where the peak is counted anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bench(monkeypatch):
     """Modules of `bench/` by name, whose `models` is another than that of the tests."""
+    own = [path.stem for path in (ROOT / "bench").glob("*.py") if path.stem != "conftest"]
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    for name in ("models", "page", "squad", "grid"):
+    for name in own:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
-    for name in ("models", "page", "squad", "grid"):
+    for name in own:
         sys.modules.pop(name, None)
 
 
@@ -58,15 +59,15 @@ def cells(grid, ours=0.5, other=1.0, cost=0.3):
 
 def test_a_method_that_is_better_at_no_greater_cost_is_named(bench):
     grid, page = bench("grid"), bench("page")
-    text = page.results_page(cells(grid))
+    text = page.results_page(cells(grid), {})
     assert "interval of the difference: FastKV with our ranking (1.00 [1.00, 1.00] at 0.30, ours 0.50" in text
-    assert "interval of the difference: none" in page.results_page(cells(grid, cost=0.5))
-    assert "interval of the difference: none" in page.results_page(cells(grid, ours=1.0))
+    assert "interval of the difference: none" in page.results_page(cells(grid, cost=0.5), {})
+    assert "interval of the difference: none" in page.results_page(cells(grid, ours=1.0), {})
 
 
 def test_what_the_full_cache_cannot_do_is_named_and_left_out(bench):
     grid, page = bench("grid"), bench("page")
-    text = page.results_page(cells(grid))
+    text = page.results_page(cells(grid), {})
     assert "`fwe` (0.00)" in text and "| FastKV | – | – | 1.00 [1.00, 1.00] at 0.30 | 0.60 |" in text
 
 
@@ -76,7 +77,7 @@ def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_pa
     cell, about, records = made["tiny-ranking"]
     fewer = [{**one, "score": one["score"] / 2} for one in records if one["index"] < 4]
     made |= {f"tiny-{kind}": (cell, about, fewer) for kind in ("behind60", "front", "4k", "squad")}
-    text = page.results_page(made)
+    text = page.results_page(made, {})
     assert (
         "all ranked by it; 8 prompts of 2 tasks:\n\n| method | nothing behind it | 60 tokens | the question in front |"
         in text
@@ -89,10 +90,25 @@ def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_pa
     assert "questions in SQuAD's format, over made-up articles |" in text
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text(f"a {page.BEGIN} old {page.END} b")
-    page.write_pages(made, tmp_path)
+    page.write_pages(made, tmp_path, {})
     for name in ("grid", "layers", "behind"):
         assert f"({name}.png)" in text and (tmp_path / "docs" / "results" / f"{name}.png").stat().st_size > 5_000
     assert (tmp_path / "README.md").read_text().startswith(f"a {page.BEGIN}\n|")
+
+
+def test_time_and_memory_stand_beside_the_counted_cost(bench):
+    grid, page, first_token = bench("grid"), bench("page"), bench("first_token")
+    made = cells(grid)
+    name = f"fixed_layer:{grid.RANKING}@64"
+    timed = {"full": {"share": 1.0, "counted": 1.0}, name: {"share": 0.41, "counted": 0.3}}
+    peaked = {"full": {"peak": 400, "kv": 80}, name: {"peak": 100, "kv": 20}}
+    where = {"command": "c", "hardware": "h", "versions": "v", "commit": "abc", "tokens": 1999}
+    times = {"tiny-ranking": where | {"settings": first_token.shares(timed, peaked, "full")}}
+    text = page.results_page(made, times)
+    assert (
+        "first prompt of 1,999 tokens" in text and "| FastKV | with our ranking | 0.30 | 0.41 | 0.25 | 0.25 |" in text
+    )
+    assert "first prompt" not in page.results_page(made, {"other-ranking": times["tiny-ranking"]})
 
 
 def test_order_of_answers_makes_no_difference(bench):
@@ -100,7 +116,7 @@ def test_order_of_answers_makes_no_difference(bench):
     (name, (cell, about, records)), *_ = cells(grid).items()
     mixed = random.Random(0).sample(records, len(records))
     one, other = ({name: (cell, about, some)} for some in (records, mixed))
-    assert page.results_page(one) == page.results_page(other)
+    assert page.results_page(one, {}) == page.results_page(other, {})
     assert page.readme_part(one) == page.readme_part(other)
 
 
