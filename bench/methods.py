@@ -159,11 +159,14 @@ def better(rows: Sequence[Row]) -> list[str]:
 def side_by_side(
     kinds: Mapping[str, list[Record]], names: Mapping[str, str], least: int = 2
 ) -> dict[str, dict[str, Row]]:
-    """By method and kind of cell, where so many kinds are there, the answers to prompts that all of them have."""
+    """By method and kind of cell, where so many kinds are there, the answers to prompts that all of them have, without
+    the tasks that the full cache cannot do in the first of them."""
     own = {kind: kinds[kind] for kind in names if kind in kinds}
     if len(own) < least:
         return {}
     shared = set.intersection(*({(one["task"], one["index"]) for one in records} for records in own.values()))
+    lost = beyond(rows_of({"ranking": next(iter(own.values()))}))
+    shared = {(task, index) for task, index in shared if task not in lost}
     columns: dict[str, dict[str, Row]] = {}
     for kind, records in own.items():
         for row in rows_of({"ranking": [one for one in records if (one["task"], one["index"]) in shared]}):

@@ -171,7 +171,8 @@ def _columns_part(title: str, kinds: Mapping[str, list[Record]], names: Mapping[
     if not lines:
         return []
     records = next(iter(columns.values()))[own[0]].records
-    counted = f"{len(records)} prompts of {len({one['task'] for one in records})} tasks"
+    tasks = len({one["task"] for one in records})
+    counted = f"{len(records)} prompts of {tasks} task{'s' * (tasks > 1)} within the model's reach"
     return [f"{title}; {counted}:", table(["method", *(names[kind] for kind in own)], lines)]
 
 

@@ -45,6 +45,8 @@ LOOKUP_TAUS: dict[str, tuple[float, float]] = {"phrase": (0.2, 0.4), "maxpool": 
 """By pooling, scores that count as a look-up, for the final selection and for a loose one."""
 STAGE_TOKENS = 0.3
 """What goes on from a loose selection, as a share of the prompt."""
+LONE_STAGE_TOKENS = 0.5
+"""The same, where its range has one layer that ranks."""
 PAPER_RULE: dict[str, Any] = {
     "settled_by": "variance",
     "variance_reference": "initial",
@@ -74,10 +76,12 @@ class ASLConfig:
         `tau`, of which 15 percent less is asked with every further layer; or `"variance"`, as in the paper, that the
         variance of ranks over `observe_layers` has fallen below `tau` of a reference. None: `"variance"` where
         `variance_reference` or `observe_layers` is given, else `"lookup"`.
-    tau: Threshold of that, in (0, 1]. None: 0.2 for a look-up, 0.5 where scores are not those of a phrase; for the
-        variance 0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
+    tau: Threshold of that, in (0, 1]. None: 0.2 for a look-up, 0.5 where scores are not those of a phrase, asked at a
+        third of the layers, and so less where the first layer that sees the whole prompt comes later; for the variance
+        0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
     stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: three tenths
-        of the tokens with `"lookup"`, no stage with `"variance"`, which takes none.
+        of the tokens with `"lookup"`, or half where only one layer of the range sees the whole prompt; no stage with
+        `"variance"`, which takes none.
     min_layer: First layer at which selection can happen. None: a third of the layers; with `"variance"` and the
         `"peak"` reference three eighths; no less than `observe_layers - 1`.
     max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flexasl.report import Report, RowReport, layers_of
-from flexasl.selectors.staged import threshold
+from flexasl.stages import threshold
 from flexasl.stored import visible
 
 TITLE_TEXT = 80

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flexasl.config import (
+    LONE_STAGE_TOKENS,
     LOOKUP_SCORES,
     LOOKUP_TAUS,
     OWN_SCORES,
@@ -14,7 +15,7 @@ from flexasl.config import (
     ASLConfig,
 )
 from flexasl.errors import ConfigError
-from flexasl.stages import Stage
+from flexasl.stages import Stage, threshold
 
 
 class _RankingLayers:
@@ -32,6 +33,10 @@ class _RankingLayers:
         if layer < self.layers[0]:
             self.refuse(name, layer)
         return [one for one in self.layers if one <= layer][-1]
+
+    def quarter(self, start: int) -> int:
+        """The last of them in the first quarter of the stack, no earlier than this one."""
+        return max([start, *(one for one in self.layers if one <= self.num_layers // 4)])
 
     def refuse(self, name: str, layer: int) -> NoReturn:
         raise ConfigError(
@@ -56,6 +61,8 @@ def resolve_lookup(config: ASLConfig, num_layers: int, ranking_layers: Sequence[
         last = max(first, among.up_to("max_layer", max(7 * (num_layers - 1) // 10, first)))
     config = config.scored(LOOKUP_SCORES)
     tau, loose = LOOKUP_TAUS[str(config.pooling)]
+    if config.min_layer is None:
+        tau = max(0.01, round(threshold(tau, num_layers // 3, first), 3))
     stages = _stages(config, among, opens, last, loose)
     selects = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
     if config.score_from is not None and config.score_from > selects:
@@ -79,7 +86,8 @@ def _stages(config: ASLConfig, among: _RankingLayers, opens: int, last: int, tau
     of stages which have none."""
     given = config.stages
     if given is None:
-        given = (Stage(tokens=STAGE_TOKENS),) if opens < last else ()
+        lone = among.quarter(opens) == opens
+        given = (Stage(tokens=LONE_STAGE_TOKENS if lone else STAGE_TOKENS),) if opens < last else ()
     made: list[Stage] = []
     before = among.layers[0]
     for stage in given:
@@ -101,7 +109,7 @@ def _stages(config: ASLConfig, among: _RankingLayers, opens: int, last: int, tau
         if start > last:
             continue
         if stop is None:
-            stop = max([start, *(one for one in among.layers if one <= among.num_layers // 4)])
+            stop = among.quarter(start)
         least = tau if stage.tau is None else stage.tau
         made.append(Stage(tokens=stage.tokens, tau=least, min_layer=start, max_layer=stop))
         before = start

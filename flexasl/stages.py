@@ -12,7 +12,14 @@ from flexasl.checks import amount, integer, real, shown
 from flexasl.errors import ConfigError
 
 FORM = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:@(\d+)(?:-(\d+))?)?")
+PATIENCE = 0.85
+"""What a threshold becomes one layer later."""
 TEXTS = "texts such as '0.5@5-9' (half of the tokens, at one of the layers 5 to 9)"
+
+
+def threshold(tau: float, first: int, layer: int) -> float:
+    """What a look-up must reach at a layer, where `tau` is asked at the first one."""
+    return tau * PATIENCE ** max(0, layer - first)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -126,7 +126,8 @@ def test_look_ups_are_sought_in_layers_that_see_the_whole_prompt():
     every_fourth = [3, 7, 11, 15, 19, 23]
     config = ASLConfig().resolve(24, every_fourth)
     assert (config.score_from, config.min_layer, config.max_layer) == (3, 11, 15)
-    assert config.stages == (Stage(tokens=0.3, tau=0.4, min_layer=3, max_layer=3),)
+    assert config.stages == (Stage(tokens=0.5, tau=0.4, min_layer=3, max_layer=3),), "half at a range's only layer"
+    assert config.tau == 0.123 == pytest.approx(0.2 * 0.85**3, abs=1e-3), "a third of the depth is layer 8"
     config = ASLConfig(stages="0.5@2-12+0.3@8-23", min_layer=12, max_layer=22, score_from=2).resolve(24, every_fourth)
     assert (config.score_from, config.min_layer, config.max_layer) == (3, 15, 19)
     assert [(one.min_layer, one.max_layer) for one in config.stages] == [(3, 11), (11, 23)]

@@ -79,14 +79,14 @@ def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_pa
     made |= {f"tiny-{kind}": (cell, about, fewer) for kind in ("behind60", "front", "4k", "squad")}
     text = page.results_page(made, {})
     assert (
-        "all ranked by it; 8 prompts of 2 tasks:\n\n| method | nothing behind it | 60 tokens | the question in front |"
+        "all ranked by it; 4 prompts of 1 task within the model's reach:\n\n| method | nothing behind it | 60 tokens | the question in front |"
         in text
     )
     beside = text.partition("all ranked by it;")[2].split("\n\n")[1].splitlines()
     (line,) = [line for line in beside if line.startswith("| **FlexASL**, default settings | ")]
     before, *halves = (float(cell.split()[0]) for cell in line.split(" | ")[1:])
     assert len(halves) == 2 and all(one == pytest.approx(before / 2, abs=0.01) for one in halves)
-    assert "length of the prompt, all ranked by the question; 8 prompts" in text and "| 2,048 tokens | 4,096 |" in text
+    assert "length of the prompt, all ranked by the question; 4 prompts" in text and "| 2,048 tokens | 4,096 |" in text
     assert "questions in SQuAD's format, over made-up articles |" in text
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text(f"a {page.BEGIN} old {page.END} b")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flexasl import ASLConfig, ConfigError
+from flexasl import ASLConfig, ConfigError, stages
 from flexasl.config import SELECT_ON, SETTLED_BY
 from flexasl.replaying import replay_scores
 from flexasl.selectors import LayerSelector, StagedSelector, staged
@@ -154,7 +154,7 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     tokens = max(row.shape[1] for row in scores) + config.window + data.draw(st.sampled_from([0, 0, 5]))
     rows = data.draw(st.lists(st.sampled_from(range(len(scores))), min_size=1, unique=True).map(sorted))
     near = data.draw(st.sampled_from([0, 2, 5]))
-    with mock.patch.object(staged, "NEAR", near), mock.patch.object(staged, "PATIENCE", 1.0):
+    with mock.patch.object(staged, "NEAR", near), mock.patch.object(stages, "PATIENCE", 1.0):
         selector, made, asked = run(config, layers, scores, tokens, rows)
         masking, masked, _ = run(config, layers, scores, tokens, rows, masks=True)
         replays = {row: replay_scores(torch.tensor(scores[row]), config, ranking_layers=layers) for row in rows}
@@ -180,7 +180,7 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
 def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypatch, pooling, on, back):
     settings = {"select_tokens": 5, "window": 1, "kernel_size": 3, "min_layer": 1, "max_layer": 5, "stages": ()}
     settings |= {"settled_by": "lookup", "tau": 0.5, "pooling": pooling}
-    monkeypatch.setattr(staged, "PATIENCE", 1.0)
+    monkeypatch.setattr(stages, "PATIENCE", 1.0)
     config = ASLConfig(**settings).resolve(LAYERS)
     first, last = staged.NEAR + on, 98 - staged.NEAR - back
     for token, weight, layer in (

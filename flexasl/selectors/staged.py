@@ -18,18 +18,10 @@ from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
 from flexasl.ops.scoring import pool_reach
 from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
+from flexasl.stages import threshold
 
 NEAR = 32
 """Tokens beside one that is kept in any case, beyond those that its score is pooled over, which are no far tokens."""
-
-
-PATIENCE = 0.85
-"""What `tau` becomes one layer later, counted from the first layer of a stage's range."""
-
-
-def threshold(tau: float, first: int, layer: int) -> float:
-    """What a look-up must reach at a layer, where the range of its stage begins with another."""
-    return tau * PATIENCE ** max(0, layer - first)
 
 
 class _Stage(NamedTuple):

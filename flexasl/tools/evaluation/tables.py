@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexasl.selectors.staged import threshold
+from flexasl.stages import threshold
 from flexasl.tools.evaluation.plans import FULL
 from flexasl.tools.evaluation.tasks import TASKS
 
