@@ -78,10 +78,8 @@ def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_pa
     fewer = [{**one, "score": one["score"] / 2} for one in records if one["index"] < 4]
     made |= {f"tiny-{kind}": (cell, about, fewer) for kind in ("behind60", "front", "4k", "squad")}
     text = page.results_page(made, {})
-    assert (
-        "all ranked by it; 4 prompts of 1 task within the model's reach:\n\n| method | nothing behind it | 60 tokens | the question in front |"
-        in text
-    )
+    assert "all ranked by it; 4 prompts of 1 task within the model's reach:\n\n" in text
+    assert "| method | nothing behind it | 60 tokens | the question in front |" in text
     beside = text.partition("all ranked by it;")[2].split("\n\n")[1].splitlines()
     (line,) = [line for line in beside if line.startswith("| **FlexASL**, default settings | ")]
     before, *halves = (float(cell.split()[0]) for cell in line.split(" | ")[1:])
