@@ -692,7 +692,7 @@ def test_the_embedded_model_keeps_most_answers() -> None:
     assert made.chosen.held >= max(3, made.default.held) and made.chosen.waited <= 1
     assert made.chosen.cost <= made.default.cost < 0.8
     assert made.fixed_layers[1].held < 4, "the first layers do not know yet"
-    assert made.fixed_layers[17].held == 4
+    assert made.fixed_layers[17].held >= 3
     needle = {name: side[0] for name, side in made.answers.items()}
     assert needle["chosen"].outcome.held and needle["chosen"].outcome.cost < 0.8
     assert {one.score for one in needle.values()} == {1}, "the number in prose is answered each way"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from flexasl.config import ASLConfig
+from flexasl.config import LONE_STAGE_TOKENS, ASLConfig
 from flexasl.profiles import FOUND
 from flexasl.stages import Stage
 from flexasl.tools.calibration.tables import Outcome
@@ -18,6 +18,8 @@ SETTINGS = FOUND
 TAUS = (0.75, 1.0, 1.5)
 """Thresholds that are tried, as shares of the default's."""
 STAGE_TOKENS = (0.2, 0.3)
+"""Shares that are tried. Where only one layer has ranked by then, that of the default: what one ranking costs shows in
+answers, not in what is held."""
 STARTS, STOPS = (1 / 8, 1 / 6), (1 / 6, 1 / 4, 1 / 3)
 """Depths, as shares of the layers, from which a stage is tried, and up to which."""
 FIRST, LAST = (1 / 4, 1 / 3, 5 / 12, 1 / 2), (0.6, 0.7, 0.8)
@@ -104,9 +106,10 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
 def _stages(ranking_layers: Sequence[int]) -> list[Stage | None]:
     """The loose stages to try, None for no such stage."""
     depth, made = len(ranking_layers), {}
+    opens = ranking_layers[int(STARTS[0] * depth)]
     for tokens, start, stop in itertools.product(STAGE_TOKENS, STARTS, STOPS):
         first, last = (ranking_layers[min(int(share * depth), depth - 1)] for share in (start, stop))
-        stage = Stage(tokens=tokens, min_layer=first, max_layer=last)
+        stage = Stage(tokens=LONE_STAGE_TOKENS if last == opens else tokens, min_layer=first, max_layer=last)
         made[str(stage)] = stage
     return [None, *made.values()]
 
