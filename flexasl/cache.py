@@ -55,6 +55,10 @@ class LayerCache:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_states": tuple(states.detach() for states in self._states)}
 
+    def fresh(self) -> LayerCache:
+        """An empty one with the same slack."""
+        return LayerCache(self.slack)
+
     def begin(self, kv_dtype: str | None) -> None:
         """Forgets everything, and stores what comes by this `kv_dtype`; raises `UnsupportedError` where it cannot."""
         if kv_dtype is not None:
@@ -333,6 +337,11 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of keys and values, with their scales and without the slack."""
         return sum(states.nbytes for states in self.stored)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of states that the layer keeps beside keys and values."""
+        return 0
 
     @property
     def nbytes_unquantized(self) -> int:

@@ -26,6 +26,7 @@ from flexasl.prefill import Prefill
 from flexasl.report import Report
 from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import Rerun
+from flexasl.states import LayerStates
 
 NO_ATTENTION = "layer {} ran without LayerStep.attention; call it in the place of attention"
 
@@ -58,7 +59,7 @@ class ForwardPass:
 
     def __init__(
         self,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[LayerCache | LayerStates] | None,
         positions: Tensor,
         valid: Tensor | None = None,
         *,
@@ -123,12 +124,12 @@ class ForwardPass:
         prefill = Prefill(chosen, rule, len(caches), lengths, **where)
         return PromptPass(caches, prefill, positions, valid if past > 0 else None, compiled=compiled)
 
-    def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
+    def before_layer(self, layer: int, attention: FlexASLAttention | None, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         """The layer's input, made of the model's own [B, M, C] or of what `after_layer` gave, and what its attention
-        needs."""
+        needs; None for a layer without attention."""
         if layer == 0:
             self._check_tokens(hidden)
-        return hidden, self._step(layer, attention)
+        return hidden, LayerStep(None) if attention is None else self._step(layer, attention)
 
     def table(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...], such as a rotary table, for the current layer's tokens; made once."""
@@ -145,7 +146,13 @@ class ForwardPass:
         """The layer's output as the next layer takes it; of the last layer [B, M, C] as the model's own, with 0 at
         padding and `blank` (NaN) at tokens that were dropped, which have none."""
         assert self.caches is not None
-        cache, window = self.caches[layer], step.module.sliding_window
+        cache = self.caches[layer]
+        if isinstance(cache, LayerStates):
+            cache.passed(self._tokens)
+            self.caches[0].unfinished = True
+            return hidden
+        assert step.module is not None
+        window = step.module.sliding_window
         if step.keys is None or step.values is None:
             raise FlexASLError(NO_ATTENTION.format(layer))
         if step.room:
@@ -182,6 +189,7 @@ class ForwardPass:
         """That of new tokens over a cache."""
         assert self.caches is not None
         window, cache = attention.sliding_window, self.caches[layer]
+        assert isinstance(cache, LayerCache)
         if self._tokens == 1 and self._valid is None and not attention.spec.needs_positions(cache.seen + 1):
             held = cache.tight
             if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
@@ -227,9 +235,9 @@ class ForwardPass:
         return made
 
 
-def positions_read(caches: Sequence[LayerCache], batch: int) -> int:
+def positions_read(caches: Sequence[LayerCache | LayerStates], batch: int) -> int:
     """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
-    seen, rows = caches[0].seen, caches[0].rows
+    seen, rows = caches[0].seen, next((cache.rows for cache in caches if cache.rows is not None), None)
     if caches[0].unfinished or any(cache.seen != seen for cache in caches):
         raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")
     if rows is not None and rows != batch:

@@ -24,7 +24,7 @@ class LayerStep:
 
     def __init__(
         self,
-        module: FlexASLAttention,
+        module: FlexASLAttention | None,
         *,
         rows: Rows | None = None,
         scored: int = 0,
@@ -35,11 +35,10 @@ class LayerStep:
         reach: int | None = None,
         room: bool = True,
     ) -> None:
-        """scored: of how many last tokens of each prompt, where the rows name no others, the queries are left behind; 0
-        for none. cut: reach and visible stand for
-        the sliding window."""
+        """module: None for a layer without attention. scored: of how many last tokens of each prompt, where the rows
+        name no others, the queries are left behind; 0 for none. cut: reach and visible stand for the sliding window."""
         self.module = module
-        self._attends = module.unwindowed if cut else module
+        self._attends = module.unwindowed if cut and module is not None else module
         self.rows = rows
         """A prompt's tokens; None in a pass that continues sequences, token by token or without pruning."""
         self._window = scored
@@ -88,6 +87,7 @@ class LayerStep:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """The second half: query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
+        assert self.module is not None and self._attends is not None
         if self.rows is None:
             out: Tensor = self._attends.forward(query, key, value, self.visible, sinks=sinks)
             return out
@@ -95,15 +95,21 @@ class LayerStep:
         self.query = None if self._scored is None else query.index_select(2, self._scored)
         return attend(self.rows, self.module, query, self.key, value, sinks)
 
-    def in_groups(self, run: Callable[[slice], Tensor]) -> Tensor:
-        """A layer's output [1, T, C] for prompts, some rows at a time: run(tokens) gives it for these tokens."""
-        rows, scored, parts = self.rows, self._scored, []
+    def in_groups(self, run: Callable[[slice], Tensor], *, alone: bool = False) -> Tensor:
+        """A layer's output [1, T, C] for prompts, some rows at a time, or each alone: run(tokens) gives it for these
+        tokens."""
+        rows, scored, held, parts, first = self.rows, self._scored, (self.keys, self.values), [], 0
         assert rows is not None
-        for tokens, group in rows.groups():
+        for tokens, group in rows.singles() if alone else rows.groups():
             self.rows, self._scored = group, None if scored is None else group.queries(self._window)
+            stop = first + len(group.lengths)
+            self.keys, self.values = (None if states is None else states[first:stop] for states in held)
             parts.append((run(tokens), self.query, self.key, self.cached))
-        self.rows, self._scored = rows, scored
+            first = stop
+        self.rows, self._scored, (self.keys, self.values) = rows, scored, held
         outputs, queries, keys, cached = zip(*parts)
+        if self.key is None:  # a layer without attention
+            return torch.cat(outputs, 1)
         self.query = None if scored is None else torch.cat(queries, 2)
         self.key = torch.cat(keys, 2)
         if self.cached is not None:

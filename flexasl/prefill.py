@@ -172,6 +172,10 @@ class Prefill:
         always = None if self.questions is None else self.questions.kept(self.rows, limits)
         return kept_entries(self.retention, self.policy, seen, limits, self.config.window, self.rows, groups, always)
 
+    def pass_over(self) -> None:
+        """In the place of `observe` at a layer without attention, where nothing is scored."""
+        self.ran.append(list(self.rows.lengths))
+
     def over_heads(self, scores: Tensor) -> Tensor:
         """Scores [R, G, P] of this process's KV heads as token scores [R, P] of all processes' heads."""
         totals = over_heads(scores, 1, self.config.power)

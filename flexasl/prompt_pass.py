@@ -25,6 +25,7 @@ from flexasl.prefill import Prefill
 from flexasl.report import Report, RowReport, SelectionReport
 from flexasl.rows import Rows
 from flexasl.second_pass import Rerun, read_again, refuse_second_pass
+from flexasl.states import LayerStates
 
 
 class PromptPass(ForwardPass):
@@ -34,7 +35,7 @@ class PromptPass(ForwardPass):
 
     def __init__(
         self,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[LayerCache | LayerStates] | None,
         prefill: Prefill,
         positions: Tensor,
         valid: Tensor | None = None,
@@ -59,16 +60,18 @@ class PromptPass(ForwardPass):
         self._windows: dict[int, int] = {}
         self._started = _clock(positions.device)
 
-    def before_layer(self, layer: int, attention: FlexASLAttention, hidden: Tensor) -> tuple[Tensor, LayerStep]:
+    def before_layer(self, layer: int, attention: FlexASLAttention | None, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         if self._unpacked:
             hidden, self._unpacked = self._pack_all(hidden), False
+        if attention is None:
+            return hidden, LayerStep(None, rows=self.prefill.rows)
         # A graph leaves queries behind in any case, so that layers that need none are no other graph.
         scored = self.prefill.config.window if self._compiled or self.prefill.needs(layer) else 0
         if self._past == 0:
             return hidden, LayerStep(attention, rows=self.prefill.rows, scored=scored)
         assert self.caches is not None
         cache = self.caches[layer]
-        assert cache.positions is not None
+        assert isinstance(cache, LayerCache) and cache.positions is not None
         rows = self.prefill.rows.after(
             cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past
         )
@@ -77,11 +80,19 @@ class PromptPass(ForwardPass):
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
         """Remembers and scores the tokens, and may drop some."""
         prefill, last = self.prefill, layer + 1 == self.prefill.num_layers
-        self._observe(layer, step)
+        dropped = prefill.rows.total < sum(prefill.lengths)
+        if step.module is None:
+            prefill.pass_over()
+        else:
+            self._observe(layer, step, step.module)
         fresh, before, tokens = prefill.fresh, prefill.rows, prefill.advance()
         if self.caches is not None:
             self.caches[0].unfinished = True
-            self._forget_old(self.caches[layer], layer, step.module.sliding_window)
+            cache = self.caches[layer]
+            if isinstance(cache, LayerStates):
+                cache.passed(self._tokens, dropped)
+            elif step.module is not None:
+                self._forget_old(cache, layer, step.module.sliding_window)
         if tokens is not None:
             self._tables.clear()
         if self._unpacks and before.contiguous and not last:
@@ -93,7 +104,7 @@ class PromptPass(ForwardPass):
                 hidden = read_again(self, layer, fresh, hidden, self.rerun)
         return self._finish(hidden) if last else hidden
 
-    def again(self, caches: Sequence[LayerCache] | None, prefill: Prefill) -> PromptPass:
+    def again(self, caches: Sequence[LayerCache | LayerStates] | None, prefill: Prefill) -> PromptPass:
         """A pass of some of the same tokens, alone."""
         return PromptPass(caches, prefill, self.positions, compiled=self._compiled)
 
@@ -108,20 +119,21 @@ class PromptPass(ForwardPass):
         super().close()
         kept = self.prefill.close()
         for layer, cache in enumerate(self.caches or ()):
-            if layer in kept and cache.positions is not None:
+            if layer in kept and isinstance(cache, LayerCache) and cache.positions is not None:
                 cache.retain(look_up(kept[layer], cache.positions))
         return self._report(_clock(self.positions.device) - self._started)
 
-    def _observe(self, layer: int, step: LayerStep) -> None:
+    def _observe(self, layer: int, step: LayerStep, module: FlexASLAttention) -> None:
         """Scores the tokens, and remembers their keys and values."""
         if step.key is None:
             raise FlexASLError(NO_ATTENTION.format(layer))
         query, key, cached = step.query, step.key, step.cached
         step.query = step.key = step.cached = None
         groups = None if cached is None else cached[0].shape[1]
-        entries = self.prefill.observe(layer, query, key, step.module, step.sinks, groups=groups, rows=step.rows)
-        if self.caches is not None and cached is not None:
-            self._remember(self.caches[layer], *cached, entries)
+        entries = self.prefill.observe(layer, query, key, module, step.sinks, groups=groups, rows=step.rows)
+        cache = None if self.caches is None else self.caches[layer]
+        if isinstance(cache, LayerCache) and cached is not None:
+            self._remember(cache, *cached, entries)
 
     def _remember(
         self, cache: LayerCache, keys: Tensor, values: Tensor, entries: tuple[Tensor, Tensor | None] | None
@@ -184,20 +196,20 @@ class PromptPass(ForwardPass):
         return full.view(batch, self._tokens, -1)
 
     def _report(self, seconds: float) -> Report:
-        prefill, caches = self.prefill, self.caches or []
-        kept = [cache.positions.shape[-1] for cache in caches if cache.positions is not None]
-        whole = [min(cache.seen, self._windows.get(layer, cache.seen + 1) - 1) for layer, cache in enumerate(caches)]
-        full = (
-            cache.nbytes_unquantized // max(1, has) * had for cache, has, had in zip(caches, kept, whole, strict=True)
-        )
+        prefill = self.prefill
+        caches = {at: cache for at, cache in enumerate(self.caches or ()) if isinstance(cache, LayerCache)}
+        kept = {at: cache.positions.shape[-1] for at, cache in caches.items() if cache.positions is not None}
+        whole = {at: min(cache.seen, self._windows.get(at, cache.seen + 1) - 1) for at, cache in caches.items()}
+        full = (cache.nbytes_unquantized // max(1, kept[at]) * whole[at] for at, cache in caches.items())
         return Report(
             policy=prefill.policy.name,
             config=prefill.config.to_dict(),
             num_layers=prefill.num_layers,
             rows=tuple(_row_report(prefill, row) for row in range(len(prefill.lengths))),
-            kv_tokens=tuple(kept),
-            kv_bytes=sum(cache.nbytes for cache in caches),
+            kv_tokens=tuple(kept.get(layer, 0) for layer in range(len(self.caches or ()))),
+            kv_bytes=sum(cache.nbytes for cache in caches.values()),
             kv_bytes_full=sum(full),
+            state_bytes=sum(cache.state_bytes for cache in self.caches or ()),
             prefill_seconds=seconds,
         )
 

@@ -111,13 +111,16 @@ class Report:
     rows: tuple[RowReport, ...]
     """One entry per row of the batch."""
     kv_tokens: tuple[Count, ...]
-    """Entries stored after prefill, per row and KV head; one entry per layer."""
+    """Entries stored after prefill, per row and KV head; one entry per layer, 0 for one without keys and values."""
     kv_bytes: Count
     """Bytes of keys and values stored after prefill, scales included, over all rows and layers."""
     kv_bytes_full: Count
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
     prefill_seconds: Number
     """Wall time of the prefill, in seconds."""
+    state_bytes: Count = 0
+    """Bytes of the states that layers keep in place of keys and values, or beside them, over all rows and layers; the
+    same whatever is pruned."""
     profile: str | None = None
     """Name of the profile that filled in settings which were left open, and where it was found; None where none did."""
 
@@ -149,7 +152,8 @@ class Report:
     def from_dict(cls, data: Any) -> Report:
         """The inverse of `to_dict`, None for a float being NaN; raises `FlexASLError` for anything else."""
         if isinstance(data, dict):
-            data = {"profile": None} | data  # of a report that was written before there were profiles
+            # Of a report that was written before there were profiles, or states.
+            data = {"profile": None, "state_bytes": 0} | data
             data["profile"] = data.pop("preset", None) or data["profile"]  # as they were called then
             data.pop("kv_share", None)
             if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
@@ -177,6 +181,8 @@ class Report:
         )
         if self.kv_tokens:
             lines += _wrap(f"KV entries per head: {_ranges(self.kv_tokens)}", indent="  ")
+        if self.state_bytes:
+            lines.append(f"states of layers without keys: {self.state_bytes / MIB:,.1f} MiB")
         lines.append(f"prefill: {self.prefill_seconds:.2f} s")
         return visible("\n".join(lines))
 

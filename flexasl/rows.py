@@ -124,6 +124,12 @@ class Rows:
         self._groups = [self._group(*some) for some in zip(firsts, [*firsts[1:], len(self.lengths)])]
         return self._groups
 
+    def singles(self) -> list[tuple[slice, Rows]]:
+        """Each row alone: where its tokens are, and the row."""
+        if len(self.lengths) == 1:
+            return [(slice(0, self.total), self)]
+        return [self._group(row, row + 1) for row in range(len(self.lengths))]
+
     @property
     def lengths_on_device(self) -> Tensor:
         """[B] int64."""
@@ -223,6 +229,9 @@ class Rows:
         made = Rows(lengths, self.positions[tokens].clone(), kept=kept, contiguous=self.contiguous)
         made.scoring_tokens = None if self.scoring_tokens is None else self.scoring_tokens[first:stop]
         made.controls = self.controls[first:stop]
+        if self.past is not None:
+            held, valid, seen = self.past
+            made.past = held[first:stop], None if valid is None else valid[first:stop], seen
         return tokens, made
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:

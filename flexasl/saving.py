@@ -4,7 +4,8 @@ The file is plain safetensors with one fixed place: its header starts with the S
 changed bit anywhere is found. A digest is no signature: every shape, dtype and bound is checked besides, and nothing in
 the file is ever run.
 
-Format version 2 has scales of keys and values in eight bits; a file without them is of version 1.
+Format version 2 has scales of keys and values in eight bits, version 3 has layers with states, in place of keys and
+values or beside them; a file without either is of version 1.
 
 Shapes: B batch, G KV heads, N entries of a layer, D head dim of keys or of values, S positions of the sequence so far.
 """
@@ -16,7 +17,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from flexasl.quantizing import NUMBERS, SCALES, name_of
 from flexasl.report import Report
 from flexasl.stored import Count, Range, Unfit, dump, fit, parse
 
-FORMAT, PLAIN, SCALED = "flexasl cache", "1", "2"
+FORMAT, PLAIN, SCALED, STATEFUL = "flexasl cache", "1", "2", "3"
 """What a file says it is, and the versions of it."""
 BEGINNING = b'{"__metadata__":{"digest":"'
 """Of every header; the digest follows."""
@@ -51,21 +52,25 @@ DTYPES = {
 }
 STATES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *NUMBERS.values())
 STATES_AND_SCALES = ("keys", "values", "key_scales", "value_scales")
+STATE = "state."
+"""What the names of states begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLayer:
     """What one layer remembers."""
 
-    stored: tuple[Tensor, ...]
+    stored: tuple[Tensor, ...] = ()
     """Keys [B, G, N, D] and values [B, G, N, D of values] of one dtype, floating point or of eight bits; if of eight
-    bits, then also the scales of both, [B, G, N, 1] float16."""
-    positions: Tensor
+    bits, then also the scales of both, [B, G, N, 1] float16. Empty for a layer without keys."""
+    positions: Tensor | None = None
     """[B, N] or [B, G, N] int64: the position that each entry came from, ascending among valid entries."""
     valid: Tensor | None = None
     """Bool like `positions`; None where every entry is valid."""
     uncroppable: int = 0
     """Positions that cannot be cropped."""
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+    """States [B, ...] in floating point, by name."""
 
     @property
     def keys(self) -> Tensor:
@@ -98,12 +103,14 @@ class SavedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, with their scales."""
-        return sum(states.nbytes for layer in self.layers for states in layer.stored)
+        """Bytes of keys and values, with their scales, and of states."""
+        return sum(one.nbytes for layer in self.layers for one in (*layer.stored, *layer.states.values()))
 
     @property
     def version(self) -> str:
         """Of the format that a file of it has."""
+        if any(layer.states or not layer.stored for layer in self.layers):
+            return STATEFUL
         return SCALED if any(len(layer.stored) > 2 for layer in self.layers) else PLAIN
 
 
@@ -203,11 +210,13 @@ def _tensors(saved: SavedCache) -> dict[str, Tensor]:
     """By name, in no order."""
     named = {"token_ids": saved.token_ids, "attention_mask": saved.attention_mask}
     for index, layer in enumerate(saved.layers):
-        parts = dict(zip(STATES_AND_SCALES, layer.stored)) | {"columns": layer.positions, "valid": layer.valid}
+        parts: dict[str, Any] = dict(zip(STATES_AND_SCALES, layer.stored))
+        parts |= {"columns": layer.positions, "valid": layer.valid}
+        parts |= {f"{STATE}{name}": states for name, states in layer.states.items()}
         named |= {f"layers.{index}.{part}": tensor for part, tensor in parts.items()}
     # What is small comes to the host now, so that it can be checked together wherever layers are.
     return {
-        name: tensor if name.endswith(STATES_AND_SCALES) else tensor.cpu()
+        name: tensor if name.endswith(STATES_AND_SCALES) or f".{STATE}" in name else tensor.cpu()
         for name, tensor in named.items()
         if tensor is not None
     }
@@ -261,10 +270,10 @@ def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             metadata: dict[str, Any] = parse(header)["__metadata__"]
             if metadata.get("format") != FORMAT:
                 raise Unfit(f"its format is {metadata.get('format')!r:.20}, not {FORMAT!r}")
-            if metadata.get("version") not in (PLAIN, SCALED):
+            if metadata.get("version") not in (PLAIN, SCALED, STATEFUL):
                 raise Unfit(
-                    f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {PLAIN!r} "
-                    f"and {SCALED!r}"
+                    f"its format version is {str(metadata.get('version'))[:20]!r}, and this flexasl reads {PLAIN!r}, "
+                    f"{SCALED!r} and {STATEFUL!r}"
                 )
             digest = hashlib.sha256(content[:PLACE])
             digest.update(BLANK)
@@ -282,9 +291,10 @@ def _build(description: Any, tensors: dict[str, Tensor]) -> SavedCache:
     seen, uncroppable = told.seen, told.uncroppable
     if not all(count <= seen for count in uncroppable):
         raise Unfit(f"uncroppable is not a list of counts from 0 to seen={seen}")
-    if "layers.0.keys" not in tensors or tensors["layers.0.keys"].dim() != 4:
-        raise Unfit("layers.0.keys are missing or not of four dimensions")
-    batch, dtype = tensors["layers.0.keys"].shape[0], tensors["layers.0.keys"].dtype
+    first = next((name for at in range(len(uncroppable)) if (name := f"layers.{at}.keys") in tensors), None)
+    if first is None or tensors[first].dim() != 4:
+        raise Unfit(f"{first or 'layers.0.keys'} are missing or not of four dimensions")
+    batch, dtype = tensors[first].shape[0], tensors[first].dtype
     if batch < 1 or dtype not in STATES:
         raise Unfit(f"it holds {batch} rows of {seen} tokens in {dtype}")
     left = dict(tensors)
@@ -324,6 +334,10 @@ def _layer(
 ) -> SavedLayer:
     """Takes a layer's tensors away."""
     batch, seen, dtype = common
+    states = _states(left, index, batch)
+    parts = [f"layers.{index}.{name}" for name in (*STATES_AND_SCALES, "columns", "valid")]
+    if not any(name in left for name in parts):
+        return SavedLayer(states=states, uncroppable=uncroppable)
     names = STATES_AND_SCALES[: 2 if name_of(dtype) is None else 4]
     stored = [part for name in names if (part := left.pop(f"layers.{index}.{name}", None)) is not None]
     positions, valid = (left.pop(f"layers.{index}.{name}", None) for name in ("columns", "valid"))
@@ -349,7 +363,17 @@ def _layer(
         own = mask if positions.dim() == 2 else mask[:, None].expand(-1, heads, -1)
         if bool((real & ~own.gather(-1, positions)).any()):
             raise Unfit(f"layers.{index} has entries from padding")
-    return SavedLayer(stored=tuple(stored), positions=positions, valid=valid, uncroppable=uncroppable)
+    return SavedLayer(stored=tuple(stored), positions=positions, valid=valid, uncroppable=uncroppable, states=states)
+
+
+def _states(left: dict[str, Tensor], index: int, batch: int) -> dict[str, Tensor]:
+    """Takes a layer's states away."""
+    start = f"layers.{index}.{STATE}"
+    made = {name.removeprefix(start): left.pop(name) for name in [name for name in left if name.startswith(start)]}
+    for name, states in made.items():
+        if not states.is_floating_point() or states.dtype not in STATES or states.shape[:1] != (batch,):
+            raise Unfit(f"{start}{name} are {_kind(states)}, where {batch} rows in floating point are needed")
+    return made
 
 
 def _kind(tensor: Tensor) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexasl.cache import LayerCache
 from flexasl.errors import UnsupportedError
 from flexasl.prefill import Prefill
 from flexasl.rows import Rows
@@ -64,10 +63,10 @@ def read_again(first: PromptPass, layer: int, rows: list[int], hidden: Tensor, r
     prefill, caches = first.prefill, None
     again = _prefill_of(prefill, rows)
     if first.caches is not None:
-        caches = [LayerCache(cache.slack) for cache in first.caches[: layer + 1]]
+        caches = [cache.fresh() for cache in first.caches[: layer + 1]]
     states = rerun(first.again(caches, again), layer)
     for mine, own in zip(first.caches or (), caches or ()):
-        mine.replace_rows(rows, own)
+        mine.replace_rows(rows, own)  # type: ignore[arg-type]  # of one kind
     prefill.reread[layer] = rows
     parts, new = list(hidden[0].split(prefill.rows.lengths)), states[0].split(again.rows.lengths)
     for row, part in zip(rows, new, strict=True):

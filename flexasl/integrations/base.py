@@ -35,6 +35,7 @@ from flexasl.quantizing import primitives
 from flexasl.report import Report
 from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import RecordedLayers
+from flexasl.states import LayerStates
 
 SLACK = 128
 """Cache entries that decode makes room for at a time, where it writes them in place."""
@@ -60,7 +61,7 @@ class BasePatch:
         self,
         model: Any,
         layers: Sequence[Any],
-        attention: Sequence[FlexASLAttention],
+        attention: Sequence[FlexASLAttention | None],
         config: ASLConfig,
         policy: Policy,
         *,
@@ -84,7 +85,7 @@ class BasePatch:
         self.compiled = False
         """Whether decoder layers run as compiled graphs."""
         self.attention = tuple(attention)
-        """What computes each layer's attention."""
+        """What computes each layer's attention; None for a layer that has none."""
         self.observer: Observer | None = None
         """Where set, called with each layer and the pooled scores [B, G, P] of prompts, of this process's heads."""
         self.reduce = reduce
@@ -117,7 +118,11 @@ class BasePatch:
         )
         if made.kv_dtype is not None:
             primitives(made.kv_dtype)
+        self.refuse_settings(made)
         self._config, self.profile = made, profile
+
+    def refuse_settings(self, config: ASLConfig) -> None:
+        """Raises `ConfigError` where settings do not go with the model."""
 
     def _own_profile(self) -> Profile | None:
         """The model's profile."""
@@ -180,7 +185,7 @@ class BasePatch:
 
     def begin(
         self,
-        caches: Sequence[LayerCache] | None,
+        caches: Sequence[LayerCache | LayerStates] | None,
         valid: Tensor | None,
         batch: int,
         count: int,
@@ -247,7 +252,7 @@ class BasePatch:
             return self._run_packed(index, forward, forward_pass, hidden, kwargs)
         hidden, step = forward_pass.before_layer(index, self.attention[index], hidden)
         self._hand_down(forward_pass, step, kwargs)
-        output = forward(hidden, **kwargs)
+        output = self._run_whole(index, forward, forward_pass, step, hidden, kwargs)
         forward_pass.after_layer(index, step, hidden)
         return output
 
@@ -263,16 +268,34 @@ class BasePatch:
             if states is not None:
                 kwargs[name] = tuple(map(table, states)) if isinstance(states, tuple) else table(states)
         self._hand_down(forward_pass, step, kwargs)
-        output = self._run_groups(index, forward, step, self._spread(given, hidden), kwargs)
+        output = self._run_groups(index, forward, forward_pass, step, self._spread(given, hidden), kwargs)
         made = output[0] if isinstance(output, tuple) else output
         hidden = self._spread(made, forward_pass.after_layer(index, step, self._whole(made)))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _run_groups(
-        self, index: int, forward: Callable[..., Any], step: LayerStep, hidden: Any, kwargs: dict[str, Any]
+    def _run_whole(
+        self,
+        index: int,
+        forward: Callable[..., Any],
+        forward_pass: ForwardPass,
+        step: LayerStep,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
     ) -> Any:
-        """The layer's forward. On CPU it takes a batch of prompts some rows at a time: memory of 32 MiB or more goes
-        back to the system when a tensor ends, and the next one pays for each page of it again."""
+        """The layer's forward over a cache [B, M, C]."""
+        return forward(hidden, **kwargs)
+
+    def _run_groups(
+        self,
+        index: int,
+        forward: Callable[..., Any],
+        forward_pass: ForwardPass,
+        step: LayerStep,
+        hidden: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The layer's forward over prompts [1, T, C]. On CPU it takes a batch of prompts some rows at a time: memory of
+        32 MiB or more goes back to the system when a tensor ends, and the next one pays for each page of it again."""
         plain = type(hidden) is Tensor and hidden.is_cpu and not torch.compiler.is_compiling()
         rows = step.rows if plain else None
         one_run = rows is None or rows.past is not None or len(rows.groups()) == 1
@@ -282,7 +305,7 @@ class BasePatch:
 
         def run(tokens: slice) -> Tensor:
             nonlocal output
-            own = {name: _rows(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
+            own = {name: rows_of(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
             output = forward(hidden[:, tokens], **kwargs | own)
             return output[0] if isinstance(output, tuple) else output
 
@@ -303,5 +326,6 @@ class BasePatch:
         return hidden
 
 
-def _rows(table: Any, tokens: slice) -> Any:
-    return tuple(_rows(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])
+def rows_of(table: Any, tokens: slice) -> Any:
+    """A per-token tensor [1, T, ...] at some tokens, or several of them."""
+    return tuple(rows_of(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from flexasl.cache import LayerCache
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.transformers.fingerprint import fingerprint
+from flexasl.integrations.transformers.states import PassiveLayer, StateLayer, states_in
 from flexasl.report import Report
 from flexasl.saving import SavedCache, SavedLayer, write
 
@@ -27,11 +28,49 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
     """A layer of a `DynamicCache` whose length is its own; `get_seq_length` counts the tokens read, kept or not."""
 
     is_sliding = False
-    is_croppable = True
 
-    def __init__(self, slack: int = 0) -> None:
+    def __init__(self, slack: int = 0, beside: StateLayer | None = None) -> None:
+        """beside: states that the layer keeps beside keys and values."""
+        self.beside = beside
         LayerCache.__init__(self, slack)
         self.is_initialized = True
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.beside is None or self.beside.is_croppable
+
+    def fresh(self) -> LayerCache:
+        return PrunedCacheLayer(self.slack, None if self.beside is None else self.beside.fresh())
+
+    def clear(self) -> None:
+        super().clear()
+        if self.beside is not None:
+            self.beside.clear()
+
+    @property
+    def state_bytes(self) -> int:
+        return 0 if self.beside is None else self.beside.state_bytes
+
+    def check_crop(self, count: int) -> None:
+        """Raises `FlexASLError` where states that the layer keeps beside cannot go back by so many tokens."""
+        if self.beside is not None:
+            self.beside.seen, self.beside.uncroppable = self.seen, self.uncroppable
+            self.beside.check_crop(count)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        if self.beside is not None:
+            self.beside.activate_past_recording()
+
+    def select_rows(self, rows: Tensor) -> None:
+        super().select_rows(rows)
+        if self.beside is not None:
+            self.beside.select_rows(rows)
+
+    def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
+        super().replace_rows(rows, other)
+        if self.beside is not None:
+            self.beside.replace_rows(rows, other.beside)  # type: ignore[attr-defined]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage is made as entries come."""
@@ -60,7 +99,10 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
             raise FlexASLError(
                 f"tokens_to_remove={tokens_to_remove} is positive; give minus the number of tokens to drop"
             )
+        self.check_crop(-tokens_to_remove)
         super().crop(-tokens_to_remove)
+        if self.beside is not None:
+            self.beside.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -72,6 +114,26 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         if self.positions is not None:
             rows = torch.arange(self.positions.shape[0], dtype=torch.int64, device=self.positions.device)
             self.select_rows(rows.repeat_interleave(repeats))
+
+    @classmethod
+    def stacked(cls, caches: Sequence[Any], slack: int = 0) -> PrunedCacheLayer:
+        made: PrunedCacheLayer = super().stacked(caches, slack)
+        if caches[0].beside is not None:
+            made.beside = caches[0].beside.fresh()
+            made.beside.join([cache.beside for cache in caches])
+        return made
+
+
+Layer = PrunedCacheLayer | StateLayer | PassiveLayer
+
+
+def new_layers(attends: Sequence[bool], states: Sequence[int | None], slack: int) -> list[Layer]:
+    """One for each layer of a model, that has attention or not, and so many states or None."""
+    made: list[Layer] = []
+    for has, number in zip(attends, states, strict=True):
+        own = None if number is None else StateLayer(number)
+        made.append(PrunedCacheLayer(slack, own) if has else own or PassiveLayer())
+    return made
 
 
 class _Reader:
@@ -90,7 +152,7 @@ class _Reader:
 class PrunedCache(DynamicCache):
     """The cache that a patched model makes, or makes of a new `DynamicCache`."""
 
-    layers: list[PrunedCacheLayer]  # type: ignore[assignment]
+    layers: list[Layer]  # type: ignore[assignment]
     reports: tuple[Report, ...] = ()
     """Of each prefill, oldest first, with the batch's rows as they were then."""
     notes: Mapping[str, str] = MappingProxyType({})
@@ -100,9 +162,9 @@ class PrunedCache(DynamicCache):
     _mask: Tensor | None = None
     _reader = _Reader()
 
-    def begin(self, layers: list[PrunedCacheLayer]) -> None:
+    def begin(self, layers: Sequence[Layer]) -> None:
         """Starts anew, with these layers."""
-        self.layers = layers
+        self.layers = list(layers)
         self.reports, self.notes = (), {}
         self._ids, self._read, self._mask, self._reader = [], 0, None, _Reader()
 
@@ -112,14 +174,19 @@ class PrunedCache(DynamicCache):
         new tokens. Each was filled by one prefill of the model, patched or not."""
         made = cls()
         layers = zip(*(cache.layers for cache in caches), strict=True)
-        made.begin([PrunedCacheLayer.stacked([_ours(layer) for layer in rows], slack) for rows in layers])
+        made.begin([_stacked([_ours(layer) for layer in rows], slack) for rows in layers])
         made._ids = None
         return made
 
-    def restore(self, layers: list[PrunedCacheLayer], saved: SavedCache, model: Any) -> None:
+    @property
+    def entries(self) -> PrunedCacheLayer:
+        """The first layer with keys and values."""
+        return next(layer for layer in self.layers if isinstance(layer, PrunedCacheLayer))
+
+    def restore(self, layers: Sequence[Layer], saved: SavedCache, model: Any) -> None:
         """Becomes what was saved, with these layers, which hold its entries, for the model that it belongs to."""
         self.begin(layers)
-        device = layers[0].positions.device if layers[0].positions is not None else None
+        device = None if self.entries.positions is None else self.entries.positions.device
         self.reports, self.notes = saved.reports, saved.notes
         self._ids = None if saved.token_ids is None else [saved.token_ids.to(device)]
         self._read = saved.seen
@@ -144,7 +211,7 @@ class PrunedCache(DynamicCache):
     @property
     def attention_mask(self) -> Tensor | None:
         """[B, S] int64, 0 at padding, to be continued like `token_ids`; None for an empty cache."""
-        positions = self.layers[0].positions
+        positions = self.entries.positions
         if positions is None:
             return None
         seen = self.get_seq_length()
@@ -200,6 +267,12 @@ class PrunedCache(DynamicCache):
         )
         write(path, saved)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, PassiveLayer):
+                layer.check_crop(abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         self.begin(self.layers)
@@ -225,38 +298,56 @@ class PrunedCache(DynamicCache):
         self._mask = None if self._mask is None else self._mask[rows.to(self._mask.device)]
 
 
-def _ours(layer: Any) -> LayerCache:
+def _stacked(rows: Sequence[Any], slack: int) -> Layer:
+    """Several layers of ours as one."""
+    if isinstance(rows[0], PrunedCacheLayer):
+        return PrunedCacheLayer.stacked(rows, slack)
+    made: StateLayer | PassiveLayer = rows[0].fresh()
+    made.join(rows)
+    made.seen, made.uncroppable = rows[0].seen, max(row.uncroppable for row in rows)
+    return made
+
+
+def _ours(layer: Any) -> Layer:
     """A cache layer as one of ours, sharing its tensors. An unpatched model's holds the last positions, without a
     gap."""
-    if isinstance(layer, LayerCache):
+    if isinstance(layer, Layer):
         return layer
-    made, (batch, _, count, _), seen = LayerCache(), layer.keys.shape, layer.get_seq_length()
+    if isinstance(layer, DummyLayer):
+        return PassiveLayer()
+    beside = StateLayer.of(layer) if states_in(layer) is not None else None
+    if beside is not None and not isinstance(layer, CacheLayerMixin):
+        return beside
+    made, (batch, _, count, _), seen = PrunedCacheLayer(0, beside), layer.keys.shape, layer.get_seq_length()
     positions = torch.arange(seen - count, seen, dtype=torch.int64, device=layer.keys.device).repeat(batch, 1)
     stored, uncroppable = (layer.keys, layer.values), seen if count < seen else 0
     made.restore(stored, positions, None, dtype=layer.keys.dtype, seen=seen, uncroppable=uncroppable)
     return made
 
 
-def _saved(layer: PrunedCacheLayer) -> SavedLayer:
-    assert layer.positions is not None
+def _saved(layer: Layer) -> SavedLayer:
+    if not isinstance(layer, PrunedCacheLayer):
+        return SavedLayer(states=layer.needed, uncroppable=layer.uncroppable)
     return SavedLayer(
         stored=layer.stored,
         positions=layer.positions,
         valid=layer.valid,
         uncroppable=layer.uncroppable,
+        states={} if layer.beside is None else layer.beside.needed,
     )
 
 
-def adopt(cache: Any, layers: int, slack: int) -> None:
+def adopt(cache: Any, layers: Callable[[], Sequence[Layer]], slack: int) -> None:
     """Gives a user's cache layers of ours where it is new; raises `UnsupportedError` where it cannot have them."""
     if type(cache) not in (DynamicCache, PrunedCache) or cache.offloading:
         raise UnsupportedError(
             f"past_key_values is {'an offloaded' if getattr(cache, 'offloading', False) else 'a'} "
             f"{type(cache).__name__}; a patched model takes a DynamicCache, or none to make its own"
         )
-    if cache.layers and all(isinstance(layer, PrunedCacheLayer) for layer in cache.layers):
+    if cache.layers and all(isinstance(layer, Layer) for layer in cache.layers):
         for layer in cache.layers:
-            layer.slack = slack
+            if isinstance(layer, PrunedCacheLayer):
+                layer.slack = slack
         return
     if cache.get_seq_length() > 0:
         raise UnsupportedError(
@@ -266,6 +357,6 @@ def adopt(cache: Any, layers: int, slack: int) -> None:
     # The user holds this very object, so it becomes what a patched model needs rather than being replaced.
     records = any(getattr(layer, "record_past", False) for layer in cache.layers)
     cache.__class__ = PrunedCache
-    cache.begin([PrunedCacheLayer(slack) for _ in range(layers)])
+    cache.begin(layers())
     if records:
         cache.activate_past_recording()

@@ -3,51 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flexasl.config import ASLConfig
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.transformers.placement import input_device
 from flexasl.policies import FixedLayer
+from flexasl.selectors import ScheduledSelector
+from flexasl.selectors.base import Prompts, Selection, Selector
 
 TOKENS = 24
 """Tokens of the two prompts together with what follows them, by rows of unlike length."""
 RULE = ASLConfig(select_tokens=8, window=4, kernel_size=1)
 
 
-def check_by_running(model: Any) -> Callable[[Any], None]:
+class _EverySecond(FixedLayer):
+    """Keeps every second token at its layer, whatever it scores."""
+
+    name = "every_second"
+
+    def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
+        return _SecondTokens(lambda tokens: {self.layer: tokens // 2}, config, prompts)  # type: ignore[dict-item]
+
+
+class _SecondTokens(ScheduledSelector):
+    def select(self, layer: int) -> list[Selection]:
+        return [replace(one, keep=_every_second(self._prompts.lengths[one.row])) for one in super().select(layer)]
+
+
+def _every_second(tokens: int) -> Tensor:
+    """[tokens] bool, of which the last ones are True, and half in all."""
+    keep = torch.arange(tokens, dtype=torch.int64) % 2 == 1
+    keep[-RULE.window :] = True
+    keep[: RULE.window] = False
+    return keep
+
+
+def check_by_running(model: Any, stack: Any) -> Callable[[Any], None]:
     """Runs the unpatched model; returns a check of its patch, which removes it and raises `UnsupportedError` unless:
 
     with every token kept, the patched model says what the unpatched one does, in a padded batch and for the next token;
-    and dropping tokens gives what masking them out gives.
+    and dropping tokens gives what masking them out gives, or, where layers keep states, what the deeper layers make of
+    the kept ones alone.
     """
     ids = torch.arange(2 * TOKENS, dtype=torch.int64, device=input_device(model)).view(2, TOKENS) % (
         model.config.get_text_config().vocab_size - 1
     )
     mask = torch.ones_like(ids)
     mask[0, : TOKENS // 3] = 0
+    layer = stack.ranking_layers[len(stack.ranking_layers) // 2]
+    kind = f"{type(model).__name__} is not among the tested models, and its self-test failed"
     with torch.no_grad():
-        want = [_plain(model, ids, mask, TOKENS - 1), _plain(model, ids, mask, TOKENS)]
+        want, alone = [_plain(model, ids, mask, TOKENS - 1), _plain(model, ids, mask, TOKENS)], []
+        if stack.stateful:
+            try:
+                alone = [_of_the_kept(model, stack, layer, row[real.bool()]) for row, real in zip(ids, mask)]
+            except Exception as error:
+                raise UnsupportedError(f"{kind}: layers do not run on some tokens alone: {error}") from error
     # What rounding may do grows with the numbers: a share of the largest logit.
     close = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 5e-2) * max(1.0, want[1].abs().max().item())
 
     def check(patch: Any) -> None:
         settings = patch._config, patch.policy, patch.profile
-        kind = f"{type(model).__name__} is not among the tested models, and its self-test failed"
         try:
             with torch.no_grad():
-                _set(patch, RULE.replace(select_tokens=1.0), "gather")
+                _set(patch, FixedLayer(layer), RULE.replace(select_tokens=1.0))
                 got = _two_steps(model, ids, mask)
                 for before, now, what in zip(want, got, ("the prompt", "the token after it"), strict=True):
                     _compare(before, now, close, f"with every token kept, logits of {what} differ")
-                _set(patch, RULE, "gather")
-                dropped = _two_steps(model, ids, mask)
-                _set(patch, RULE, "mask")
-                for one, other in zip(dropped, _two_steps(model, ids, mask), strict=True):
-                    _compare(one, other, close, "logits differ between dropping tokens and masking them out")
+                if stack.stateful:
+                    _set(patch, _EverySecond(layer), RULE)
+                    dropped, what = _two_steps(model, ids, mask), "a run on the kept ones alone"
+                    others = [torch.cat(rows) for rows in zip(*alone)]
+                else:
+                    _set(patch, FixedLayer(layer), RULE)
+                    dropped, what = _two_steps(model, ids, mask), "masking them out"
+                    _set(patch, FixedLayer(layer), RULE.replace(propagate="mask"))
+                    others = _two_steps(model, ids, mask)
+                for one, other in zip(dropped, others, strict=True):
+                    _compare(one, other, close, f"logits differ between dropping tokens and {what}")
         except Exception as error:
             patch.remove()
             raise UnsupportedError(f"{kind}: {error}") from error
@@ -55,6 +94,38 @@ def check_by_running(model: Any) -> Callable[[Any], None]:
         patch.report = None
 
     return check
+
+
+def _of_the_kept(model: Any, stack: Any, layer: int, ids: Tensor) -> list[Tensor]:
+    """Last logits [1, V] of an unpatched model whose layers behind this one run on every second token [M] alone: of the
+    prompt, which is all but the last token, and of that."""
+    kept = _every_second(len(ids) - 1).nonzero()[:, 0].to(ids.device)
+    return [
+        _run_on(model, stack, layer, ids[:-1], kept),
+        _run_on(model, stack, layer, ids, F.pad(kept, (0, 1), value=len(ids) - 1)),
+    ]
+
+
+def _run_on(model: Any, stack: Any, layer: int, ids: Tensor, kept: Tensor) -> Tensor:
+    """Last logits [1, V] of tokens [M], of which the layers behind this one run on the kept ones [K] alone."""
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(gather, value))
+        own = value.dim() > 1 and value.shape[1] == len(ids)
+        return value[:, kept] if own else value[..., kept, :][..., kept] if value.dim() == 4 else value
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = {name: gather(value) for name, value in kwargs.items() if isinstance(value, (tuple, Tensor))}
+        return tuple(gather(value) if isinstance(value, Tensor) else value for value in args), kwargs | own
+
+    handles = [one.register_forward_pre_hook(before, with_kwargs=True) for one in stack.layers[layer + 1 :]]
+    try:
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits[:, -1].float()
 
 
 def _plain(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -82,10 +153,9 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _set(patch: Any, rule: ASLConfig, propagate: Any) -> None:
-    stack = patch._stack
-    patch.policy = FixedLayer(stack.ranking_layers[len(stack.ranking_layers) // 2])
-    patch.config = rule.replace(propagate=propagate)
+def _set(patch: Any, policy: FixedLayer, rule: ASLConfig) -> None:
+    patch.policy = policy
+    patch.config = rule
 
 
 def _compare(want: Tensor, got: Tensor, close: float, what: str) -> None:

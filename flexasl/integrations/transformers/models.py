@@ -11,7 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
@@ -20,6 +27,7 @@ from flexasl.integrations.transformers.adapters import refuse_adapters
 from flexasl.integrations.transformers.media import BOTH_WAYS, why_no_media
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, refuse_placement
+from flexasl.integrations.transformers.states import states_in
 
 NAME, RECORDING = "flexasl", "flexasl_recording"
 """Of attention implementations: the one of a patched model, and one that only notes what it is asked for."""
@@ -46,49 +54,47 @@ SUPPORTED = (
     "smollm3",
 )
 """Model types in the tests, by name; others are tried by structure."""
-HYBRID = "some of its layers keep a state instead of keys and values"
+OWN_STATES = "it keeps states outside of transformers' cache"
+NO_KEYS = "none of its layers has keys and values, by which tokens are ranked"
 PICKS = "its attention chooses keys by a rule of its own"
 SHARED = "its last layers use the keys and values of earlier ones"
 REFUSED = {
-    "bamba": HYBRID,
-    "bailing_hybrid": HYBRID,
     "bloom": "its attention adds ALiBi, a bias by distance",
     "deepseek_v32": PICKS,
     "deepseek_v4": PICKS,
     "doge": PICKS,
-    "falcon_h1": HYBRID,
-    "falcon_mamba": HYBRID,
+    "falcon_mamba": NO_KEYS,
     "gemma3": BOTH_WAYS,
     "gemma3n": SHARED,
     "gemma3n_text": SHARED,
     "gemma4": SHARED,
     "gemma4_text": SHARED,
     "glm_moe_dsa": PICKS,
-    "granitemoehybrid": HYBRID,
-    "jamba": HYBRID,
-    "kimi_linear": HYBRID,
-    "lfm2": HYBRID,
-    "lfm2_moe": HYBRID,
     "llama4_text": "some of its layers attend in chunks",
     "llama4": "some of its layers attend in chunks",
-    "mamba": HYBRID,
-    "mamba2": HYBRID,
-    "minimax": HYBRID,
+    "mamba": NO_KEYS,
+    "mamba2": NO_KEYS,
+    "minimax": OWN_STATES,
     "mpt": "its attention adds ALiBi, a bias by distance",
-    "nemotron_h": HYBRID,
-    "olmo_hybrid": HYBRID,
     "paligemma": BOTH_WAYS,
-    "qwen3_5_moe_text": HYBRID,
-    "qwen3_5_text": HYBRID,
-    "qwen3_next": HYBRID,
-    "recurrent_gemma": HYBRID,
-    "rwkv": HYBRID,
-    "zamba": HYBRID,
-    "zamba2": HYBRID,
+    "recurrent_gemma": OWN_STATES,
+    "rwkv": OWN_STATES,
 }
 CACHES = ("past_key_values", "cache", "layer_past", "past_key_value")
 """What the argument that is the cache is called: the first two by models, since 5.24 the second; all by layers."""
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+KEPT = (DynamicLayer, DynamicSlidingWindowLayer)
+"""What cache layers with keys and values alone are."""
+LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "mamba",
+    "conv",
+    "hybrid",
+    "hybrid_sliding",
+    "moe",
+    "mlp",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class Stack:
 
     decoder: Any
     layers: list[Any]
-    attention: list[FlexASLAttention]
+    attention: list[FlexASLAttention | None]
+    """None for a layer that has none."""
+    states: list[int | None]
+    """How many kinds of states a layer keeps in place of keys and values, or beside them; None where it keeps none."""
     layer_arguments: list[str]
     """Names of what a layer's forward takes after the hidden states, in order."""
     cache_argument: str
@@ -108,10 +117,16 @@ class Stack:
     """Why a model that reads more than text cannot be given more; None where it can, or reads text alone."""
 
     @property
+    def stateful(self) -> bool:
+        """Whether some layers keep states."""
+        return any(number is not None for number in self.states)
+
+    @property
     def ranking_layers(self) -> list[int]:
-        """Layers whose ranking counts: those that see the whole prompt, or all where none does."""
-        seeing = [index for index, attention in enumerate(self.attention) if attention.sliding_window is None]
-        return seeing or list(range(len(self.layers)))
+        """Layers whose ranking counts: those that see the whole prompt, or all with attention where none does."""
+        attending = {index: own for index, own in enumerate(self.attention) if own is not None}
+        seeing = [index for index, attention in attending.items() if attention.sliding_window is None]
+        return seeing or list(attending)
 
 
 def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
@@ -142,16 +157,42 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     cache = next((name for name in CACHES if name in names), None)
     if cache is None:
         raise UnsupportedError(f"layers of {kind} take no cache by a name that is known; it cannot be patched")
-    tested = model.config is config and config.model_type in SUPPORTED and _is_tested(transformers.__version__)
-    asked = [_promised(layer, index, config) for index, layer in enumerate(layers)] if tested else _recorded(model)
-    if len(asked) != len(layers):
+    kinds, states = _remembered(config, len(layers))
+    if compile and any(number is not None for number in states):
         raise UnsupportedError(
-            f"model type {config.model_type!r} ({kind}) is not among the tested ones, and its {len(layers)} layers ask "
-            f"for attention {len(asked)} times where keywords are to reach it; it cannot be patched"
+            f"compile=True cannot take {kind}, whose layers keep states that are read row by row; give compile=False"
         )
-    attention = [FlexASLAttention(**settings, kernel=kernel) for settings in asked]
+    tested = model.config is config and config.model_type in SUPPORTED and _is_tested(transformers.__version__)
+    asked: list[dict[str, Any] | None]
+    if tested:
+        asked = [_promised(layer, index, config) for index, layer in enumerate(layers)]
+    else:
+        recorded = _recorded(model, layers)
+        if [len(own) for own in recorded] != list(map(int, kinds)):
+            raise UnsupportedError(
+                f"model type {config.model_type!r} ({kind}) is not among the tested ones, and its {len(layers)} layers "
+                f"ask for attention {sum(map(len, recorded))} times where keywords are to reach it, in place of "
+                f"{sum(kinds)}; it cannot be patched"
+            )
+        asked = [own[0] if own else None for own in recorded]
+    made = [None if settings is None else FlexASLAttention(**settings, kernel=kernel) for settings in asked]
+    if all(attention is None for attention in made):
+        raise UnsupportedError(f"model type {config.model_type!r} cannot be patched: {NO_KEYS}")
     no_media = None if model.config is config else why_no_media(model.config.model_type)
-    return Stack(decoder, layers, attention, names, cache, tested, no_media)
+    return Stack(decoder, layers, made, states, names, cache, tested, no_media)
+
+
+def _remembered(config: Any, count: int) -> tuple[list[bool], list[int | None]]:
+    """Of each layer, whether it keeps keys and values, and how many kinds of states, by the cache that is made for
+    it."""
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(count)]
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, (LinearAttentionCacheLayerMixin, DummyLayer)) and type(layer) not in KEPT:
+            raise UnsupportedError(
+                f"model type {config.model_type!r} cannot be patched: layer {index} keeps a {type(layer).__name__}, "
+                f"and {PICKS if isinstance(layer, DynamicLayer) else 'it is not known how to prune that'}"
+            )
+    return [isinstance(layer, CacheLayerMixin) for layer in layers], [states_in(layer) for layer in layers]
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -202,19 +243,31 @@ def _promised(layer: Any, index: int, config: Any) -> dict[str, Any]:
     return {"scale": float(module.scaling), "sliding_window": window, "softcap": softcap}
 
 
-def _recorded(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The attention that each layer asks for, in order, found out by one run on two tokens, in which it gives zeros."""
-    asked: list[dict[str, Any]] = []
+def _recorded(model: PreTrainedModel, layers: list[Any]) -> list[list[dict[str, Any]]]:
+    """What each layer asks of attention, found out by one run on two tokens, in which that gives zeros."""
+    made: list[list[dict[str, Any]]] = [[] for _ in layers]
+    running = [0]
+
+    def begins(index: int, *args: Any) -> None:
+        running[0] = index
+
+    def asked(settings: dict[str, Any]) -> None:
+        made[running[0]].append(settings)
+
+    handles = [layer.register_forward_pre_hook(functools.partial(begins, index)) for index, layer in enumerate(layers)]
     # Lists among the arguments would be copied on the way by accelerate's hooks; functions are not.
     try:
         with torch.no_grad(), OwnConfig(model.get_decoder(), RECORDING):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), flexasl_asked=asked.append)
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), flexasl_asked=asked)
     except Exception as error:
         raise UnsupportedError(
             f"model type {model.config.model_type!r} ({type(model).__name__}) is not among those tested, and a trial "
             f"run failed: {error}"
         ) from error
-    return asked
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made
 
 
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **asked: Any) -> tuple[Tensor, None]:

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from flexasl.attention import FlexASLAttention
 from flexasl.calibrated import CalibratedFor
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
 from flexasl.config import ASLConfig
-from flexasl.errors import UnsupportedError
+from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt, positions_read
-from flexasl.integrations.base import SLACK, BasePatch
+from flexasl.integrations.base import SLACK, BasePatch, rows_of
 from flexasl.integrations.inputs import padding, refuse_training, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
-from flexasl.integrations.transformers.cache import adopt
+from flexasl.integrations.transformers.cache import Layer, adopt, new_layers
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
@@ -29,6 +28,7 @@ from flexasl.integrations.transformers.media import refuse_media, refuse_merged,
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, over_ranks
+from flexasl.integrations.transformers.states import RunningCache, StateLayer
 from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.profiles import Profile, find
@@ -50,7 +50,7 @@ class Patch(BasePatch):
 
     KEYWORD = PASS
     MASK = "attention_mask"
-    TABLES = ("position_embeddings", "position_ids")
+    TABLES = ("position_embeddings", "position_ids", "original_hidden_states")
 
     def __init__(
         self,
@@ -72,17 +72,17 @@ class Patch(BasePatch):
         settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce}
         settings["profile"] = profile
         settings["foreign_hooks"] = foreign_hooks
+        self._stack = stack
         super().__init__(model, stack.layers, stack.attention, config, policy, **settings)
         self.ARGUMENTS = stack.layer_arguments
         self.compiled = compile
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
-        self._stack = stack
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
         self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
-        check = None if stack.tested else check_by_running(model)
+        check = None if stack.tested else check_by_running(model, stack)
         # A user may set it on the whole model, whose configuration the decoder shares again in the end.
         self._implementations = [(config, config._attn_implementation) for config in (model.config, text)]
         self._regions: list[Any] = []
@@ -106,6 +106,7 @@ class Patch(BasePatch):
         """Makes the forward of layers, of each kind by itself, and of the head compiled regions."""
         kinds: defaultdict[Any, Any] = defaultdict(lambda: defaultdict(lambda: compile_region(run_layer)))
         for layer, attention in zip(layers, self.attention, strict=True):
+            assert attention is not None
             regions = kinds[kind_of(layer), attention.extra_repr()]
             layer.forward = functools.partial(_run, regions, layer)
         head.forward = functools.partial(_run_head, compile_region(run_layer), head)
@@ -115,6 +116,13 @@ class Patch(BasePatch):
         if self._profile is None:  # it is looked for once
             self._profile = find(calibrated_for(self._model)) or False
         return super()._own_profile()
+
+    def refuse_settings(self, config: ASLConfig) -> None:
+        if config.propagate == "mask" and self._stack.stateful:
+            raise ConfigError(
+                "propagate='mask' does not go with a model whose layers keep states, which would read the tokens that "
+                "are masked out; give propagate='gather'"
+            )
 
     def refuse_calibrated(self, model: CalibratedFor) -> None:
         model.refuse_other(calibrated_for(self._model))
@@ -205,6 +213,45 @@ class Patch(BasePatch):
 
     def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
         kwargs[PASS] = kwargs[self._stack.cache_argument] = step
+        if step.module is None:  # what is no attention may pass its keywords to kernels that know none of ours
+            del kwargs[PASS]
+
+    def _run_whole(
+        self, index: int, forward: Any, forward_pass: ForwardPass, step: LayerStep, hidden: Tensor, kwargs: Any
+    ) -> Any:
+        if self._stack.states[index] is not None:
+            assert forward_pass.caches is not None
+            kwargs[self._stack.cache_argument] = RunningCache(step, _states(forward_pass.caches[index]))
+        return forward(hidden, **kwargs)
+
+    def _run_groups(
+        self, index: int, forward: Any, forward_pass: ForwardPass, step: LayerStep, hidden: Any, kwargs: Any
+    ) -> Any:
+        number = self._stack.states[index]
+        if number is None:
+            return super()._run_groups(index, forward, forward_pass, step, hidden, kwargs)
+        held = None if forward_pass.caches is None else _states(forward_pass.caches[index])
+        # Rows have no padding, and each runs alone: what a state has read cannot be taken back.
+        kwargs |= {name: None for name in kwargs if "mask" in name}
+        goes_on = held is not None and bool(held.states)
+        parts: list[StateLayer] = []
+        rest: tuple[Any, ...] | None = None
+
+        def run(tokens: slice) -> Tensor:
+            nonlocal rest
+            own = held.row(len(parts)) if held is not None and goes_on else StateLayer(number)
+            own.record_past = held is not None and held.record_past
+            parts.append(own)
+            tables = {name: rows_of(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
+            kwargs[self._stack.cache_argument] = RunningCache(step, own)
+            output = forward(hidden[:, tokens], **kwargs | tables)
+            rest = output[1:] if isinstance(output, tuple) else None
+            return output[0] if isinstance(output, tuple) else output
+
+        joined = step.in_groups(run, alone=True)
+        if held is not None:
+            held.join(parts)
+        return joined if rest is None else (joined, *rest)
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The pass's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
@@ -217,15 +264,21 @@ class Patch(BasePatch):
             if not use_cache:
                 return None
             cache = kwargs[self._cache_name] = DynamicCache(config=decoder.config)
-        adopt(cache, len(self._stack.layers), self.slack)
+        adopt(cache, self.new_layers, self.slack)
         return cache
+
+    def new_layers(self) -> list[Layer]:
+        """Those of a cache that has read nothing."""
+        return new_layers([own is not None for own in self.attention], self._stack.states, self.slack)
 
     def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
         padded = past > 0 and valid is not None and not bool(valid[:, past:].all())
-        if padded and any(attention.sliding_window is not None for attention in self.attention):
+        slides = any(attention is not None and attention.sliding_window is not None for attention in self.attention)
+        if padded and (slides or self._stack.stateful):
+            what = "sliding windows, which count positions" if slides else "states, which would read the padding"
             raise UnsupportedError(
-                "attention_mask pads a later turn of a model with sliding windows, which count positions; "
-                "give turns of equal length, or one row at a time"
+                f"attention_mask pads a later turn of a model with {what}; give turns of equal length, or one row at "
+                "a time"
             )
         if not is_prompt(self.config, past, count):
             return
@@ -255,6 +308,12 @@ def _end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     forward_pass.blank_out(logits, wanted if isinstance(wanted, Tensor) else slice(-logits.shape[1], None))
 
 
+def _states(layer: Any) -> StateLayer:
+    """The states of a cache layer, which has some."""
+    found: StateLayer = layer if isinstance(layer, StateLayer) else layer.beside
+    return found
+
+
 def attention_forward(
     module: Any,
     query: Tensor,
@@ -273,7 +332,9 @@ def attention_forward(
         raise UnsupportedError(
             f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
         )
-    mine: FlexASLAttention = step.module
+    mine = step.module
+    if mine is None:
+        raise UnsupportedError(f"{type(module).__name__} attends in a layer that was found to have no attention")
     if (mine.scale, mine.sliding_window, mine.softcap) != (scaling, sliding_window, softcap):
         raise UnsupportedError(
             f"{type(module).__name__} asks for scaling={scaling}, sliding_window={sliding_window}, softcap={softcap}, "

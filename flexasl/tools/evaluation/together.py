@@ -63,7 +63,7 @@ def _prefill(
             asking: dict[str, Any] = {"tokenizer": tokenizer} if setting.by_question else {}
             asking["profile"] = setting.profile
             patch = stack.enter_context(flexasl.patch(model, setting.config, policy=setting.policy, **asking))
-            stack.enter_context(memo.over(dict(enumerate(patch.attention))))
+            stack.enter_context(memo.over({at: own for at, own in enumerate(patch.attention) if own is not None}))
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -1,0 +1,203 @@
+"""Models some of whose layers keep states in place of keys and values, or beside them."""
+
+import copy
+
+import pytest
+import torch
+from hybrids import HYBRIDS, INEXACT, NEW_STATES, OWN_ARGUMENTS, hybrid, recompute_on_kept
+from models import GREEDY, STAGED, counting, left_padded, prefills, prompts, selected
+
+import flexasl
+from flexasl import ConfigError, FlexASLError, UnsupportedError
+from flexasl.integrations.transformers.states import PassiveLayer, StateLayer
+
+FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
+KEEP_ALL = FIXED.replace(select_tokens=1.0)
+STAGES = STAGED.replace(min_layer=None, max_layer=None, stages="0.5@1")
+NEW = {**GREEDY, "output_logits": True}
+
+
+def close(got, want, family):
+    torch.testing.assert_close(got, want, rtol=0, atol=INEXACT.get(family, 2e-4))
+
+
+def say(model, new_tokens, **inputs):
+    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
+    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
+    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_keep_all_is_identity_through_a_hundred_tokens(family):
+    model = hybrid(family)
+    batch = left_padded(prompts(70, 41))
+    sequences, logits, _ = say(model, 100, **batch)
+    with flexasl.patch(model, KEEP_ALL) as patch:
+        mine, got, cache = say(model, 100, **batch)
+    close(got, logits, family)
+    assert torch.equal(mine, sequences)
+    report = patch.report
+    assert report.kv_bytes == report.kv_bytes_full and cache.get_seq_length() == 70 + 99
+    states = [one.state_bytes for one in cache.layers]
+    assert report.state_bytes == sum(states) > 0 and "states of layers without keys" in str(report)
+    kinds = model.get_decoder().config.layer_types if family not in OWN_ARGUMENTS else ()
+    assert [bool(count) for count in report.kv_tokens] == [
+        not isinstance(one, (StateLayer, PassiveLayer)) for one in cache.layers
+    ]
+    assert len(kinds) in (0, len(cache.layers))
+
+
+@pytest.mark.parametrize("stages", [False, True])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_pruned_decode_equals_a_run_on_the_kept_tokens(family, stages):
+    model, ids = hybrid(family), prompts(67)[0][None]
+    config = STAGES if stages else FIXED
+    with flexasl.patch(model, config, policy="asl" if stages else "fixed_layer:layer=1") as patch, prefills() as read:
+        sequences, logits, _ = say(model, 17, input_ids=ids)
+    made = selected(read[0], 0)
+    assert patch.report.rows[0].kept_tokens == 24
+    assert len(made) == 1 + (stages and family != "lfm3"), "lfm3 has one layer that ranks"
+    full = recompute_on_kept(model, sequences[:, :-1], 67, made)
+    close(logits, full[:, -17:], family)
+
+
+@pytest.mark.parametrize("family", [one for one in HYBRIDS if one not in OWN_ARGUMENTS])
+def test_a_kv_budget_trims_layers_with_keys_alone(family):
+    model, ids = hybrid(family), prompts(67)[0][None]
+    with flexasl.patch(model, FIXED.replace(kv_budget=16), policy="fixed_layer:layer=1") as patch, prefills() as read:
+        sequences, logits, cache = say(model, 13, input_ids=ids)
+    columns = [getattr(layer, "positions", None) for layer in cache.layers]
+    assert max(patch.report.kv_tokens) == 16
+    full = recompute_on_kept(model, sequences[:, :-1], 67, selected(read[0], 0), columns)
+    close(logits, full[:, -13:], family)
+
+
+@pytest.mark.parametrize("policy", ["asl", "fixed_layer:layer=1", "gemfilter:layer=1", "snapkv"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_row_is_alone(family, policy):
+    model, rows = hybrid(family), prompts(70, 12, 43)
+    config = counting(policy, STAGES)
+    with flexasl.patch(model, config, policy=policy) as patch:
+        alone = [say(model, 9, input_ids=row[None]) for row in rows]
+        sequences, logits, _ = say(model, 9, **left_padded(rows))
+        kept = [row.kept_tokens for row in patch.report.rows]
+    assert kept[1] == 12 and (policy == "snapkv" or kept[0] < 70)
+    for row, (own, own_logits, _) in enumerate(alone):
+        close(logits[row], own_logits[0], family)
+        assert torch.equal(sequences[row, -9:], own[0, -9:])
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 16, 17, 33])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_lengths_around_kernels_and_chunks(family, length):
+    model, ids = hybrid(family), prompts(length)[0][None]
+    sequences, logits, _ = say(model, 6, input_ids=ids)
+    with flexasl.patch(model, KEEP_ALL):
+        _, got, _ = say(model, 6, input_ids=ids)
+    close(got, logits, family)
+    tight = FIXED.replace(select_tokens=max(2, length // 2), window=1)
+    with flexasl.patch(model, tight, policy="fixed_layer:layer=1"), prefills() as read:
+        sequences, logits, _ = say(model, 6, input_ids=ids)
+    full = recompute_on_kept(model, sequences[:, :-1], length, selected(read[0], 0))
+    close(logits, full[:, -6:], family)
+
+
+@pytest.mark.parametrize("later", ["keep", "prune"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_second_turn(family, later):
+    """Of a turn that is kept whole, a run on the kept tokens of the first and all of the second; of one that is pruned,
+    each row as alone."""
+    model, (first, second) = hybrid(family), (torch.stack(prompts(60, 60)), torch.stack(prompts(40, 40, seed=1)))
+    config = FIXED.replace(later_turns=later)
+    with flexasl.patch(model, config, policy="fixed_layer:layer=1"), prefills() as read:
+        answers = []
+        for row in range(2):
+            cache = model(first[row : row + 1], use_cache=True).past_key_values
+            turn = torch.cat([first[row : row + 1], second[row : row + 1]], 1)
+            answers.append(say(model, 8, input_ids=turn, past_key_values=cache))
+        cache = model(first, use_cache=True).past_key_values
+        _, logits, _ = say(model, 8, input_ids=torch.cat([first, second], 1), past_key_values=cache)
+        for row in range(2):
+            close(logits[row], answers[row][1][0], family)
+    if later == "keep" and family not in NEW_STATES:
+        sequences, logits, _ = answers[0]
+        full = recompute_on_kept(model, sequences[:, :-1], 60, selected(read[0], 0))
+        close(logits, full[:, -8:], family)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_caches_are_saved_copied_and_chosen_from(family, tmp_path):
+    model, rows = hybrid(family), torch.stack(prompts(60, 60))
+    after = torch.tensor([[7], [9]])
+    with flexasl.patch(model, FIXED.replace(kv_budget=20), policy="fixed_layer:layer=1") as patch:
+        cache = model(rows, use_cache=True).past_key_values
+        cache.save(tmp_path / "a")
+        report = patch.report
+        copied, loaded = copy.deepcopy(cache), flexasl.load_cache(tmp_path / "a", model)
+        assert loaded.reports == (report,) and patch.report == report
+        turned = copy.deepcopy(cache)
+        turned.reorder_cache(torch.tensor([1, 0, 1]))
+        want = model(after, past_key_values=cache).logits
+        for other in (copied, loaded):
+            assert torch.equal(model(after, past_key_values=other).logits, want)
+        got = model(after[[1, 0, 1]], past_key_values=turned).logits
+        close(got, want[[1, 0, 1]], family)
+        beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
+        alone = torch.cat(
+            [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
+        )
+        assert torch.equal(beams, alone)
+        cache.reset()
+        again = model(rows, past_key_values=cache, use_cache=True).past_key_values
+        assert torch.equal(model(after, past_key_values=again).logits, want)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+def test_crop_is_refused_before_anything_is_lost(family):
+    model, ids = hybrid(family), prompts(60)[0][None]
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1"):
+        cache = model(ids, use_cache=True).past_key_values
+        same = copy.deepcopy(cache)
+        with pytest.raises(FlexASLError, match="layers of this model keep states, which cannot go back"):
+            cache.crop(-3)
+        after = torch.tensor([[7]])
+        assert torch.equal(model(after, past_key_values=cache).logits, model(after, past_key_values=same).logits)
+        cache.crop(-1000)
+        assert cache.get_seq_length() == 0
+
+
+def test_a_convolution_that_records_goes_back():
+    model, ids = hybrid("lfm2"), prompts(60)[0][None]
+    more = prompts(5, seed=2)[0][None]
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1"):
+        cache = model(ids, use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(more, past_key_values=cache)
+        cache.crop(-3)
+        got = model(torch.tensor([[7]]), past_key_values=cache).logits
+        cache = model(ids, use_cache=True).past_key_values
+        model(more[:, :2], past_key_values=cache)
+        want = model(torch.tensor([[7]]), past_key_values=cache).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_what_states_cannot_honour_is_refused():
+    model = hybrid("qwen3_next")
+    for settings, message in (
+        (
+            {"config": FIXED.replace(propagate="mask")},
+            "propagate='mask' does not go with a model whose layers keep states",
+        ),
+        ({"compile": True}, "compile=True cannot take Qwen3NextForCausalLM, whose layers keep states"),
+        ({"policy": "fixed_layer:layer=2"}, "layer=2 does not see the whole prompt, .*; give one of 1, 4"),
+        ({"policy": "pyramid_infer"}, "ranks tokens at every layer, but only layers 1, 4 see the whole prompt"),
+    ):
+        with pytest.raises((ConfigError, UnsupportedError), match=message):
+            flexasl.patch(model, **settings)
+        assert not hasattr(model, "flexasl_patch")
+    first, second = left_padded(prompts(30, 20)), left_padded(prompts(9, 5, seed=1))
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1"):
+        cache = model(**first, use_cache=True).past_key_values
+        mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+        with pytest.raises(UnsupportedError, match="pads a later turn of a model with states, which would read"):
+            model(second["input_ids"], attention_mask=mask, past_key_values=cache)
