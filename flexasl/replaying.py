@@ -67,12 +67,14 @@ def replay(
     attention_mask: Tensor | None = None,
     scale: float | None = None,
     question: Sequence[Tensor | None] | None = None,
+    ranking_layers: Sequence[int] | None = None,
 ) -> list[Replay]:
     """Runs the rule over recorded states, and returns its decisions, one entry per batch row.
 
     query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
     attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5; question holds, of
-    each row, the padded positions [W], ascending, of the tokens that ask (None: the window ranks). The rule also runs
+    each row, the padded positions [W], ascending, of the tokens that ask (None: the window ranks); ranking_layers are
+    those whose ranks count (default: all): where others of a hybrid have no states, give zeros. The rule also runs
     where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do not
     count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError for
     tensors that do not belong together and settings that the policy cannot run with.
@@ -80,7 +82,7 @@ def replay(
     _check_states(query, key, attention_mask)
     layers, batch, _, tokens, _ = query.shape
     chosen, settings = choose(policy, config)
-    rule = resolved(chosen, chosen.counting(settings), layers).replace(propagate="gather")
+    rule = resolved(chosen, chosen.counting(settings), layers, ranking_layers).replace(propagate="gather")
     lengths = [tokens] * batch if attention_mask is None else left_padded_lengths(attention_mask)
     scores: dict[int, Tensor] = {}
     totals: list[dict[int, Tensor]] = [{} for _ in range(batch)]
@@ -91,6 +93,7 @@ def replay(
         lengths,
         tokens=tokens,
         device=query.device,
+        ranking_layers=ranking_layers,
         observer=lambda layer, seen: scores.update({layer: seen}),
         question=question,
     )

@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 from hybrids import HYBRIDS, INEXACT, NEW_STATES, OWN_ARGUMENTS, hybrid, recompute_on_kept
-from models import GREEDY, STAGED, counting, left_padded, prefills, prompts, selected
+from models import GREEDY, SHAPE, STAGED, counting, left_padded, prefills, prompts, selected
+from tiny_chat import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
-from flexasl import ConfigError, FlexASLError, UnsupportedError
+from flexasl import ConfigError, FlexASLError, UnsupportedError, evaluation
 from flexasl.integrations.transformers.states import PassiveLayer, StateLayer
+from flexasl.tools.evaluation import runner
+from flexasl.tools.evaluation.records import ANSWERS
+from flexasl.tools.evaluation.storage import read_all
 
 FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
 KEEP_ALL = FIXED.replace(select_tokens=1.0)
@@ -201,3 +206,32 @@ def test_what_states_cannot_honour_is_refused():
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
         with pytest.raises(UnsupportedError, match="pads a later turn of a model with states, which would read"):
             model(second["input_ids"], attention_mask=mask, past_key_values=cache)
+
+
+def test_calibration_and_evaluation_know_layers_without_scores(tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    shape = SHAPE | HYBRIDS["lfm2"] | {"vocab_size": 1000, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **shape)).eval().requires_grad_(False)
+    config = flexasl.ASLConfig(select_tokens=64, window=16)
+    few = {"tasks": ["needle"], "unseen": None, "samples": 2, "length": 300}
+    made = flexasl.calibrate(model, tokenizer, config, **few)
+    assert made.config.min_layer in (1, 4) and {one.layers[-1] for one in made.chosen.outcomes} <= {1, 4}
+    plan = evaluation.plan(tasks=["needle"], lengths=[300], samples=1, policies=["asl", "snapkv"], budgets=[64])
+    for together in (False, True):
+        folder = tmp_path / str(together)
+        assert runner.evaluate(plan, model, tokenizer, folder, together=together)
+    said = [
+        {one["setting"]: one["answer"] for one in read_all(tmp_path / str(together), ANSWERS, runner.answer_key)}
+        for together in (False, True)
+    ]
+    assert said[0] == said[1]
+
+
+def test_recorded_states_of_a_hybrid_are_replayed():
+    states = torch.randn(6, 1, 4, 60, 8, generator=torch.Generator().manual_seed(0))
+    states[[0, 2, 3, 5]] = 0
+    (told,) = flexasl.replay(states, states, FIXED, "fixed_layer", ranking_layers=[1, 4])
+    assert told.selected_layer == 1 and len(told.selected) == 24
+    with pytest.raises(ConfigError, match="layer=2 does not see the whole prompt"):
+        flexasl.replay(states, states, FIXED, "fixed_layer:layer=2", ranking_layers=[1, 4])

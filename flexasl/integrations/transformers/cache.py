@@ -175,6 +175,8 @@ class PrunedCache(DynamicCache):
         made = cls()
         layers = zip(*(cache.layers for cache in caches), strict=True)
         made.begin([_stacked([_ours(layer) for layer in rows], slack) for rows in layers])
+        for layer in made.layers:
+            layer.seen = made.entries.seen
         made._ids = None
         return made
 
@@ -304,7 +306,7 @@ def _stacked(rows: Sequence[Any], slack: int) -> Layer:
         return PrunedCacheLayer.stacked(rows, slack)
     made: StateLayer | PassiveLayer = rows[0].fresh()
     made.join(rows)
-    made.seen, made.uncroppable = rows[0].seen, max(row.uncroppable for row in rows)
+    made.uncroppable = max(row.uncroppable for row in rows)
     return made
 
 

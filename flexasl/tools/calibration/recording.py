@@ -114,7 +114,8 @@ def record(
             layers.clear()
             ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            scores = torch.stack([layers[layer] for layer in sorted(layers)]).cpu()
+            nothing = torch.zeros_like(next(iter(layers.values())))  # of layers without attention
+            scores = torch.stack([layers.get(layer, nothing) for layer in range(len(patch.attention))]).cpu()
             found = of_prompts(patch, ids, [len(prompt.ids)], len(prompt.ids)).positions
             question = () if found is None or found[0] is None else tuple(found[0].tolist())
             recordings.append(Recording(prompt=prompt, scores=scores, question=question))
