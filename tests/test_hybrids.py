@@ -1,6 +1,7 @@
 """Models some of whose layers keep states in place of keys and values, or beside them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_chat import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
-from flexasl import ConfigError, FlexASLError, UnsupportedError, evaluation
+from flexasl import ConfigError, FlexASLError, UnsupportedError, evaluation, saving
 from flexasl.integrations.transformers.states import PassiveLayer, StateLayer
 from flexasl.tools.evaluation import runner
 from flexasl.tools.evaluation.records import ANSWERS
@@ -235,3 +236,26 @@ def test_recorded_states_of_a_hybrid_are_replayed():
     assert told.selected_layer == 1 and len(told.selected) == 24
     with pytest.raises(ConfigError, match="layer=2 does not see the whole prompt"):
         flexasl.replay(states, states, FIXED, "fixed_layer:layer=2", ranking_layers=[1, 4])
+
+
+def test_a_file_with_other_states_is_refused(tmp_path):
+    model = hybrid("lfm2")
+    with flexasl.patch(model, KEEP_ALL):
+        model(prompts(30)[0][None], use_cache=True).past_key_values.save(tmp_path / "a")
+        saved = saving.read(tmp_path / "a")
+        assert saved.version == "3"
+        first, *rest = saved.layers
+        (name, states), *_ = first.states.items()
+        for wrong, message in (
+            ({}, "has other states at layer 0 than the model makes: {} where they should be"),
+            ({name: states[..., 1:]}, "has other states at layer 0 than the model makes"),
+            ({name: states.double()}, "has other states at layer 0 than the model makes"),
+            ({name: states, "recurrent.0": states}, "has other states at layer 0 than the model makes"),
+        ):
+            changed = dataclasses.replace(saved, layers=(dataclasses.replace(first, states=wrong), *rest))
+            saving.write(tmp_path / "b", changed)
+            with pytest.raises(FlexASLError, match=message):
+                flexasl.load_cache(tmp_path / "b", model)
+        two_rows = dataclasses.replace(first, states={name: states.repeat(2, 1, 1)})
+        with pytest.raises(FlexASLError, match="layers.0.state.conv.0 are .*, where 1 rows in floating"):
+            saving.write(tmp_path / "c", dataclasses.replace(saved, layers=(two_rows, *rest)))

@@ -848,7 +848,7 @@ def test_missing_files_and_folders(patched, tmp_path):
 
 def test_a_version_of_the_future_is_named(content, path):
     header, data = opened(content)
-    header["__metadata__"]["version"] = "3"
-    assert "its format version is '3', and this flexasl reads '1' and '2'" in refused(
+    header["__metadata__"]["version"] = "4"
+    assert "its format version is '4', and this flexasl reads '1', '2' and '3'" in refused(
         _written(path, sealed(header, data))
     )
