@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from flexasl.cache import LayerCache
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.transformers.fingerprint import fingerprint
-from flexasl.integrations.transformers.states import PassiveLayer, StateLayer, states_in
+from flexasl.integrations.transformers.states import DummyLayer, PassiveLayer, StateLayer, states_in
 from flexasl.report import Report
 from flexasl.saving import SavedCache, SavedLayer, write
 

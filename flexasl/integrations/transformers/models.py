@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -27,7 +26,7 @@ from flexasl.integrations.transformers.adapters import refuse_adapters
 from flexasl.integrations.transformers.media import BOTH_WAYS, why_no_media
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, refuse_placement
-from flexasl.integrations.transformers.states import states_in
+from flexasl.integrations.transformers.states import DummyLayer, states_in
 
 NAME, RECORDING = "flexasl", "flexasl_recording"
 """Of attention implementations: the one of a patched model, and one that only notes what it is asked for."""

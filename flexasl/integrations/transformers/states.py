@@ -9,11 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from flexasl.errors import FlexASLError
 from flexasl.layer_step import LayerStep
 from flexasl.states import LayerStates
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # transformers before 5.20 or so, where layers without a cache get one with states
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer that remembers nothing."""
 
 
 class StateLayer(LayerStates, LinearAttentionLayer):
