@@ -20,6 +20,7 @@ Number = Annotated[float, NULL_IS_NAN]
 MIB = 2**20
 WIDTH = 100
 ROWS_IN_FULL = 8
+IMAGES_IN_FULL = 8
 CURVE_COLUMNS = 11
 LONGEST_TEXT = 300
 """Characters of the text that ranked, as a report prints it."""
@@ -49,6 +50,17 @@ class SelectionReport:
     """Layer that selected, counted from 0."""
     kept_tokens: Count
     """Tokens that go on below it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageReport:
+    """What became of an image or a video frame, or of a part of one that has text around it."""
+
+    first: Count
+    """Where its tokens begin in the prompt."""
+    tokens: Count
+    kept_tokens: Count
+    """Of them, how many go on below the last selection."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,8 @@ class RowReport:
     ranked_by: str = ""
     """Whose queries ranked the tokens: `the last 32 tokens`, the text of the prompt's question, or `tokens 1,990 to
     2,011`; empty where nothing was ranked."""
+    images: tuple[ImageReport, ...] = ()
+    """Of a model that reads images, what became of each, in order."""
 
     def __post_init__(self) -> None:
         if not self.selections and self.selected_layer is not None:
@@ -157,7 +171,7 @@ class Report:
             data["profile"] = data.pop("preset", None) or data["profile"]  # as they were called then
             data.pop("kv_share", None)
             if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
-                since = {"selections": (), "ranked_by": "", "lookup": ()}
+                since = {"selections": (), "ranked_by": "", "lookup": (), "images": ()}
                 data["rows"] = [since | row if isinstance(row, dict) else row for row in data["rows"]]
         report: Report = fit(cls, data)
         fit(_Shown, report.config, "config")
@@ -207,6 +221,12 @@ class Report:
         lines = [head, *_wrap(f"why: {row.reason}", indent="  ")]
         if row.ranked_by:
             lines += _wrap(f"ranked by: {textwrap.shorten(row.ranked_by, LONGEST_TEXT)}", indent="  ")
+        if row.images:
+            kept = ", ".join(f"{image.kept_tokens:,} of {image.tokens:,}" for image in row.images)
+            if len(row.images) > IMAGES_IN_FULL:
+                going, all_ = (sum(getattr(one, name) for one in row.images) for name in ("kept_tokens", "tokens"))
+                kept = f"{going:,} of {all_:,} in {len(row.images)} images"
+            lines += _wrap(f"image tokens kept: {kept}", indent="  ")
         return [*lines, *_curve_lines(row)]
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:

@@ -1,16 +1,27 @@
 """Models that read images beside text: right, or refused by name before an image is read."""
 
+import functools
+
 import pytest
 import torch
-from models import GREEDY, HEADS, LAYERS, SHAPE, SMALL
+from models import GREEDY, LAYERS, MOE, SHAPE, SMALL
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -19,20 +30,31 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 import flexasl
-from flexasl import UnsupportedError
+from flexasl import ASLConfig, Report, UnsupportedError
 from flexasl.integrations.transformers import media
+from flexasl.report import ImageReport
+from flexasl.selectors import ScheduledSelector, Selection
 
-IMAGE, IMAGE_TOKENS = 190, 4
+IMAGE = 190
+TOKENS = {"llava_next": 14, "llava_onevision": 14}
+"""Tokens of an image, where these are not four."""
+ROOMY = {"qwen3_vl": {"min_layer": 2}, "qwen3_vl_moe": {"min_layer": 2}}
+"""Settings that leave the layers alone to whose outputs features are added."""
 EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
-GEMMA = {"image_token_index": IMAGE, "mm_tokens_per_image": IMAGE_TOKENS}
+GEMMA = {"image_token_index": IMAGE, "mm_tokens_per_image": 4}
 QWEN = {
     "text_config": SHAPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "image_token_id": IMAGE,
@@ -88,19 +110,72 @@ def qwen3_vl():
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**QWEN, vision_config=QWEN_EYES))
 
 
+def qwen3_vl_moe():
+    text = QWEN["text_config"] | MOE | {"decoder_sparse_step": 1}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**QWEN | {"text_config": text}, vision_config=QWEN_EYES))
+
+
+def llava_next():
+    eyes = CLIPVisionConfig(**EYES, image_size=28, projection_dim=32)
+    config = {"text_config": LlamaConfig(**SHAPE), "vision_config": eyes, "image_token_index": IMAGE}
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(**config, image_grid_pinpoints=[[28, 56], [56, 28]]))
+
+
+def llava_onevision():
+    eyes = SiglipVisionConfig(**EYES, image_size=28)
+    config = {"text_config": Qwen2Config(**SHAPE), "vision_config": eyes, "image_token_index": IMAGE}
+    config |= {"video_token_index": 191, "vision_feature_layer": -1, "image_grid_pinpoints": [[28, 56], [56, 28]]}
+    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**config))
+
+
+def internvl():
+    eyes = InternVLVisionConfig(**EYES | {"patch_size": [14, 14]}, image_size=[56, 56])
+    config = {"text_config": Qwen2Config(**SHAPE), "vision_config": eyes, "image_token_id": IMAGE}
+    return InternVLForConditionalGeneration(InternVLConfig(**config, downsample_ratio=0.5))
+
+
+def smolvlm():
+    config = {"text_config": LlamaConfig(**SHAPE), "vision_config": EYES | {"image_size": 56}, "scale_factor": 2}
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(**config, image_token_id=IMAGE))
+
+
+def idefics3():
+    config = {"text_config": LlamaConfig(**SHAPE), "vision_config": EYES | {"image_size": 56}, "scale_factor": 2}
+    return Idefics3ForConditionalGeneration(Idefics3Config(**config, image_token_id=IMAGE))
+
+
 def made(kind):
     torch.manual_seed(3)
     return globals()[kind]().eval().requires_grad_(False)
 
 
-def pictures(kind, count):
-    generator = torch.Generator().manual_seed(count)
+def pictures(kind, ids, each=1):
+    """What the model takes beside text ids [B, M], with so many images a row: random, in the processors' shapes."""
+    count, generator = each * len(ids), torch.Generator().manual_seed(len(ids))
+
+    def random(*shape):
+        return torch.randn(count, *shape, generator=generator)
+
+    if kind.startswith("qwen"):  # 4 x 4 patches of an image, of which four become a token
+        parts = {"pixel_values": random(16, 3 * 2 * 14 * 14).flatten(0, 1)}
+        return parts | {"image_grid_thw": torch.tensor([[1, 4, 4]] * count), "mm_token_type_ids": (ids == IMAGE).int()}
+    if kind in ("llava_next", "llava_onevision"):  # an image whole, and in two tiles
+        return {"pixel_values": random(3, 3, 28, 28), "image_sizes": torch.tensor([[28, 56]] * count)}
+    if kind in ("smolvlm", "idefics3"):
+        return {"pixel_values": random(3, 56, 56).unflatten(0, (len(ids), each))}
     size = 28 if kind == "llava" else 56
-    given = {"pixel_values": torch.randn(count, 3, size, size, generator=generator)}
-    return given if kind == "llava" else given | {"image_sizes": torch.tensor([[size, size]] * count)}
+    given = {"pixel_values": random(3, size, size)}
+    return given | {"image_sizes": torch.tensor([[size, size]] * count)} if kind == "mistral3" else given
 
 
-def prompts(*lengths, image_at=20):
+def of_row(given, row):
+    """The part of `pictures` of one row."""
+    return {
+        name: value.chunk(2)[row] if name == "pixel_values" else value[row : row + 1] for name, value in given.items()
+    }
+
+
+def prompts(*lengths, image_at=20, tokens=4):
     """Left-padded ids, each with an image's placeholders, and mask."""
     width, generator = max(lengths), torch.Generator().manual_seed(0)
     ids = torch.randint(3, IMAGE, (len(lengths), width), generator=generator)
@@ -108,7 +183,7 @@ def prompts(*lengths, image_at=20):
     for row, length in enumerate(lengths):
         start = width - length
         ids[row, :start], mask[row, :start] = 0, 0
-        ids[row, start + image_at : start + image_at + IMAGE_TOKENS] = IMAGE
+        ids[row, start + image_at : start + image_at + tokens] = IMAGE
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -117,42 +192,154 @@ def answer(model, **inputs):
     return out, torch.stack(out.logits, 1)
 
 
-@pytest.mark.parametrize("kind", media.MERGED)
-def test_images_merged_into_the_embeddings_keep_all_is_identity(kind):
-    model, batch = made(kind), prompts(90, 61)
-    first, plain = answer(model, **batch, **pictures(kind, 2))
-    more = prompts(30, 30, image_at=3)
+def settings(kind, **changes):
+    return SMALL.replace(**ROOMY.get(kind, {}) | changes)
+
+
+@pytest.mark.parametrize("kind", media.TESTED)
+def test_keep_all_is_identity_with_images(kind):
+    model, tokens = made(kind), TOKENS.get(kind, 4)
+    batch = prompts(90, 61, tokens=tokens)
+    first, plain = answer(model, **batch, **pictures(kind, batch["input_ids"]))
+    more = prompts(30, 30, image_at=3, tokens=tokens)
     ids = torch.cat([first.sequences, more["input_ids"]], 1)
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 35, dtype=torch.long)], 1)
-    turn = {"input_ids": ids, "attention_mask": mask, **pictures(kind, 2)}
-    _, second = answer(model, past_key_values=first.past_key_values, **turn)
-    with flexasl.patch(model, SMALL.replace(select_tokens=1.0)) as patch:
-        out, got = answer(model, **batch, **pictures(kind, 2))
+    turn = {"input_ids": ids, "attention_mask": mask, **pictures(kind, ids)}
+    if kind.startswith("qwen"):  # another question about the same image, whose place gives positions
+        ids[:, first.sequences.shape[1] :].masked_fill_(more["input_ids"] == IMAGE, 5)
+        turn["mm_token_type_ids"] = (ids == IMAGE).int()
+        del turn["pixel_values"]
+    with flexasl.patch(model, settings(kind, select_tokens=1.0)) as patch:
+        out, got = answer(model, **batch, **pictures(kind, batch["input_ids"]))
         assert [row.prompt_tokens for row in patch.report.rows] == [90, 61]
         torch.testing.assert_close(got, plain, rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            answer(model, past_key_values=out.past_key_values, **turn)[1], second, rtol=0, atol=1e-4
-        )
+        _, mine = answer(model, past_key_values=out.past_key_values, **turn)
+    _, second = answer(model, past_key_values=first.past_key_values, **turn)
+    torch.testing.assert_close(mine, second, rtol=0, atol=1e-4)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
 
 
-@pytest.mark.parametrize("kind", media.MERGED)
-def test_images_merged_into_the_embeddings_are_pruned_like_text(kind):
-    model, batch, images = made(kind), prompts(90, 61), pictures(kind, 2)
-    with flexasl.patch(model, SMALL.replace(kv_budget=16)) as patch:
+@pytest.mark.parametrize("kind", media.TESTED)
+def test_image_tokens_are_pruned_like_text(kind):
+    model, tokens = made(kind), TOKENS.get(kind, 4)
+    batch = prompts(90, 61, tokens=tokens)
+    images = pictures(kind, batch["input_ids"])
+    with flexasl.patch(model, settings(kind, kv_budget=16)) as patch:
         out, together = answer(model, **batch, **images)
-        rows = patch.report.rows
+        rows, said = patch.report.rows, str(patch.report)
         assert [row.kept_tokens for row in rows] == [24, 24] and len(out.past_key_values.layers) == LAYERS
         for row, length in enumerate((90, 61)):
-            image = {name: value[row : row + 1] for name, value in images.items()}
-            _, alone = answer(model, input_ids=batch["input_ids"][row : row + 1, -length:], **image)
+            kept = sum(20 <= at < 20 + tokens for at in rows[row].kept_positions)
+            assert rows[row].images == (ImageReport(first=20, tokens=tokens, kept_tokens=kept),)
+            assert f"image tokens kept: {kept} of {tokens}" in said
+            one = {
+                name: value[:, -length:] if name.startswith("mm_") else value
+                for name, value in of_row(images, row).items()
+            }
+            _, alone = answer(model, input_ids=batch["input_ids"][row : row + 1, -length:], **one)
             assert patch.report.rows[0].kept_positions == rows[row].kept_positions
             torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-4)
+        assert Report.from_dict(patch.report.to_dict()) == patch.report
     logits = []
     for way in ("gather", "mask"):
-        with flexasl.patch(model, SMALL.replace(propagate=way)):
+        with flexasl.patch(model, settings(kind, propagate=way)):
             logits.append(answer(model, **batch, **images)[1])
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", media.TESTED)
+def test_several_images_in_each_row(kind):
+    model, tokens = made(kind), TOKENS.get(kind, 4)
+    batch = prompts(90, 71, tokens=tokens)
+    for row, start in enumerate((45, 64)):
+        batch["input_ids"][row, start : start + tokens] = IMAGE
+    given = batch | pictures(kind, batch["input_ids"], each=2)
+    _, plain = answer(model, **given)
+    with flexasl.patch(model, settings(kind, select_tokens=1.0)) as patch:
+        torch.testing.assert_close(answer(model, **given)[1], plain, rtol=0, atol=1e-4)
+        firsts = [[image.first for image in row.images] for row in patch.report.rows]
+        assert firsts == [[20, 45], [20, 45]]
+    with flexasl.patch(model, settings(kind)) as patch:
+        answer(model, **given)
+        assert all(image.tokens == tokens for row in patch.report.rows for image in row.images)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_video_frames(kind):
+    """Two frames of four tokens each, which Qwen3-VL reads with text between them."""
+    model, batch = made(kind), prompts(90, 61)
+    ids = batch["input_ids"]
+    for row, start in enumerate((20, 49)):
+        second = start + 4 if kind != "qwen3_vl" else start + 9
+        ids[row, start : start + 4] = ids[row, second : second + 4] = 191
+    given = batch | {
+        "pixel_values_videos": torch.randn(64, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[2, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == 191).int() * 2,
+    }
+    _, plain = answer(model, **given)
+    with flexasl.patch(model, settings(kind, select_tokens=1.0)) as patch:
+        torch.testing.assert_close(answer(model, **given)[1], plain, rtol=0, atol=1e-4)
+        frames = [image.tokens for image in patch.report.rows[1].images]
+        assert frames == ([4, 4] if kind == "qwen3_vl" else [8])
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl", "internvl"])
+def test_half_of_an_images_tokens_dropped_is_a_run_without_them(kind):
+    """A policy that drops every second token of the image, against layers that run on the others alone."""
+    model, batch = made(kind), prompts(61, tokens=4)
+    images, layer = pictures(kind, batch["input_ids"]), 3
+    keep = torch.ones(61, dtype=torch.bool)
+    keep[20:24:2] = False
+
+    class HalfOfTheImage(flexasl.policies.FixedLayer):
+        name = "half_of_the_image"
+
+        def selector(self, config, prompts):
+            made = ScheduledSelector(lambda tokens: {layer: 59}, config, prompts)
+            made.select = lambda at: [Selection(0, at, keep, 59)] if at == layer else []
+            return made
+
+    with flexasl.patch(model, ASLConfig(select_tokens=59, window=8), policy=HalfOfTheImage(layer)) as patch:
+        got = model(**batch, **images).logits[0, -1]
+        assert patch.report.rows[0].images[0].kept_tokens == 2
+    left = keep.nonzero()[:, 0]
+
+    def gather(value):
+        if isinstance(value, tuple):
+            return tuple(map(gather, value))
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            return (
+                value[:, left]
+                if value.shape[1] == 61
+                else value[..., left, :][..., left]
+                if value.dim() == 4
+                else value
+            )
+        return value
+
+    hooks = [
+        one.register_forward_pre_hook(
+            lambda module, args, kwargs: (tuple(map(gather, args)), {k: gather(v) for k, v in kwargs.items()}),
+            with_kwargs=True,
+        )
+        for one in model.get_decoder().layers[layer + 1 :]
+    ]
+    want = model(**batch, **images).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
+def test_layers_that_features_are_added_to_keep_all_tokens(kind):
+    model, batch = made(kind), prompts(90, 61)
+    with flexasl.patch(model, SMALL) as patch:
+        with pytest.raises(UnsupportedError, match="features of images are added to the outputs of the first 2 layers"):
+            model(**batch, **pictures(kind, batch["input_ids"]))
+        assert patch.report is None
+        model(batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5))
+        assert patch.report.rows[0].kept_tokens == 24
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
@@ -163,54 +350,32 @@ def test_image_tokens_that_see_each_other_are_refused_when_patched(kind):
     assert not hasattr(model, "flexasl_patch")
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("qwen2_vl", "its positions have three parts"),
-        ("qwen2_5_vl", "its positions have three parts"),
-        ("qwen3_vl", "features of its images are added to hidden states of several layers"),
-    ],
-)
-def test_models_that_are_right_for_text_alone_refuse_the_first_image(kind, why):
-    model, batch = made(kind), prompts(90, 61)
-    text = batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5)}
-    image = {"pixel_values": torch.randn(32, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
-    kinds = {"mm_token_type_ids": (batch["input_ids"] == IMAGE).long()}
-    _, plain = answer(model, **text)
-    seen = []
-    handle = model.model.visual.register_forward_pre_hook(lambda *_: seen.append(1))
-    with flexasl.patch(model, SMALL.replace(select_tokens=1.0)) as patch:
-        torch.testing.assert_close(answer(model, **text)[1], plain, rtol=0, atol=1e-4)
-        before = patch.report
-        for call in (model, lambda **inputs: answer(model, **inputs)):
-            with pytest.raises(UnsupportedError, match=f"pixel_values is not available .* {kind!r}: {why}"):
-                call(**batch, **image, **kinds)
-        assert not seen and patch.report is before
-        parts = torch.arange(90).expand(3, 1, -1).clone()
-        parts[1, :, 40:] -= 3
-        with pytest.raises(UnsupportedError, match="position_ids have parts for time, height and width that differ"):
-            model(text["input_ids"][:1], position_ids=parts)
-        embeds = model.get_input_embeddings()(text["input_ids"])
-        added = {"deepstack_visual_embeds": [torch.ones(8, 64)], "visual_pos_masks": batch["input_ids"] == IMAGE}
-        with pytest.raises(
-            UnsupportedError, match="cannot be given an image while patched: features of its images are"
-        ):
-            model.get_decoder()(inputs_embeds=embeds, **added)
-    handle.remove()
-
-
-def test_the_vision_tower_keeps_its_attention():
-    model = made("llava")
-    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
-    with flexasl.patch(model, SMALL):
-        assert model.model.vision_tower.config._attn_implementation == "eager"
-        assert model.get_decoder().config._attn_implementation == "flexasl"
-        model(**prompts(90), **pictures("llava", 1))
-        model.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
-        with pytest.raises(UnsupportedError, match=r"call model.get_decoder\(\).set_attn_implementation\('flexasl'\)"):
-            model(**prompts(90))
-        model.get_decoder().set_attn_implementation("flexasl")
-        model(**prompts(90), **pictures("llava", 1))
-    assert model.model.vision_tower.config._attn_implementation == "eager"
-    assert model.get_decoder().config is model.config.text_config
-    assert model.config.text_config.num_attention_heads == HEADS
+def test_models_that_are_right_for_text_alone_refuse_the_first_image(monkeypatch):
+    monkeypatch.setattr(media, "TESTED", ())
+    monkeypatch.setitem(media.REASONS, "qwen3_vl", media.DEEP)
+    for kind, why in (("qwen2_vl", "only .* are tested with images"), ("qwen3_vl", media.DEEP)):
+        model, batch = made(kind), prompts(90, 61)
+        image = pictures(kind, batch["input_ids"])
+        text = batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5)}
+        _, plain = answer(model, **text)
+        seen = []
+        model.model.visual.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        with flexasl.patch(model, SMALL.replace(select_tokens=1.0)) as patch:
+            torch.testing.assert_close(answer(model, **text)[1], plain, rtol=0, atol=1e-4)
+            before = patch.report
+            for call in (model, functools.partial(answer, model)):
+                with pytest.raises(UnsupportedError, match=f"pixel_values is not available .* {kind!r}: {why}"):
+                    call(**batch, **image)
+            assert not seen and patch.report is before
+            parts = torch.arange(90).expand(3, 1, -1).clone()
+            parts[1, :, 40:] -= 3
+            with pytest.raises(
+                UnsupportedError, match="position_ids have parts for time, height and width that differ"
+            ):
+                model(text["input_ids"][:1], position_ids=parts)
+            embeds = model.get_input_embeddings()(text["input_ids"])
+            added = {"deepstack_visual_embeds": [torch.ones(8, 64)], "visual_pos_masks": batch["input_ids"] == IMAGE}
+            with pytest.raises(
+                UnsupportedError, match="cannot be given an image while patched: features of its images"
+            ):
+                model.get_decoder()(inputs_embeds=embeds, **added)

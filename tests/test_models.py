@@ -169,12 +169,21 @@ answers is not measured; `flexasl eval --model FOLDER_OR_ID --tasks niah_multike
 
 ## Models that read images
 
-Of a model that reads more than text, the text decoder is patched; the vision tower keeps its attention. {images} may be
-given images, alone and in batches, in a first and in a later turn: their image features take the places of placeholder
-tokens, and are ranked, kept and dropped like text. Refused when patched: Gemma 3 and PaliGemma, whose image tokens see
-each other in both directions (Gemma 3's text-only models, `gemma3_text`, are tested). All others, among them Qwen-VL
-(positions of three parts, features added to deeper layers), can be patched for text alone where the self-test passes,
-and refuse the first image, video or sound before it is read.
+Of a model that reads more than text, the text decoder is patched; the vision tower keeps its attention. These may be
+given images, alone and in batches, several in a prompt, in a first and in a later turn:
+
+{images}.
+
+Their image features take the places of placeholder tokens, and are ranked, kept and dropped like text. The report
+says how many of each image went on (`RowReport.images`; a part that has text around it counts by itself). Qwen-VL's
+positions of three parts go on with the tokens that are kept. Qwen3-VL adds features to the outputs of its first
+layers, by places in the prompt: no token may be dropped before, which is refused, and which the defaults do not do in
+models of 24 layers and more.
+
+Refused when patched: Gemma 3 and PaliGemma, whose image tokens see each other in both directions (Gemma 3's text-only
+models, `gemma3_text`, are tested). All others can be patched for text alone where the self-test passes, and refuse
+the first image, video or sound before it is read. No real weights were at hand: what pruning does to answers about
+images is not measured.
 
 ## Layers with a sliding window
 
@@ -200,7 +209,7 @@ def page():
     refused |= {kind: why for kind, why in supported.REFUSED.items() if kind not in TRIED}
     return TEXT.format(
         tested="\n".join(f"| {kind} | {', '.join(features(kind))} |" for kind in supported.SUPPORTED),
-        images=" and ".join(f"`{kind}`" for kind in media.MERGED),
+        images=textwrap.fill(", ".join(media.TESTED), 118),
         hybrids=textwrap.fill(", ".join(sorted(HYBRIDS)), 118),
         works=textwrap.fill(", ".join(kind for kind in TRIED if found[kind] is None), 118),
         refused="\n".join(f"| {kind} | {why.replace('|', '/')} |" for kind, why in sorted(refused.items())),

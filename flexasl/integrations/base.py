@@ -191,9 +191,11 @@ class BasePatch:
         count: int,
         device: torch.device,
         ids: Tensor | None = None,
+        whole: int = 0,
     ) -> ForwardPass:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
-        bool is False at padding, None where there is none. ids [B, count]: the new tokens; None: not known."""
+        bool is False at padding, None where there is none. ids [B, count]: the new tokens; None: not known. whole: of
+        how many first layers the decoder changes the outputs [B, count, C] of all tokens."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
@@ -221,6 +223,14 @@ class BasePatch:
         )
         rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)
+        if whole:
+            unpacks = True
+            if prefill.first_drop is not None and prefill.first_drop < whole:
+                raise UnsupportedError(
+                    f"tokens may be dropped after layer {prefill.first_drop}, and features of images are added to the "
+                    f"outputs of the first {whole} layers; give min_layer={whole} or more, stages and other policies "
+                    "likewise"
+                )
         how: dict[str, Any] = {"compiled": self.compiled, "rerun": rerun, "unpacks": unpacks}
         made = PromptPass(caches, prefill, positions, valid if past > 0 else None, **how)
         if torch.is_grad_enabled():

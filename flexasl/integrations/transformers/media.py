@@ -1,20 +1,35 @@
-"""Models that read images, sound or video beside text: which may be given them while patched.
+"""Models that read images, sound or video beside text: which may be given them while patched, and what became of them.
 
-Where features take the places of placeholder tokens and the decoder reads on as if they were text, pruning is right. It
-is not where image tokens see each other in both directions, have positions of several parts, or are added to deeper
-layers by their places.
+Features take the places of placeholder tokens, and the decoder reads on as if they were text. Some models give them
+positions of several parts, of which rotary tables are made as of any, or add further features to the outputs of their
+first layers. Pruning is not right where image tokens see each other in both directions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexasl.errors import UnsupportedError
+from flexasl.report import ImageReport, Report
 
-MERGED = ("llava", "mistral3")
-"""Model types in the tests whose features are merged into the embeddings, and that is all."""
+TESTED = (
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+)
+"""Model types in the tests."""
 PARTS = "its positions have three parts, for time, height and width, where there is an image or a video"
 DEEP = "features of its images are added to hidden states of several layers, by their places in the prompt"
 BOTH_WAYS = "its image tokens see each other in both directions"
@@ -28,11 +43,7 @@ REASONS = {
     "granite4_vision": DEEP,
     "paddleocr_vl": PARTS,
     "qwen2_5_omni_thinker": PARTS,
-    "qwen2_5_vl": PARTS,
-    "qwen2_vl": PARTS,
     "qwen3_omni_moe_thinker": DEEP,
-    "qwen3_vl": DEEP,
-    "qwen3_vl_moe": DEEP,
 }
 """Of model types that can be patched for text alone."""
 NAMES = ("pixel", "image", "video", "audio", "input_features", "mm_encoder")
@@ -41,9 +52,9 @@ NAMES = ("pixel", "image", "video", "audio", "input_features", "mm_encoder")
 
 def why_no_media(model_type: str) -> str | None:
     """Why a patched model of a type that reads more than text cannot be given more; None where it can."""
-    if model_type in MERGED:
+    if model_type in TESTED:
         return None
-    return REASONS.get(model_type, f"only {' and '.join(MERGED)} are tested with images")
+    return REASONS.get(model_type, f"only {', '.join(TESTED)} are tested with images")
 
 
 def refuse_media(model: Any, given: dict[str, Any], why: str) -> None:
@@ -57,10 +68,13 @@ def refuse_media(model: Any, given: dict[str, Any], why: str) -> None:
             )
 
 
-def refuse_merged(model: Any, given: dict[str, Any]) -> None:
-    """Raises `UnsupportedError` where a decoder is given features to add to its layers."""
-    if any(value is not None and "deepstack" in name for name, value in given.items()):
+def layers_added_to(model: Any, given: dict[str, Any], why: str | None) -> int:
+    """To how many of the first layers' outputs a decoder is to add features; raises `UnsupportedError` where the model
+    may not be given any, which is why."""
+    added = next((value for name, value in given.items() if "deepstack" in name and value is not None), ())
+    if len(added) and why is not None:
         raise UnsupportedError(f"{type(model).__name__} cannot be given an image while patched: {DEEP}")
+    return len(added)
 
 
 def refuse_parts(position_ids: Tensor | None) -> None:
@@ -70,3 +84,32 @@ def refuse_parts(position_ids: Tensor | None) -> None:
             "position_ids have parts for time, height and width that differ, as where there is an image; a patched "
             "model takes one position for each token"
         )
+
+
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""Names in configurations of the tokens whose places features take."""
+
+
+def with_images(report: Report, config: Any, ids: Tensor | None, lengths: list[int]) -> Report:
+    """The report with what became of every image of the prompts, ids [B, M], padded on the left."""
+    known = {getattr(config, name, None) for name in PLACEHOLDERS} - {None}
+    if ids is None or not known or ids.shape[0] != len(report.rows):
+        return report
+    found = torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype, device=ids.device)).cpu()
+    if not bool(found.any()):
+        return report
+    rows = []
+    for row, marks, length in zip(report.rows, found, lengths, strict=True):
+        kept, images = set(row.kept_positions), []
+        own = marks[len(marks) - length :].tolist()
+        for start, end in _runs(own):
+            going = sum(at in kept for at in range(start, end))
+            images.append(ImageReport(first=start, tokens=end - start, kept_tokens=going))
+        rows.append(dataclasses.replace(row, images=tuple(images)))
+    return dataclasses.replace(report, rows=tuple(rows))
+
+
+def _runs(marks: list[bool]) -> list[tuple[int, int]]:
+    """Where runs of True begin and end."""
+    edges = [at for at, (one, other) in enumerate(zip([False, *marks], [*marks, False])) if one != other]
+    return list(zip(edges[::2], edges[1::2]))

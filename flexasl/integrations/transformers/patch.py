@@ -24,7 +24,7 @@ from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
-from flexasl.integrations.transformers.media import refuse_media, refuse_merged, refuse_parts
+from flexasl.integrations.transformers.media import layers_added_to, refuse_media, refuse_parts, with_images
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, over_ranks
@@ -78,6 +78,9 @@ class Patch(BasePatch):
         self.compiled = compile
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
+        self._reads_media = model.config is not stack.decoder.config
+        self._ids: Tensor | None = None
+        """What the model was given, before features took the places of placeholders."""
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
         self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
@@ -149,6 +152,7 @@ class Patch(BasePatch):
                 self._refuse_replaced("decoder and layers")
             _refuse_arguments(model, given)
             self.refuse_media(given)
+            self._ids = given.get("input_ids")
 
     def _refuse_replaced(self, part: str) -> NoReturn:
         raise UnsupportedError(
@@ -184,7 +188,7 @@ class Patch(BasePatch):
             if layers_of(decoder, len(self._layers)) != self._layers:
                 self._refuse_replaced("layers")
         _refuse_arguments(decoder, kwargs)
-        refuse_merged(self._model, kwargs)
+        added = layers_added_to(self._model, kwargs, self._stack.no_media)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = _positions(kwargs["position_ids"], batch, count)
         cache = self._cache(decoder, kwargs)
@@ -195,7 +199,7 @@ class Patch(BasePatch):
         valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
         kwargs[PASS] = forward_pass = self.begin(
-            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens
+            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens, whole=added
         )
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
@@ -205,7 +209,10 @@ class Patch(BasePatch):
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward_pass: ForwardPass = kwargs[PASS]
+        ids, self._ids = self._ids, None
         report = self.end(forward_pass)
+        if report is not None and forward_pass.prefill is not None and self._reads_media:
+            self.report = report = with_images(report, self._model.config, ids, forward_pass.prefill.lengths)
         cache = kwargs.get(self._cache_name)
         if cache is not None and forward_pass.caches is not None:
             ids, count = kwargs.get("input_ids"), forward_pass.positions.shape[1]
@@ -282,7 +289,10 @@ class Patch(BasePatch):
             )
         if not is_prompt(self.config, past, count):
             return
-        refuse_parts(position_ids)
+        if self._stack.no_media is not None or not self._reads_media:
+            refuse_parts(position_ids)
+        elif position_ids is not None and position_ids.dim() == 3:  # parts of an image's positions begin again
+            position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
         if valid is None and restart(position_ids):
             raise UnsupportedError("position_ids restart within a row; give packed prompts as rows of a padded batch")
 
