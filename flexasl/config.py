@@ -43,6 +43,8 @@ LOOKUP_SCORES: dict[str, Any] = OWN_SCORES | {
 KV_DTYPES = ("int8", "fp8")
 LOOKUP_TAUS: dict[str, tuple[float, float]] = {"phrase": (0.2, 0.4), "maxpool": (0.5, 0.95), "avgpool": (0.5, 0.95)}
 """By pooling, scores that count as a look-up, for the final selection and for a loose one."""
+UNASKED_TOKENS = 0.5
+"""The least that goes on from a loose selection where no question is known, as a share of the prompt."""
 STAGE_TOKENS = 0.3
 """What goes on from a loose selection, as a share of the prompt."""
 LONE_STAGE_TOKENS = 0.5
@@ -54,7 +56,15 @@ PAPER_RULE: dict[str, Any] = {
     **PUBLISHED_SCORES,
 }
 """Settings of the published rule, where they are not the defaults."""
-LEAST = {"window": 1, "kernel_size": 1, "observe_layers": 1, "score_from": 0, "min_layer": 0, "max_layer": 0}
+LEAST = {
+    "window": 1,
+    "kernel_size": 1,
+    "observe_layers": 1,
+    "score_from": 0,
+    "min_layer": 0,
+    "min_layer_unasked": 0,
+    "max_layer": 0,
+}
 """Whole numbers among the settings, and their least values."""
 
 
@@ -84,6 +94,9 @@ class ASLConfig:
         `"variance"`, which takes none.
     min_layer: First layer at which selection can happen. None: a third of the layers; with `"variance"` and the
         `"peak"` reference three eighths; no less than `observe_layers - 1`.
+    min_layer_unasked: Likewise with `"lookup"`, of the final selection from a prompt whose question is not known, so
+        that the window ranks it; where this comes after `min_layer`, loose stages leave at least half of such a prompt.
+        None: half of the layers, or `min_layer` where that is greater, and `max_layer` at most.
     max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
         `"initial"` reference, as in the paper.
     observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
@@ -129,6 +142,7 @@ class ASLConfig:
     tau: float | None = None
     stages: tuple[Stage, ...] | None = None
     min_layer: int | None = None
+    min_layer_unasked: int | None = None
     max_layer: int | None = None
     observe_layers: int | None = None
     score_from: int | None = None
@@ -261,7 +275,8 @@ class ASLConfig:
 
     def _refuse_beyond(self, num_layers: int) -> None:
         """Raises `ConfigError` for a layer that the model does not have."""
-        for name, beyond in (("observe_layers", 1), ("score_from", 0), ("min_layer", 0), ("max_layer", 0)):
+        layers = ("score_from", "min_layer", "min_layer_unasked", "max_layer")
+        for name, beyond in (("observe_layers", 1), *((name, 0) for name in layers)):
             value = getattr(self, name)
             if value is not None and value - beyond >= num_layers:
                 raise ConfigError(
@@ -328,11 +343,12 @@ class ASLConfig:
                     value = getattr(self, name)
                     raise ConfigError(f"{name}={value!r} has no effect with settled_by='lookup'; give one of the two")
             return
-        if self.score_from is not None:
-            raise ConfigError(
-                f"score_from={self.score_from} has no effect with settled_by='variance'; give settled_by='lookup', or "
-                "score_from=None"
-            )
+        for name in ("score_from", "min_layer_unasked"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} has no effect with settled_by='variance'; give settled_by='lookup', "
+                    f"or {name}=None"
+                )
         if self.stages:
             raise ConfigError(
                 f"stages={'+'.join(map(str, self.stages))!r} does not go with settled_by='variance', which selects "
@@ -348,6 +364,12 @@ class ASLConfig:
             )
         if last is not None and first is not None and last < first:
             raise ConfigError(f"max_layer={last} comes before min_layer={first}; give at least {first}")
+        unasked = self.min_layer_unasked
+        if unasked is not None and not (first or 0) <= unasked <= (unasked if last is None else last):
+            raise ConfigError(
+                f"min_layer_unasked={unasked} is not among the layers from min_layer={first} to max_layer={last}; give "
+                "one of them"
+            )
         if last is not None and observe is not None and last < observe - 1:
             raise ConfigError(
                 f"max_layer={last} leaves fewer than observe_layers={observe} layers to take ranks from; "
@@ -383,7 +405,7 @@ def refuse_open(rule: ASLConfig, num_layers: int | None = None, found: str = "co
     """Raises `ConfigError` where settings are not resolved for so many layers, or, with None, for scores that
     are there already; found: whose they are."""
     scoring = () if num_layers is None else tuple(OWN_SCORES)
-    of_rule = ("stages", "score_from") if rule.rule == "lookup" else ("observe_layers",)
+    of_rule = ("stages", "score_from", "min_layer_unasked") if rule.rule == "lookup" else ("observe_layers",)
     for name in ("tau", *of_rule, "min_layer", "max_layer", "if_never", *scoring):
         if getattr(rule, name) is None:
             raise ConfigError(f"{found} {name}=None; give those of policy.resolve(config, num_layers)")

@@ -113,7 +113,11 @@ class Prefill:
         least = config.window if observer else None
         enough = [config.token_budget(n) if least is None else least for n in self.lengths]
         self.over = [row for row, n in enumerate(self.lengths) if n > enough[row]]
-        prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device)
+        known = None if self.questions is None else self.questions.rows
+        asked = [
+            policy.scoring_tokens is not None or bool(own and own.ranking) for own in known or [None] * len(lengths)
+        ]
+        prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device, asked)
         self.selector = contract.selector_of(policy, config, prompts) if rows is None else Selector()
         self._packs = self._masks and not self.selector.once
         """Whether the selector has the tokens that are left of a row at the right end."""

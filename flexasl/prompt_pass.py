@@ -27,6 +27,9 @@ from flexasl.rows import Rows
 from flexasl.second_pass import Rerun, read_again, refuse_second_pass
 from flexasl.states import LayerStates
 
+THE_LAST = "the last "
+"""How a report begins to say that no question ranked."""
+
 
 class PromptPass(ForwardPass):
     """The pass over a batch of prompts, or over a later turn that is pruned like one. Layers see one row [1, T, C]."""
@@ -254,7 +257,7 @@ def _ranked_by(prefill: Prefill, row: int) -> str:
     if asked is not None and asked.ranking:
         return text or spans(asked.ranking)
     why = "too much text stands behind the question" if asked is not None else text
-    last = f"the last {window} tokens" if window > 1 else "the last token"
+    last = f"{THE_LAST}{window} tokens" if window > 1 else f"{THE_LAST}token"
     return f"{last}; {why}" if why else last
 
 

@@ -155,14 +155,17 @@ def decided(
     ranking_layers: Sequence[int] | None,
     question: Sequence[int] | None,
     seen: dict[int, Tensor] | None = None,
-) -> tuple[Replay, Selector]:
+) -> tuple[Replay, Any]:
     """The selections that a resolved rule makes from scores [L, P], and the selector that made them; seen takes, by
     layer, the positions of the tokens that it ranked."""
     tokens = scores.shape[1] + rule.window
     kind = StagedSelector if rule.rule == "lookup" else LayerSelector
-    selector = kind(rule, [tokens], ranking_layers=ranking_layers, device=scores.device)
     budget = rule.token_budget(tokens)
     asked = Asked(question, tokens, budget, rule.window, contrast=bool(rule.contrast)) if question else None
+    where: dict[str, Any] = {"ranking_layers": ranking_layers, "device": scores.device}
+    if rule.rule == "lookup":
+        where["asked"] = [asked is not None and bool(asked.ranking)]
+    selector = kind(rule, [tokens], **where)
     result = Replay()
     left = torch.arange(tokens, dtype=torch.int64, device=scores.device)
     for layer in range(len(scores)):

@@ -63,6 +63,11 @@ def resolve_lookup(config: ASLConfig, num_layers: int, ranking_layers: Sequence[
     tau, loose = LOOKUP_TAUS[str(config.pooling)]
     if config.min_layer is None:
         tau = max(0.01, round(threshold(tau, num_layers // 3, first), 3))
+    unasked = config.min_layer_unasked
+    if unasked is None:
+        unasked = min(max(among.from_on(num_layers // 2), first), last)
+    elif not first <= among.from_on(unasked) <= last:
+        among.refuse("min_layer_unasked", unasked)
     stages = _stages(config, among, opens, last, loose)
     selects = min([first, *(stage.min_layer for stage in stages if stage.min_layer is not None)])
     if config.score_from is not None and config.score_from > selects:
@@ -76,6 +81,7 @@ def resolve_lookup(config: ASLConfig, num_layers: int, ranking_layers: Sequence[
         stages=stages,
         score_from=min(opens, selects),
         min_layer=first,
+        min_layer_unasked=among.from_on(unasked),
         max_layer=last,
         if_never=config.if_never or "select",
     )

@@ -79,6 +79,7 @@ STAGED = flexasl.ASLConfig(
     pooling="maxpool",
     stages=flexasl.Stage(tokens=0.5, tau=0.25, min_layer=1, max_layer=2),
     min_layer=2,
+    min_layer_unasked=2,
     max_layer=4,
     tau=0.2,
 )

@@ -263,7 +263,8 @@ def test_the_table_is_what_the_rule_decides(ranking_layers: list[int] | None, as
                 for cost, count in zip(costs, counts, strict=True)
             )
             assert outcome.cost == spent / sum(cost.of(range(158)) for cost in costs)
-            falling = rule.tau * 0.85 ** (layers[-1] - rule.min_layer)
+            first = rule.min_layer if asking else rule.min_layer_unasked
+            falling = rule.tau * 0.85 ** (layers[-1] - first)
             assert outcome.waited == (layers[-1] == rule.max_layer and weights[layers[-1]] < falling)
             seen.add((len(layers), layers[-1], outcome.waited))
             costs_of.setdefault((seed, outcome.layers, tuple(counts)), set()).add(outcome.cost)
@@ -279,7 +280,8 @@ def selected(recording, rule, ranking_layers):
     """Layer and positions of every selection from the scores, and the highest look-up by layer, by a selector of a
     batch of two, the other of which is shorter."""
     scores, tokens, budget = recording.scores, recording.scores.shape[1] + rule.window, rule.select_tokens
-    selector = StagedSelector(rule, [tokens, tokens - 40], rows=[0, 1], ranking_layers=ranking_layers)
+    known = [bool(recording.question)] * 2
+    selector = StagedSelector(rule, [tokens, tokens - 40], rows=[0, 1], ranking_layers=ranking_layers, asked=known)
     left, made = torch.arange(tokens), []
     for layer in range(len(scores)):
         if 0 not in selector.rows:
@@ -329,7 +331,8 @@ def test_candidates_fit_the_model_and_begin_with_the_default(layers: int) -> Non
         assert len({tuple(settings_of(rule).items()) for rule in rules}) == len(rules) <= 1800
         for rule in rules:
             assert rule.resolve(layers, ranking_layers) == rule
-            assert rule.replace(**settings_of(flexasl.ASLConfig())).resolve(layers, ranking_layers) == rules[0]
+            anew = rule.replace(min_layer_unasked=None, **settings_of(flexasl.ASLConfig()))
+            assert anew.resolve(layers, ranking_layers) == rules[0]
     if layers >= 12:
         assert {len(rule.stages) for rule in rules} == {0, 1}
         assert all(rule.stages[0].min_layer <= rule.min_layer < rule.max_layer for rule in rules if rule.stages)
@@ -444,7 +447,8 @@ def test_what_is_said_of_answers_is_what_the_model_does(model, made) -> None:
             assert said.outcome.layers == tuple(one.layer for one in row.selections)
             assert said.outcome.held == holds_answers(prompt, row.kept_positions)
             assert said.outcome.cost == prefill_share(layer_costs(model), alone.report)
-            assert said.outcome.waited == ("by max_layer" in row.reason)
+            if "is set to layer" not in row.reason:
+                assert said.outcome.waited == ("by max_layer" in row.reason)
 
 
 def test_what_a_better_answer_counts(model) -> None:

@@ -19,7 +19,7 @@ from flexasl.tools.evaluation.storage import read_all
 
 FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
 KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, max_layer=None, stages="0.5@1")
+STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
 NEW = {**GREEDY, "output_logits": True}
 
 

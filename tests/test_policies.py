@@ -191,6 +191,10 @@ GIVEN = {
     "kv_top_p": {"kv_top_p": 0.3},
     "tau": {"tau": 0.05, "max_layer": 5, "kernel_size": 3, "window": 8, "stages": ()},
     "min_layer": {"min_layer": 4, "tau": 1.0, "observe_layers": 2, "max_layer": 5},
+    "min_layer_unasked": {
+        **{"min_layer_unasked": 4, "max_layer": 4, "stages": (), "tau": 0.01},
+        **{"kernel_size": 3, "pooling": "maxpool", "window": 8},
+    },
     "max_layer": {"max_layer": 4, "stages": ()},
     "observe_layers": {"observe_layers": 1, "tau": 0.7},
     "window": {"window": 20},

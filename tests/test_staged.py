@@ -27,21 +27,24 @@ def combine(before, scores, select_on):
     return before * fade + scores if select_on == "sum" else np.maximum(before * fade, scores)
 
 
-def budgets(config, length):
+def budgets(config, length, asked=True):
     """Tokens that go on from each stage, the final one last."""
     final = min(config.token_budget(length), length)
     counts = [length]
     for stage in config.stages:
         wanted = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
+        if not asked and config.min_layer_unasked > config.min_layer:
+            wanted = max(wanted, length // 2)
         counts.append(min(counts[-1], max(wanted, final)))
     return [*counts[1:], final]
 
 
-def decide(config, scores, counting, near):
+def decide(config, scores, counting, near, asked):
     """The rule for one row: scores [layer][prefix token] → what was selected, as (layer, prompt positions), and the
     highest score of a far token by layer."""
     prefix, window = len(scores[0]), config.window
-    counts, stages = budgets(config, prefix + window), [*config.stages, config]
+    counts, stages = budgets(config, prefix + window, asked), [*config.stages, config]
+    firsts = [stage.min_layer for stage in config.stages] + [config.min_layer if asked else config.min_layer_unasked]
     phrase = config.pooling == "phrase" and config.kernel_size > 1
     back = near + config.kernel_size // 2 + (3 if phrase else 0)
     on = back + (2 * config.kernel_size if phrase else 0)
@@ -66,7 +69,7 @@ def decide(config, scores, counting, near):
             at = last
         while not selects and at < last and layer > stages[at].max_layer:
             at = coming(at + 1, counts[at] + 1)
-        settled = layer >= stages[at].min_layer and seen[layer] >= np.float32(stages[at].tau)
+        settled = layer >= firsts[at] and seen[layer] >= np.float32(stages[at].tau)
         if settled or (selects and layer >= stages[at].max_layer):
             order = sorted(left, key=lambda j: (j not in forced, -best[j], j))
             left = sorted(order[: counts[at] - window])
@@ -96,6 +99,7 @@ def configs(draw):
         pooling=draw(st.sampled_from(["maxpool", "phrase"])),
         stages=stages,
         min_layer=draw(st.sampled_from([first, None])),
+        min_layer_unasked=draw(st.sampled_from([None, last])),
         max_layer=last,
         score_from=draw(st.sampled_from([None, 0])),
         tau=draw(taus),
@@ -120,11 +124,11 @@ def stacks(draw, rows):
     return made
 
 
-def run(config, layers, scores, tokens, rows, masks=False):
+def run(config, layers, scores, tokens, rows, known, masks=False):
     """Feeds a selector as a prefill does: each row's tokens that are left at the right end, junk in padding. Gives what
     was selected by row, as `decide` does, and the layers that were needed."""
     lengths = [row.shape[1] + config.window for row in scores]
-    selector = StagedSelector(config, lengths, tokens=tokens, rows=rows, ranking_layers=layers)
+    selector = StagedSelector(config, lengths, tokens=tokens, rows=rows, ranking_layers=layers, asked=known)
     left, made, asked = {row: np.arange(lengths[row]) for row in rows}, {row: [] for row in rows}, []
     for layer in layers:
         if not selector.needs(layer):
@@ -154,25 +158,28 @@ def test_every_row_of_a_batch_follows_the_rule_alone(case, data):
     tokens = max(row.shape[1] for row in scores) + config.window + data.draw(st.sampled_from([0, 0, 5]))
     rows = data.draw(st.lists(st.sampled_from(range(len(scores))), min_size=1, unique=True).map(sorted))
     near = data.draw(st.sampled_from([0, 2, 5]))
+    known = [data.draw(st.booleans()) for _ in scores]
     with mock.patch.object(staged, "NEAR", near), mock.patch.object(stages, "PATIENCE", 1.0):
-        selector, made, asked = run(config, layers, scores, tokens, rows)
-        masking, masked, _ = run(config, layers, scores, tokens, rows, masks=True)
+        selector, made, asked = run(config, layers, scores, tokens, rows, known)
+        masking, masked, _ = run(config, layers, scores, tokens, rows, known, masks=True)
         replays = {row: replay_scores(torch.tensor(scores[row]), config, ranking_layers=layers) for row in rows}
     assert made == masked
     assert set(selector.traces) == set(masking.traces) == set(rows)
     latest = 0
     for row in rows:
-        want, seen = decide(config, scores[row], counting, near)
+        want, seen = decide(config, scores[row], counting, near, known[row])
         assert made[row] == want
         for one, other in pairwise(want):
             assert set(other[1]) <= set(one[1]) and other[0] > one[0]
         trace = selector.traces[row]
         assert dict(zip(trace.eval_layers, trace.lookup, strict=True)) == seen
+        latest = max(latest, max(seen))
+        if known[row]:  # scores alone tell no question
+            continue
         replayed = replays[row]
         assert replayed.selections == [(layer, len(kept)) for layer, kept in want]
         assert (None if replayed.selected is None else replayed.selected.tolist()) == (want[-1][1] if want else None)
         assert dict(zip(replayed.eval_layers, replayed.lookup, strict=True)) == seen
-        latest = max(latest, max(seen))
     assert asked == [layer for layer in counting if layer <= latest]
 
 

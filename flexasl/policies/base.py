@@ -24,6 +24,7 @@ RULE = frozenset(
         "tau",
         "stages",
         "min_layer",
+        "min_layer_unasked",
         "max_layer",
         "observe_layers",
         "variance_reference",
@@ -109,10 +110,11 @@ class Policy:
 
         if not self.prunes_tokens:
             return Selector(f"policy {self.name!r} lets every token through every layer")
-        lengths, rows, tokens, _, ranking_layers, device = prompts
+        lengths, rows, tokens, _, ranking_layers, device, asked = prompts
         where: dict[str, Any] = {"tokens": tokens, "rows": rows, "ranking_layers": ranking_layers, "device": device}
-        kind = StagedSelector if config.rule == "lookup" else LayerSelector
-        return kind(config, lengths, **where)
+        if config.rule == "lookup":
+            return StagedSelector(config, lengths, asked=asked, **where)
+        return LayerSelector(config, lengths, **where)
 
     def retention(self, config: ASLConfig, num_layers: int) -> Retention:
         """What decides which cache entries a layer keeps. By default `kv_budget` or `kv_top_p`."""

@@ -60,6 +60,8 @@ class Prompts(NamedTuple):
     ranking_layers: Sequence[int] | None
     """Layers that see the whole prompt, ascending; None for all."""
     device: torch.device
+    asked: Sequence[bool] | None = None
+    """Of each row, whether it is known which tokens ask, so that these rank; None: of all."""
 
 
 @dataclass

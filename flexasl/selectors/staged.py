@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.checks import instance
-from flexasl.config import ASLConfig, refuse_open
+from flexasl.config import UNASKED_TOKENS, ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
 from flexasl.ops.scoring import pool_reach
@@ -43,7 +43,8 @@ class StagedSelector(Selector):
 
     A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
     that would drop nothing, or as much as the final one, is passed over. Tokens with a score of infinity are kept; they
-    and those beside them are no far tokens.
+    and those beside them are no far tokens. A row of which it is not known what it asks is ranked less well: its final
+    selection is not made before `min_layer_unasked`, and where that comes after `min_layer`, half of it goes on before.
     """
 
     masks = True
@@ -58,8 +59,9 @@ class StagedSelector(Selector):
         rows: Sequence[int] | None = None,
         ranking_layers: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        asked: Sequence[bool] | None = None,
     ) -> None:
-        """As `LayerSelector`."""
+        """As `LayerSelector`. asked: of each row, whether it is known what it asks; None: of all."""
         if instance("config", config, ASLConfig, "an ASLConfig").rule != "lookup":
             raise ConfigError("settled_by='variance' is for LayerSelector; give settled_by='lookup'")
         refuse_open(config)
@@ -74,12 +76,17 @@ class StagedSelector(Selector):
                         f"{name}={layer} does not see the whole prompt; give one of {', '.join(map(str, counting))}, "
                         "or settings resolved for these ranking_layers"
                     )
+        assert config.min_layer_unasked is not None and config.min_layer is not None
+        self.asked = [True] * len(self.lengths) if asked is None else list(asked)
+        """Of each row, whether it is known what it asks."""
+        self._unasked = [*self.stages[:-1], self.stages[-1]._replace(first=config.min_layer_unasked)]
+        """The stages of a row of which it is not known what it asks."""
         self.once = len(self.stages) == 1
         opens = min(stage.first for stage in self.stages)
         since = config.score_from if config.select_on != "last" else opens
         assert since is not None
         self._needed = frozenset(layer for layer in counting if since <= layer <= self.stages[-1].last)
-        self.budgets = [self._counts(length) for length in self.lengths]
+        self.budgets = [self._counts(row) for row in range(len(self.lengths))]
         """Of every row of the batch, tokens that go on from each stage."""
         self._selects_anyway = config.if_never == "select"
         self._traces = {row: Trace() for row in self.rows}
@@ -112,7 +119,7 @@ class StagedSelector(Selector):
         self._seen.append((layer, list(self.rows), highest))
         if not self._selects_anyway:
             self._pass_over(layer)
-        self._settled = highest >= self._thresholds(layer)[self._stage]
+        self._settled = highest >= self._thresholds(layer)[self._kinds, self._stage]
 
     def select(self, layer: int) -> list[Selection]:
         """The selections of rows that make one. Moves one bool a row to the host, or none where that is known."""
@@ -121,7 +128,7 @@ class StagedSelector(Selector):
         ends = self._ends(layer)
         if ends:
             self._at = [len(self.stages) - 1] * len(self.rows)
-        may = [layer >= self.stages[stage].first for stage in self._at]
+        may = [layer >= self._of(row)[stage].first for row, stage in zip(self.rows, self._at)]
         must = [ends or (self._selects_anyway and layer >= self.stages[stage].last) for stage in self._at]
         unsure = any(can and not does for can, does in zip(may, must))
         settled = self._settled.tolist() if unsure else [False] * len(self.rows)
@@ -148,7 +155,7 @@ class StagedSelector(Selector):
         else:
             late = layer >= self._lasts[self._stage]
             selects = (self._settled | late) if self._selects_anyway else self._settled
-            selects = selects & (layer >= self._firsts[self._stage])
+            selects = selects & (layer >= self._firsts[self._kinds, self._stage])
         keep = self._choose()
         self._advance(selects, keep)
         return selects, keep
@@ -176,9 +183,9 @@ class StagedSelector(Selector):
             return f"{never}; if_never='keep' keeps every token"
         weight = dict(zip(trace.eval_layers, trace.lookup)).get(selection.layer, highest)
         final = selection.count == self.budgets[row][-1]
-        loose = zip(self.stages, self.budgets[row][:-1])
+        loose = zip(self._of(row), self.budgets[row][:-1])
         fits = (stage for stage, count in loose if count == selection.count and selection.layer <= stage.last)
-        stage = self.stages[-1] if final else next(fits)
+        stage = self._of(row)[-1] if final else next(fits)
         least = stage.threshold(selection.layer)
         if weight >= least:
             fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
@@ -189,11 +196,18 @@ class StagedSelector(Selector):
             return f"the selection is set to layer {stage.last}"
         return f"{never} by max_layer={stage.last}; if_never='select' selects there"
 
-    def _counts(self, length: int) -> list[int]:
+    def _of(self, row: int) -> list[_Stage]:
+        """The row's stages."""
+        return self.stages if self.asked[row] else self._unasked
+
+    def _counts(self, row: int) -> list[int]:
         """Tokens that go on from a prompt after each stage, ascending stages."""
+        length = self.lengths[row]
         counts, left, final = [], length, budget_of(self.config, length)
+        waits = self._of(row)[-1].first > self.stages[-1].first
         for stage in self.config.stages or ():
             share = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
+            share = max(share, int(UNASKED_TOKENS * length)) if waits else share
             left = min(left, max(share, final))
             counts.append(left)
         return [*counts, final]
@@ -225,10 +239,12 @@ class StagedSelector(Selector):
         at = torch.arange(self.tokens, dtype=torch.int64, device=device)
         self._valid = at >= starts[:, None] if padded else None
         """[R, N] bool, None for all: tokens that are left, at the right end."""
-        self._firsts, self._lasts = (
-            torch.tensor([*ends, never], dtype=torch.int64, device=device)
-            for ends in ([one.first for one in self.stages], [one.last for one in self.stages])
-        )
+        firsts = [[*(one.first for one in stages), never] for stages in (self.stages, self._unasked)]
+        self._firsts = torch.tensor(firsts, dtype=torch.int64, device=device)
+        """[2, S + 1], of rows of which it is known what they ask, and of others."""
+        self._lasts = torch.tensor([*(one.last for one in self.stages), never], dtype=torch.int64, device=device)
+        self._kinds = torch.tensor([not self.asked[row] for row in self.rows], device=device).long()
+        """[R] int64: 1 for a row of which it is not known what it asks."""
 
         def by_row(make: Callable[[int], list[int]]) -> Tensor:
             values = [make(row) for row in self.rows]
@@ -252,9 +268,9 @@ class StagedSelector(Selector):
         return (at - before > NEAR + on) & (after - at > NEAR + back)
 
     def _thresholds(self, layer: int) -> Tensor:
-        """Of each stage, and of none [S + 1]."""
-        made = [one.threshold(layer) for one in self.stages]
-        return torch.tensor([*made, 2.0**31], dtype=torch.float32, device=self._stage.device)
+        """Of each stage, and of none [2, S + 1]."""
+        made = [[*(one.threshold(layer) for one in stages), 2.0**31] for stages in (self.stages, self._unasked)]
+        return torch.tensor(made, dtype=torch.float32, device=self._stage.device)
 
     def _ends(self, layer: int) -> bool:
         """Whether all rows select at this layer for good."""
@@ -290,14 +306,18 @@ class StagedSelector(Selector):
         index = torch.tensor(going, dtype=torch.int64, device=self._stage.device)
         assert self._scores is not None and self._far is not None and self._valid is not None
         self._scores, self._far, self._valid = self._scores[index], self._far[index], self._valid[index]
+        self._kinds = self._kinds[index]
         self._prefixes, self._stage = self._prefixes[index], self._stage[index]
         self._nexts, self._laters = self._nexts[index], self._laters[index]
 
 
-def waited(config: ASLConfig, layer: int, trace: Trace) -> bool:
-    """Whether the last selection, made at this layer by resolved settings, came with `max_layer` and no look-up."""
+def waited(config: ASLConfig, layer: int, trace: Trace, asked: bool) -> bool:
+    """Whether the last selection of a prompt, made at this layer by resolved settings, came with `max_layer` and no
+    look-up. asked: whether it is known what the prompt asks."""
+    first = config.min_layer if asked else config.min_layer_unasked
+    assert config.tau is not None and first is not None
     weight = dict(zip(trace.eval_layers, trace.lookup))[layer]
-    return layer == config.max_layer and weight < _Stage(*_bounds(config)).threshold(layer)
+    return layer == config.max_layer and weight < threshold(config.tau, first, layer)
 
 
 def _bounds(stage: object) -> tuple[float, int, int]:

@@ -181,7 +181,8 @@ def _fixed_layers(tables: Sequence[Table], default: ASLConfig) -> tuple[Judged, 
     fixed = []
     for layer in tables[0].ranking_layers:
         assert default.score_from is not None
-        at = {"stages": (), "min_layer": layer, "max_layer": layer, "score_from": min(layer, default.score_from)}
+        at: dict[str, Any] = {"stages": (), "score_from": min(layer, default.score_from)}
+        at |= dict.fromkeys(("min_layer", "min_layer_unasked", "max_layer"), layer)
         outcomes = tuple(table.outcome(default.replace(**at)) for table in tables)
         fixed.append(Judged(name=f"fixed layer {layer}", rule=None, outcomes=outcomes))
     return tuple(fixed)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from flexasl.config import ASLConfig
 from flexasl.policies.asl import ASL
+from flexasl.prompt_pass import THE_LAST
 from flexasl.report import RowReport
 from flexasl.selectors.base import Trace
 from flexasl.selectors.staged import waited
@@ -78,4 +79,4 @@ def _outcome(prompt: Prompt, rule: ASLConfig, row: RowReport, cost: float) -> Ou
     trace = Trace(eval_layers=list(row.eval_layers), lookup=list(row.lookup))
     layers = tuple(made.layer for made in row.selections)
     held = holds_answers(prompt, row.kept_positions)
-    return Outcome(layer, held, cost, layers, waited(rule, layer, trace))
+    return Outcome(layer, held, cost, layers, waited(rule, layer, trace, not row.ranked_by.startswith(THE_LAST)))

@@ -72,7 +72,8 @@ def settings_of(rule: ASLConfig) -> dict[str, Any]:
 
 def default_of(config: ASLConfig) -> ASLConfig:
     """The config with all that calibration looks for at its default."""
-    return config.replace(settled_by="lookup", observe_layers=None, variance_reference=None, **settings_of(ASLConfig()))
+    open_ = dict.fromkeys(("observe_layers", "variance_reference", "min_layer_unasked"))
+    return config.replace(settled_by="lookup", **open_, **settings_of(ASLConfig()))
 
 
 def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> list[ASLConfig]:
@@ -93,6 +94,7 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
             continue
         for since in sorted({min(default.score_from, opening), opening}):
             rule = config.replace(
+                min_layer_unasked=None,
                 score_from=since,
                 stages=() if stage is None else (stage,),
                 min_layer=ranking_layers[first],

@@ -67,7 +67,7 @@ class Table:
         if told.selected is None or told.selected_layer is None:
             return Outcome(None, True, 1.0), False
         positions, layers = told.selected.tolist(), tuple(layer for layer, _ in told.selections)
-        late = waited(rule, told.selected_layer, selector.traces[0])
+        late = waited(rule, told.selected_layer, selector.traces[0], selector.asked[0])
         cost = self._cost(told.selections, positions, rule.window)
         held = holds_answers(recording.prompt, positions)
         return Outcome(told.selected_layer, held, cost, layers, late), not selector.rows
