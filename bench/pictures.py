@@ -11,6 +11,9 @@ from methods import BEHIND, GROUPS, METHODS, VARIANTS, Row, prompt, side_by_side
 from flexasl.tools.evaluation.plans import FULL
 from flexasl.tools.evaluation.tables import Record
 
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan", "tab:gray")
+"""Of other methods than ours, which is red."""
+
 
 def picture(models: Mapping[str, list[Row]]) -> Figure:
     """Score against cost, a panel for each model; a method's settings are joined."""
@@ -21,7 +24,7 @@ def picture(models: Mapping[str, list[Row]]) -> Figure:
             found = [row for row in within_reach(rows) if row.method is method and row.kind in VARIANTS]
             if not found or (method.ours and "kv_budget" in method.name):
                 continue
-            color = "black" if method.begins == FULL else "crimson" if method.ours else f"C{place % 10}"
+            color = "black" if method.begins == FULL else "crimson" if method.ours else COLORS[place % len(COLORS)]
             costs, scores = [row.cost for row in found], [row.score().mean for row in found]
             axes.plot(costs, scores, color=color, linewidth=1, alpha=0.0 if method.layers else 0.5)
             for row in found:
@@ -79,9 +82,12 @@ def picture_of_endings(models: Mapping[str, dict[str, list[Record]]]) -> Figure 
     panels = figure.subplots(1, len(told), sharey=True, squeeze=False)[0]
     for axes, (model, columns) in zip(panels, told.items(), strict=True):
         kinds = [kind for kind in BEHIND if any(kind in rows for rows in columns.values())]
-        for place, (title, rows) in enumerate(columns.items()):
+        joined = {title: rows for title, rows in columns.items() if len(rows) > 1}
+        for place, (title, rows) in enumerate(joined.items()):
             seen = [kind for kind in kinds if kind in rows]
-            style: dict[str, Any] = {"color": "black"} if title == "full cache" else {"color": f"C{place}"}
+            style: dict[str, Any] = (
+                {"color": "black"} if title == "full cache" else {"color": COLORS[place % len(COLORS)]}
+            )
             style |= {"color": "crimson", "linewidth": 2.5} if rows[seen[0]].method.ours else {}
             scores = [rows[kind].score().mean for kind in seen]
             axes.plot([kinds.index(kind) for kind in seen], scores, marker="o", label=title.replace("*", ""), **style)
