@@ -105,7 +105,10 @@ def test_dropping_tokens_equals_masking_them_out(config, shape, layers, rows, to
     "rule",
     [
         {"tau": 0.9, "min_layer": 1, "max_layer": 4, "observe_layers": 2},
-        {"tau": 0.1, "min_layer": 2, "max_layer": 4, "stages": "0.5@1-2", "kernel_size": 3, "pooling": "maxpool"},
+        {
+            **{"tau": 0.1, "min_layer": 2, "min_layer_unasked": 2, "max_layer": 4, "stages": "0.5@1-2"},
+            **{"kernel_size": 3, "pooling": "maxpool"},
+        },
     ],
     ids=["variance", "lookup"],
 )

@@ -243,7 +243,7 @@ class StagedSelector(Selector):
         self._firsts = torch.tensor(firsts, dtype=torch.int64, device=device)
         """[2, S + 1], of rows of which it is known what they ask, and of others."""
         self._lasts = torch.tensor([*(one.last for one in self.stages), never], dtype=torch.int64, device=device)
-        self._kinds = torch.tensor([not self.asked[row] for row in self.rows], device=device).long()
+        self._kinds = torch.tensor([int(not self.asked[row]) for row in self.rows], dtype=torch.int64, device=device)
         """[R] int64: 1 for a row of which it is not known what it asks."""
 
         def by_row(make: Callable[[int], list[int]]) -> Tensor:

@@ -38,7 +38,7 @@ class _SecondTokens(ScheduledSelector):
 
 def _every_second(tokens: int) -> Tensor:
     """[tokens] bool, of which the last ones are True, and half in all."""
-    keep = torch.arange(tokens, dtype=torch.int64) % 2 == 1
+    keep = torch.arange(tokens, dtype=torch.int64, device="cpu") % 2 == 1
     keep[-RULE.window :] = True
     keep[: RULE.window] = False
     return keep
