@@ -88,6 +88,7 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
     lasts = _places(LAST, depth, ranking_layers.index(default.max_layer))
     found = {tuple(settings_of(default).values()): default}
     stages = [*_stages(ranking_layers), default.stages[0] if default.stages else None]
+    firsts = [first for first in firsts if ranking_layers[first] > _opens(ranking_layers)] or firsts
     for stage, first, last, tau in itertools.product(stages, firsts, lasts, taus):
         opening = ranking_layers[first] if stage is None or stage.min_layer is None else stage.min_layer
         if last < first or opening > ranking_layers[first] or (stage is not None and last == first):
@@ -107,13 +108,18 @@ def candidates(config: ASLConfig, num_layers: int, ranking_layers: Sequence[int]
 
 def _stages(ranking_layers: Sequence[int]) -> list[Stage | None]:
     """The loose stages to try, None for no such stage."""
-    depth, made = len(ranking_layers), {}
-    opens = ranking_layers[int(STARTS[0] * depth)]
+    depth, made, opens = len(ranking_layers), {}, _opens(ranking_layers)
     for tokens, start, stop in itertools.product(STAGE_TOKENS, STARTS, STOPS):
         first, last = (ranking_layers[min(int(share * depth), depth - 1)] for share in (start, stop))
         stage = Stage(tokens=LONE_STAGE_TOKENS if last == opens else tokens, min_layer=first, max_layer=last)
         made[str(stage)] = stage
     return [None, *made.values()]
+
+
+def _opens(ranking_layers: Sequence[int]) -> int:
+    """The first layer whose scores count. Nothing final is selected there: one ranking holds as much, and is read
+    worse."""
+    return ranking_layers[int(STARTS[0] * len(ranking_layers))]
 
 
 def choose(judged: Sequence[Judged], default: Judged | None = None) -> Judged:
