@@ -26,7 +26,8 @@ def threshold(tau: float, first: int, layer: int) -> float:
 class Stage:
     """A loose selection: so many tokens go on from the layer at which it is made.
 
-    tokens: A count, or a share in (0, 1] of the prompt; never less than `select_tokens`.
+    tokens: A count, never less than `select_tokens`, or a share in (0, 1] of the prompt, never less than one and a half
+        times as many.
     tau: As `ASLConfig.tau`, for this stage. None: 0.4, or 0.95 where scores are not those of a phrase.
     min_layer: First layer at which it can be made. None: `score_from`.
     max_layer: Layer at which it is made at the latest. None: a quarter of the layers.

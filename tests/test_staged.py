@@ -32,7 +32,9 @@ def budgets(config, length, asked=True):
     final = min(config.token_budget(length), length)
     counts = [length]
     for stage in config.stages:
-        wanted = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
+        wanted = stage.tokens
+        if not isinstance(wanted, int):
+            wanted = max(int(wanted * length), int(1.5 * final))
         if not asked and config.min_layer_unasked > config.min_layer:
             wanted = max(wanted, length // 2)
         counts.append(min(counts[-1], max(wanted, final)))

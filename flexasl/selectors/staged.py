@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexasl.checks import instance
-from flexasl.config import UNASKED_TOKENS, ASLConfig, refuse_open
+from flexasl.config import LOOSER, UNASKED_TOKENS, ASLConfig, refuse_open
 from flexasl.errors import ConfigError
 from flexasl.ops import select_tokens, token_ranks
 from flexasl.ops.scoring import pool_reach
@@ -206,9 +206,12 @@ class StagedSelector(Selector):
         counts, left, final = [], length, budget_of(self.config, length)
         waits = self._of(row)[-1].first > self.stages[-1].first
         for stage in self.config.stages or ():
-            share = stage.tokens if isinstance(stage.tokens, int) else int(stage.tokens * length)
-            share = max(share, int(UNASKED_TOKENS * length)) if waits else share
-            left = min(left, max(share, final))
+            if isinstance(stage.tokens, int):
+                wanted = max(stage.tokens, final)
+            else:
+                wanted = max(int(stage.tokens * length), int(LOOSER * final))
+            wanted = max(wanted, int(UNASKED_TOKENS * length)) if waits else wanted
+            left = min(left, wanted)
             counts.append(left)
         return [*counts, final]
 
