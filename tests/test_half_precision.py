@@ -40,10 +40,10 @@ def apart(one, other):
     "family, count_positions", [("llama", False), ("gemma2", False), ("llama", True), ("gpt2", True)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule, most, mean", [("variance", 2, 0.3), ("lookup", 4, 0.75)])
+@pytest.mark.parametrize("rule, most, mean", [("variance", 2, 0.3), ("lookup", 6, 0.75)])
 def test_a_row_is_alone_up_to_rounding(family, count_positions, dtype, rule, most, mean):
     """In float32 exactly. Else hardly ever does the layer move, and few tokens of 24 change places with others: two
-    under scores that are sums over heads and queries, which level out what rounding does to each weight, four under
+    under scores that are sums over heads and queries, which level out what rounding does to each weight, six under
     highest weights; where the same tokens are kept, logits are as near each other as both are to float32's (looked at
     without a loose stage, of whose tokens no report tells)."""
     exact = runs(tiny(family), count_positions, RULES[rule])

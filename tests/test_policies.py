@@ -207,7 +207,7 @@ GIVEN = {
     "propagate": {"propagate": "mask"},
     "later_turns": {"later_turns": "prune"},
     "settled_by": {"settled_by": "variance", "tau": 0.9, "stages": ()},
-    "stages": {"stages": "0.6@1"},
+    "stages": {"stages": "0.8@1"},
     "score_from": {"score_from": 5, "stages": (), "min_layer": 5, "select_on": "max"},
     "contrast": {"contrast": True, "kernel_size": 1, "settled_by": "variance"},
 }

@@ -262,7 +262,7 @@ def test_the_threshold_falls_with_every_layer_of_the_range():
 @pytest.mark.parametrize("if_never", ["select", "keep"])
 def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_never):
     narrow = {"window": 1, "kernel_size": 1, "tau": 0.3, "if_never": if_never}
-    loose = Stage(tokens=0.3, tau=0.3, min_layer=1, max_layer=3)
+    loose = Stage(tokens=39, tau=0.3, min_layer=1, max_layer=3)
     config = ASLConfig(settled_by="lookup", select_tokens=40, min_layer=4, stages=loose, **narrow).resolve(LAYERS)
     selector, scores = StagedSelector(config, [100]), torch.zeros(1, 99)
     scores[0, 50] = 0.35
@@ -272,6 +272,16 @@ def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_ne
         assert bool(made) == (at == 4)
     assert (made[0].layer, made[0].count, selector.rows) == (4, 40, []) and not selector.needs(5)
     assert re.search("a far token scored 0.35, at least 0.30$", selector.reason(0, made[0]))
+
+
+@pytest.mark.parametrize(("budget", "loose"), [(10, 30), (20, 30), (30, 45), (60, 90), (70, None)])
+def test_a_stage_of_a_share_is_looser_than_a_large_budget(budget, loose):
+    config = ASLConfig(select_tokens=budget, window=1, stages="0.3@1-2", min_layer=3, max_layer=3).resolve(LAYERS)
+    selector, made = StagedSelector(config, [100]), []
+    for layer in range(1, 4):
+        selector.observe(layer, torch.zeros(1, 99))
+        made += [(one.layer, one.count) for one in selector.select(layer)]
+    assert made == [*([] if loose is None else [(2, loose)]), (3, budget)]
 
 
 def test_each_rule_has_its_selector():
