@@ -44,7 +44,7 @@ KV_DTYPES = ("int8", "fp8")
 LOOKUP_TAUS: dict[str, tuple[float, float]] = {"phrase": (0.2, 0.4), "maxpool": (0.5, 0.95), "avgpool": (0.5, 0.95)}
 """By pooling, scores that count as a look-up, for the final selection and for a loose one."""
 LOOSER = 1.5
-"""The least that goes on from a loose selection of a share of the prompt, as a multiple of what the final one leaves."""
+"""The least that goes on from a loose selection of a share of the prompt, as a multiple of the final budget."""
 UNASKED_TOKENS = 0.5
 """The least that goes on from a loose selection where no question is known, as a share of the prompt."""
 STAGE_TOKENS = 0.3
