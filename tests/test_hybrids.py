@@ -259,3 +259,25 @@ def test_a_file_with_other_states_is_refused(tmp_path):
         two_rows = dataclasses.replace(first, states={name: states.repeat(2, 1, 1)})
         with pytest.raises(FlexASLError, match=r"layers\.0\.state\.conv\.0 are .*, where 1 rows in"):
             saving.write(tmp_path / "c", dataclasses.replace(saved, layers=(two_rows, *rest)))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_half_precision_in_a_batch_of_five(family):
+    model, rows = hybrid(family, torch.bfloat16), prompts(70, 41, 30, 9, 55)
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1") as patch:
+        cache = say(model, 6, **left_padded(rows))[2]
+        assert [row.kept_tokens for row in patch.report.rows] == [24, 24, 24, 9, 24]
+        assert all(states.shape[0] == 5 for layer in cache.layers for states in getattr(layer, "states", {}).values())
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1"])
+def test_gradients_flow_through_states_and_not_into_copies(family):
+    model = hybrid(family)
+    embeds = model.get_input_embeddings()(prompts(60)[0][None]).detach().requires_grad_(True)
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1"), torch.enable_grad():
+        out = model(inputs_embeds=embeds, use_cache=True)
+        out.logits[:, -1].sum().backward()
+        copied = copy.deepcopy(out.past_key_values)
+    assert embeds.grad.abs().sum() > 0
+    states = [one for layer in copied.layers for one in getattr(layer, "states", {}).values()]
+    assert not any(one.requires_grad for one in states)

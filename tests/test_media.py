@@ -1,6 +1,7 @@
 """Models that read images beside text: right, or refused by name before an image is read."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -379,3 +380,20 @@ def test_models_that_are_right_for_text_alone_refuse_the_first_image(monkeypatch
                 UnsupportedError, match="cannot be given an image while patched: features of its images"
             ):
                 model.get_decoder()(inputs_embeds=embeds, **added)
+
+
+def test_threads_that_share_a_model_are_told_of_their_own_images():
+    model = made("llava")
+
+    def firsts(at):
+        batch = prompts(60, image_at=at)
+        with torch.no_grad():
+            cache = model(**batch, **pictures("llava", batch["input_ids"]), use_cache=True).past_key_values
+        return [image.first for image in cache.reports[-1].rows[0].images]
+
+    places = [3, 9, 15, 21, 27, 33] * 3
+    with flexasl.patch(model, SMALL), ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(firsts, places)) == [[at] for at in places]
+        text = prompts(60)["input_ids"].masked_fill(prompts(60)["input_ids"] == IMAGE, 5)
+        model.get_decoder()(text)
+        assert model.flexasl_patch.report.rows[0].images == ()

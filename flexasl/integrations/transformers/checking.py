@@ -65,8 +65,10 @@ def check_by_running(model: Any, stack: Any) -> Callable[[Any], None]:
                 alone = [_of_the_kept(model, stack, layer, row[real.bool()]) for row, real in zip(ids, mask)]
             except Exception as error:
                 raise UnsupportedError(f"{kind}: layers do not run on some tokens alone: {error}") from error
-    # What rounding may do grows with the numbers: a share of the largest logit.
-    close = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, 5e-2) * max(1.0, want[1].abs().max().item())
+    # What rounding may do grows with the numbers: a share of the largest logit. In half precision states carry it from
+    # token to token, and experts turn it into other choices; there only what is grossly wrong is seen.
+    half = 0.5 if stack.stateful else 5e-2
+    close = {torch.float64: 1e-6, torch.float32: 1e-3}.get(model.dtype, half) * max(1.0, want[1].abs().max().item())
 
     def check(patch: Any) -> None:
         settings = patch._config, patch.policy, patch.profile

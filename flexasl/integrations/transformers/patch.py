@@ -37,6 +37,8 @@ PASS = "flexasl_pass"
 """The keyword that goes down to attention: the `ForwardPass` first, and inside a layer its `LayerStep`."""
 OUTER = "flexasl_outer"
 """Keyword from model to decoder, which puts the `ForwardPass` there."""
+IDS = "flexasl_ids"
+"""Keyword from a model that reads images to its decoder, with the ids before features took the places of some."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -79,8 +81,6 @@ class Patch(BasePatch):
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
         self._reads_media = model.config is not stack.decoder.config
-        self._ids: Tensor | None = None
-        """What the model was given, before features took the places of placeholders."""
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
         self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
@@ -141,7 +141,7 @@ class Patch(BasePatch):
             delattr(self._model, name)
         vars(self._model).update(self._shadowed)
 
-    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the whole model's forward."""
         given = dict(zip(self._outer_arguments, args, strict=False)) | kwargs
         with forgetting_rows(model):
@@ -152,7 +152,9 @@ class Patch(BasePatch):
                 self._refuse_replaced("decoder and layers")
             _refuse_arguments(model, given)
             self.refuse_media(given)
-            self._ids = given.get("input_ids")
+        if self._reads_media and self._stack.no_media is None:
+            return args, kwargs | {IDS: _Given(given.get("input_ids"))}
+        return None
 
     def _refuse_replaced(self, part: str) -> NoReturn:
         raise UnsupportedError(
@@ -209,10 +211,10 @@ class Patch(BasePatch):
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward_pass: ForwardPass = kwargs[PASS]
-        ids, self._ids = self._ids, None
         report = self.end(forward_pass)
-        if report is not None and forward_pass.prefill is not None and self._reads_media:
-            self.report = report = with_images(report, self._model.config, ids, forward_pass.prefill.lengths)
+        given: _Given | None = kwargs.get(IDS)
+        if report is not None and forward_pass.prefill is not None and given is not None:
+            self.report = report = with_images(report, self._model.config, given.ids, forward_pass.prefill.lengths)
         cache = kwargs.get(self._cache_name)
         if cache is not None and forward_pass.caches is not None:
             ids, count = kwargs.get("input_ids"), forward_pass.positions.shape[1]
@@ -301,6 +303,13 @@ class _Pass:
     """What the model learns from its decoder; no list, which other libraries' hooks would copy on the way down."""
 
     forward_pass: ForwardPass | None = None
+
+
+class _Given:
+    """The ids that a model was given, likewise."""
+
+    def __init__(self, ids: Tensor | None) -> None:
+        self.ids = ids
 
 
 def _begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -30,6 +30,15 @@ class StateLayer(LayerStates, LinearAttentionLayer):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         LayerStates.__init__(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the values alone, without an autograd graph."""
+        sorts = {"conv_states": self.conv_states, "recurrent_states": self.recurrent_states}
+        alone = {
+            sort: {at: None if states is None else states.detach() for at, states in own.items()}
+            for sort, own in sorts.items()
+        }
+        return vars(self) | alone
+
     @property
     def states(self) -> Mapping[str, Tensor]:
         sorts = {"conv": self.conv_states, "recurrent": self.recurrent_states}
