@@ -16,6 +16,7 @@ from methods import (
     SQUAD,
     VARIANTS,
     Cells,
+    Row,
     Times,
     better,
     beyond,
@@ -83,18 +84,38 @@ def results_page(cells: Cells, times: Times) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+SHORT = {
+    "SmolLM2-135M-Instruct": "SmolLM2 135M",
+    "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf": "Qwen2.5-Coder 0.5B",
+    "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf": "Qwen2.5-Coder 1.5B",
+    "gemma-3-270m-q4_k_m.gguf": "Gemma 3 270M",
+}
+"""Names of models as README's table has them."""
+
+
 def readme_part(cells: Cells) -> str:
-    """README's table: methods by model."""
+    """README's table: methods by model; of each method the scores of all variants, and the cost."""
     models = by_model(cells)
     rows: dict[str, list[str]] = {}
     for place, kinds in enumerate(models.values()):
-        for row in within_reach(rows_of(kinds)):
-            if row.method.layers or (row.method.ours and "kv_budget" in row.name):
-                continue
-            ours = row.method.ours or row.method.begins == FULL
-            name = row.title if ours else f"{row.name}, {VARIANTS[row.kind]}"
-            rows.setdefault(name, ["–"] * len(models))[place] = f"{row.score().mean:.2f} at {row.cost:.2f}"
-    return table(["", *models], [[name, *told] for name, told in rows.items()])
+        for rows_alike in _by_method(within_reach(rows_of(kinds))).values():
+            first = rows_alike[0]
+            alone = first.method.ours or first.method.begins == FULL
+            by_kind = {row.kind: f"{row.score().mean:.2f}" for row in rows_alike}
+            scores = list(by_kind.values()) if alone else [by_kind.get(kind, "–") for kind in list(VARIANTS)[:3]]
+            cost = max(row.cost for row in rows_alike)
+            name = first.title if alone else first.name
+            rows.setdefault(name, ["–"] * len(models))[place] = f"{' / '.join(scores)} at {cost:.2f}"
+    return table(["", *(SHORT.get(model, model) for model in models)], [[name, *told] for name, told in rows.items()])
+
+
+def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """README's rows, those of a method's variants together; FlexASL with a profile and without are two."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row.method.layers and not (row.method.ours and "kv_budget" in row.name):
+            found.setdefault(row.title if row.method.ours else row.name, []).append(row)
+    return found
 
 
 def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:

@@ -2,12 +2,14 @@
 
 A prompt cannot take less of the full time than the mean over layers of what a layer costs on the tokens that are left,
 as a share of its cost on all of them, measured here; `counted` is the same in operations. `asl` ranks by the question,
-fixed layers by the window. Runs alternate, and shares are medians of pairs, because machines are shared.
+fixed layers by the window. Runs alternate, and shares are medians of pairs, because machines are shared; where others
+work beside it, `--clock processor` counts this process's own seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from typing import Any
@@ -18,26 +20,43 @@ from setting import arguments, setting, table, write
 import flexasl
 from flexasl.prefill import Prefill
 from flexasl.tools.evaluation.costs import layer_costs, row_share
+from flexasl.tools.evaluation.tasks import build
 from flexasl.tools.loading import load_model
-from flexasl.tools.text import magic_number, needle_prompt, prompt_ids
+from flexasl.tools.text import encode, magic_number, needle_prompt, prompt_ids
 
 FACT = magic_number(1)
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+SEED = 180
+"""Of the evaluation's prompts; no setting was chosen on them."""
+_now = time.perf_counter
+"""The clock that is read."""
 
 
 def main() -> None:
+    global _now
     args = _arguments()
+    _now = CLOCKS[args.clock]
     setting()
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    asking = {"tokenizer": tokenizer, "question": FACT.question}
     rows, data, costs = [], [], layer_costs(model)
-    for tokens in args.tokens:
-        ids = _prompt(tokenizer, tokens, args.device)
+    for tokens, task in itertools.product(args.tokens, args.tasks or [None]):
+        ids, asking = _prompt(tokenizer, tokens, task, args.device)
         if args.keep_all:
             pairs = _pairs(model, ids, args.pairs, config=flexasl.ASLConfig(select_tokens=1.0), **asking)
             rows.append(
-                [ids.shape[1], "all", "", _seconds(pairs, 0), _seconds(pairs, 1), _share(pairs), "1.000", "1.000", ""]
+                [
+                    *_named(ids, task),
+                    "all",
+                    "",
+                    _seconds(pairs, 0),
+                    _seconds(pairs, 1),
+                    _share(pairs),
+                    "1.000",
+                    "1.000",
+                    "",
+                ]
             )
-            data.append({"tokens": ids.shape[1], "keep": "all", "pairs": pairs})
+            data.append({"tokens": ids.shape[1], "task": task, "keep": "all", "pairs": pairs})
         config = flexasl.ASLConfig(select_tokens=args.select_tokens)
         known = {ids.shape[1]: 1.0}
         for name in ["asl", *(f"fixed_layer:layer={layer}" for layer in args.layers)]:
@@ -50,12 +69,12 @@ def main() -> None:
             selected = ", ".join(str(selection.layer) for selection in row.selections)
             median = statistics.median(b / a for a, b in pairs)
             rows.append(
-                [ids.shape[1], f"{args.select_tokens}, {name}", selected, _seconds(pairs, 0), _seconds(pairs, 1)]
+                [*_named(ids, task), f"{args.select_tokens}, {name}", selected, _seconds(pairs, 0), _seconds(pairs, 1)]
                 + [_share(pairs), f"{row_share(costs, row):.3f}", f"{limit:.3f} ({median / limit - 1:+.1%})"]
                 + [f"{scoring:.2%}"]
             )
             data.append(
-                {"tokens": ids.shape[1], "keep": args.select_tokens, "policy": name}
+                {"tokens": ids.shape[1], "task": task, "keep": args.select_tokens, "policy": name}
                 | {"selected_layers": [selection.layer for selection in row.selections], "pairs": pairs}
                 | {
                     "counted": row_share(costs, row),
@@ -66,6 +85,7 @@ def main() -> None:
             )
     heads = [
         "tokens",
+        *(["prompt"] if args.tasks else []),
         "kept",
         "layers",
         "unpatched, s",
@@ -96,10 +116,10 @@ def _pairs(model: Any, ids: torch.Tensor, count: int, **patching: Any) -> list[t
 @torch.no_grad()
 def _prefill(model: Any, input_ids: torch.Tensor, **inputs: torch.Tensor) -> float:
     _wait(input_ids)
-    start = time.perf_counter()
+    start = _now()
     model(input_ids, logits_to_keep=1, **inputs)
     _wait(input_ids)
-    return time.perf_counter() - start
+    return _now() - start
 
 
 def _decision(model: Any, ids: torch.Tensor, **patching: Any) -> tuple[Any, float]:
@@ -110,10 +130,10 @@ def _decision(model: Any, ids: torch.Tensor, **patching: Any) -> tuple[Any, floa
         def run(*args: Any, **settings: Any) -> Any:
             nonlocal spent
             _wait(ids)
-            start = time.perf_counter()
+            start = _now()
             result = inner(*args, **settings)
             _wait(ids)
-            spent += time.perf_counter() - start
+            spent += _now() - start
             return result
 
         return run
@@ -140,17 +160,28 @@ def _layer_share(model: Any, tokens: int, kept: int, count: int) -> float:
             at = torch.arange(length, device=model.device)[None]
             rotary = decoder.rotary_emb(hidden, position_ids=at)
             _wait(hidden)
-            start = time.perf_counter()
+            start = _now()
             layer(hidden, position_embeddings=rotary, position_ids=at)
             _wait(hidden)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(_now() - start)
     return statistics.median(times[kept]) / statistics.median(times[tokens])
 
 
-def _prompt(tokenizer: Any, tokens: int, device: str) -> torch.Tensor:
+def _prompt(tokenizer: Any, tokens: int, task: str | None, device: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The tokens of an evaluation's prompt, or where no task is named of one needle, and what a patch that ranks by its
+    question is given."""
+    if task is not None:
+        sample = build(task, tokenizer, tokens, SEED, 0)
+        ids = encode(tokenizer, sample.prompt)
+        return torch.tensor([ids], device=device), {"tokenizer": tokenizer}
     needle, question, begin, _ = FACT
     message = needle_prompt(tokenizer, tokens, 0.5, needle, question, 1, answer_prefix=begin)
-    return torch.tensor([prompt_ids(tokenizer, message, begin)], device=device)
+    ids = prompt_ids(tokenizer, message, begin)
+    return torch.tensor([ids], device=device), {"tokenizer": tokenizer, "question": question}
+
+
+def _named(ids: torch.Tensor, task: str | None) -> list[Any]:
+    return [ids.shape[1], *([] if task is None else [task])]
 
 
 def _wait(states: torch.Tensor) -> None:
@@ -169,7 +200,11 @@ def _share(pairs: list[tuple[float, float]]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--model", help="folder, hub id or GGUF file; default: the embedded one")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--layers", type=int, nargs="*", default=[15, 18], help="fixed layers to compare with")
+    parser.add_argument(
+        "--tasks", nargs="*", help="prompts of these tasks of `flexasl eval`, one each; default: a needle"
+    )
     parser.add_argument("--keep-all", action=argparse.BooleanOptionalAction, default=True, help="nothing dropped, too")
     parser.add_argument("--pairs", type=int, default=5, help="paired runs of each kind")
     return parser.parse_args()

@@ -5,7 +5,7 @@ Shapes: B batch, M new tokens, N tokens so far, T tokens of all prompts at the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,13 @@ class ForwardPass:
         valid: Tensor | None = None,
         *,
         compiled: bool = False,
+        lenders: Mapping[int, int] | None = None,
     ) -> None:
         """positions [B, M] int64 are those of the new tokens in the padded sequence; valid [B, positions so far] bool
         is False at padding, None where there is none. compiled: layers are graphs, which share what does not differ
-        between them."""
+        between them. lenders: of layers that use the keys and values of earlier ones, which those are."""
+        self.lenders = lenders or {}
+        self._lent: dict[int, LayerStep] = {}
         self.caches = caches
         self.positions = positions
         self._valid = valid
@@ -129,7 +132,12 @@ class ForwardPass:
         needs; None for a layer without attention."""
         if layer == 0:
             self._check_tokens(hidden)
-        return hidden, LayerStep(None) if attention is None else self._step(layer, attention)
+        if attention is None:
+            return hidden, LayerStep(None)
+        lender = self._lender(layer)
+        if lender is not None:
+            return hidden, LayerStep(attention, visible=lender.visible, lender=lender)
+        return hidden, self._lending(layer, self._step(layer, attention))
 
     def table(self, states: Tensor) -> Tensor:
         """A per-token tensor [B or 1, M, ...], such as a rotary table, for the current layer's tokens; made once."""
@@ -175,8 +183,19 @@ class ForwardPass:
             self.caches[0].unfinished = False
         return None
 
+    def _lender(self, layer: int) -> LayerStep | None:
+        """The step whose keys and values this layer uses; None where it has its own."""
+        return self._lent[self.lenders[layer]] if layer in self.lenders else None
+
+    def _lending(self, layer: int, step: LayerStep) -> LayerStep:
+        """The step of a layer, which is kept where later ones use its keys and values."""
+        if layer in self.lenders.values():
+            step.lends = True
+            self._lent[layer] = step
+        return step
+
     def _check_tokens(self, hidden: Tensor) -> None:
-        if hidden.shape[:2] != self.positions.shape:
+        if hidden.shape[-3:-1] != self.positions.shape:
             raise UnsupportedError(
                 f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
                 "a patched model must leave their number as it is"

@@ -34,9 +34,11 @@ class LayerStep:
         cut: bool = False,
         reach: int | None = None,
         room: bool = True,
+        lender: LayerStep | None = None,
     ) -> None:
         """module: None for a layer without attention. scored: of how many last tokens of each prompt, where the rows
-        name no others, the queries are left behind; 0 for none. cut: reach and visible stand for the sliding window."""
+        name no others, the queries are left behind; 0 for none. cut: reach and visible stand for the sliding window.
+        lender: the step whose keys and values are used in place of own ones."""
         self.module = module
         self._attends = module.unwindowed if cut and module is not None else module
         self.rows = rows
@@ -59,6 +61,15 @@ class LayerStep:
         self.sinks: Tensor | None = None
         self.cached: tuple[Tensor, Tensor] | None = None
         """What the cache is to remember of a prompt."""
+        self.lends = False
+        """Whether later layers use its keys and values."""
+        self._lender = lender
+        self._lent: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its keys and values are those of an earlier layer."""
+        return self._lender is not None
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
         """The layer's attention: query [B, H, M, D] of its tokens over their key and value [B, G, M, D], rotary
@@ -86,12 +97,22 @@ class LayerStep:
         return self.keys[:, :, first:], self.values[:, :, first:]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """The second half: query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]."""
+        """The second half: query [B, H, M, D] over key, value [B, G, N, D] → [B, H, M, D]. A step with a lender takes
+        that one's key and value, whatever is given."""
         assert self.module is not None and self._attends is not None
+        if self._lender is not None:
+            assert self._lender._lent is not None
+            key, value = self._lender._lent
+            if self.rows is not None:
+                return attend(self.rows, self.module, query, key, value, sinks)
         if self.rows is None:
+            if self.lends:
+                self._lent = key, value
             out: Tensor = self._attends.forward(query, key, value, self.visible, sinks=sinks)
             return out
         self.key, self.sinks = _alone(key), sinks
+        if self.lends:
+            self._lent = self.key, value
         self.query = None if self._scored is None else query.index_select(2, self._scored)
         return attend(self.rows, self.module, query, self.key, value, sinks)
 
@@ -115,6 +136,7 @@ class LayerStep:
         if self.cached is not None:
             new, values = zip(*cached)
             self.cached = self.key if new[0] is keys[0] else torch.cat(new, 2), torch.cat(values, 2)
+            self._lent = self.cached if self.lends else None
         return torch.cat(outputs, 1)
 
 

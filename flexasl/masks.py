@@ -25,12 +25,27 @@ class Visibility:
     M queries are the last M keys, in ascending order, and each sees itself even where it is not valid, so that no row
     of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, however many
     layers ask for it.
+
+    last_seen [B, M] int: up to which position a query sees keys, where that is further than its own, as for the tokens
+    of an image that see each other; by at most so many tokens `ahead`.
     """
 
-    def __init__(self, query_positions: Tensor, key_positions: Tensor, key_valid: Tensor | None = None) -> None:
+    ahead = 0
+
+    def __init__(
+        self,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        key_valid: Tensor | None = None,
+        *,
+        last_seen: Tensor | None = None,
+        ahead: int = 0,
+    ) -> None:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.key_valid = key_valid
+        self.last_seen = query_positions if last_seen is None else last_seen
+        self.ahead = ahead
         self._dense: dict[int | None, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
         self._blocks: dict[tuple[int | None, int], BlockMask] = {}
@@ -54,7 +69,7 @@ class Visibility:
         own = at[at.shape[0] - self.query_positions.shape[1] :]
         query = self.query_positions[:, None, queries, None]
         key = _by_head(self.key_positions)[:, :, None, keys]
-        allowed = key <= query
+        allowed = key <= self.last_seen[:, None, queries, None]
         if sliding_window is not None:
             allowed = allowed & within(query, key, sliding_window)
         if self.key_valid is None:
@@ -100,8 +115,8 @@ class Visibility:
         whole = _blocks(valid, False).all(-1).all(1)[:, None]
         earliest = _blocks(self.query_positions, highest).amin(-1)[:, :, None]
         latest = _blocks(self.query_positions, lowest).amax(-1)[:, :, None]
-        some = first <= latest
-        full = whole & (last <= earliest)
+        some = first <= _blocks(self.last_seen, lowest).amax(-1)[:, :, None]
+        full = whole & (last <= _blocks(self.last_seen, highest).amin(-1)[:, :, None])
         if sliding_window is not None:
             # Guarded by `some`, whose blocks hold real positions, so that nothing overflows.
             oldest = earliest - sliding_window
@@ -127,7 +142,9 @@ class Visibility:
         no graph for each. Tensors only: flex_attention on CPU does not compile with an int that dynamo made dynamic."""
         (rows, queries), (_, groups, keys), device = self.query_positions.shape, key.shape, key.device
         # Copies, because a compiler makes other graphs for views.
-        query, seen, real = (states.flatten().clone() for states in (self.query_positions, key, valid))
+        query, ends, seen, real = (
+            states.flatten().clone() for states in (self.query_positions, self.last_seen, key, valid)
+        )
         lowest = torch.iinfo(query.dtype).min
         oldest = torch.full_like(query, lowest) if sliding_window is None else query - sliding_window
         own = torch.arange(keys - queries, keys, dtype=torch.int64, device=device)
@@ -142,7 +159,7 @@ class Visibility:
             mine, at = b * query_step + q, b * key_step + k
             if heads_at is not None:
                 at = at + heads_at[h]
-            return ((seen[at] <= query[mine]) & (seen[at] > oldest[mine]) & real[at]) | (own[q] == k)
+            return ((seen[at] <= ends[mine]) & (seen[at] > oldest[mine]) & real[at]) | (own[q] == k)
 
         return sees
 

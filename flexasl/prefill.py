@@ -56,6 +56,8 @@ class Prefill:
         question: Sequence[Tensor | None] | None = None,
         question_texts: Sequence[str | None] | None = None,
         past: int = 0,
+        last_seen: Tensor | None = None,
+        ahead: int = 0,
     ) -> None:
         """config is resolved by the policy; lengths are each row's real tokens, at the right end of `tokens`
         positions; ranking_layers are those whose ranks count (default: all). reduce joins token scores [R, P] of the
@@ -65,7 +67,8 @@ class Prefill:
 
         question: of each row, the positions [W] int64, in the padded batch and ascending, of the tokens that ask, which
         score the others and are kept; None: the window's. question_texts: what the report says of these. past:
-        positions that came before.
+        positions that came before. last_seen [B, N] int64: up to which position each token sees others, at most so
+        many `ahead`; None where no token sees later ones.
         """
         instance("policy", policy, Policy, "an instance of a policy")
         refuse_open(instance("config", config, ASLConfig, "an ASLConfig"), num_layers)
@@ -85,9 +88,11 @@ class Prefill:
             questions = Questions(question, self.lengths, self.tokens, compared, past)
             self.questions = questions if any(questions.rows) else None
         self.question_texts = list(question_texts or [None] * len(self.lengths))
-        self.rows = self._with_scoring_tokens(
-            Rows.left_padded(self.lengths, self.tokens, self.device) if rows is None else rows
-        )
+        is_prompt = rows is None
+        if rows is None:
+            rows = Rows.left_padded(self.lengths, self.tokens, self.device)
+            rows.seeing(None if last_seen is None else last_seen.flatten()[rows.flat(self.tokens)], ahead)
+        self.rows = self._with_scoring_tokens(rows)
         """The tokens that the current layer runs on."""
         self.counts = list(self.rows.lengths)
         """Each row's tokens that go on from the current layer."""
@@ -118,7 +123,7 @@ class Prefill:
             policy.scoring_tokens is not None or bool(own and own.ranking) for own in known or [None] * len(lengths)
         ]
         prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device, asked)
-        self.selector = contract.selector_of(policy, config, prompts) if rows is None else Selector()
+        self.selector = contract.selector_of(policy, config, prompts) if is_prompt else Selector()
         self._packs = self._masks and not self.selector.once
         """Whether the selector has the tokens that are left of a row at the right end."""
         self.retention = policy.retention(config, num_layers)
@@ -218,7 +223,9 @@ class Prefill:
             else:
                 going.append(torch.arange(start, start + length, dtype=torch.int64, device=self.device))
         tokens = torch.cat(going)
-        self.rows = self._with_scoring_tokens(Rows(self.counts, before.positions[tokens], contiguous=False))
+        left = Rows(self.counts, before.positions[tokens], contiguous=False)
+        left.seeing(None if before.last_seen is None else before.last_seen[tokens], before.ahead)
+        self.rows = self._with_scoring_tokens(left)
         return tokens
 
     def gone(self) -> Tensor | None:

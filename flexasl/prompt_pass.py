@@ -7,7 +7,7 @@ hidden states.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class PromptPass(ForwardPass):
         compiled: bool = False,
         rerun: Rerun | None = None,
         unpacks: bool = False,
+        lenders: Mapping[int, int] | None = None,
+        in_order: Container[int] = (),
     ) -> None:
         """valid, of a later turn [B, positions so far] bool, is False at padding, None where there is none. rerun: what
         policies with a second pass need. unpacks: as long as no token was dropped, layers give their outputs in the
-        prompt's own shape."""
-        super().__init__(caches, positions, valid, compiled=compiled)
+        prompt's own shape. in_order: layers where no token sees later ones, though elsewhere some do."""
+        super().__init__(caches, positions, valid, compiled=compiled, lenders=lenders)
         if prefill.rows.batch_rows is None:
             refuse_second_pass(prefill, rerun)
         if self._past == 0:
@@ -59,6 +61,7 @@ class PromptPass(ForwardPass):
         self.prefill = prefill
         self._unpacks = unpacks
         self._unpacked = True
+        self._in_order = in_order
         self.rerun = rerun
         self._windows: dict[int, int] = {}
         self._started = _clock(positions.device)
@@ -68,23 +71,26 @@ class PromptPass(ForwardPass):
             hidden, self._unpacked = self._pack_all(hidden), False
         if attention is None:
             return hidden, LayerStep(None, rows=self.prefill.rows)
+        lender = self._lender(layer)
+        if lender is not None:
+            return hidden, LayerStep(attention, rows=lender.rows, lender=lender)
         # A graph leaves queries behind in any case, so that layers that need none are no other graph.
         scored = self.prefill.config.window if self._compiled or self.prefill.needs(layer) else 0
+        rows = self.prefill.rows.in_order if layer in self._in_order else self.prefill.rows
         if self._past == 0:
-            return hidden, LayerStep(attention, rows=self.prefill.rows, scored=scored)
+            return hidden, self._lending(layer, LayerStep(attention, rows=rows, scored=scored))
         assert self.caches is not None
         cache = self.caches[layer]
         assert isinstance(cache, LayerCache) and cache.positions is not None
-        rows = self.prefill.rows.after(
-            cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past
-        )
-        return hidden, LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
+        rows = rows.after(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
+        step = LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
+        return hidden, self._lending(layer, step)
 
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
         """Remembers and scores the tokens, and may drop some."""
         prefill, last = self.prefill, layer + 1 == self.prefill.num_layers
         dropped = prefill.rows.total < sum(prefill.lengths)
-        if step.module is None:
+        if step.module is None or step.borrows:
             prefill.pass_over()
         else:
             self._observe(layer, step, step.module)
@@ -109,7 +115,8 @@ class PromptPass(ForwardPass):
 
     def again(self, caches: Sequence[LayerCache | LayerStates] | None, prefill: Prefill) -> PromptPass:
         """A pass of some of the same tokens, alone."""
-        return PromptPass(caches, prefill, self.positions, compiled=self._compiled)
+        same: dict[str, Any] = {"compiled": self._compiled, "lenders": self.lenders, "in_order": self._in_order}
+        return PromptPass(caches, prefill, self.positions, **same)
 
     def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
         gone = self.prefill.gone()

@@ -7,7 +7,7 @@ row, G KV heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,9 @@ class Rows:
         self.past: tuple[Tensor, Tensor | None, int] | None = None
         """Cached entries before the tokens of each row: positions int64 and validity bool (None for all), [B, E] or
         [B, G, E], and how many positions of the padded sequence came before."""
+        self.last_seen: Tensor | None = None
+        """[T] int64: up to which position a token sees others, where some see later ones; see `Visibility`."""
+        self.ahead = 0
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
@@ -87,6 +90,7 @@ class Rows:
         self._batch: tuple[Tensor, Tensor | None] | None = None
         self._lengths: Tensor | None = None
         self._cu_seqlens: Tensor | None = None
+        self._in_order: Rows | None = None
         self.parts = _equal(self.lengths, self.starts)
         """The rows, as few batches."""
 
@@ -96,11 +100,25 @@ class Rows:
         at = torch.arange(tokens, dtype=torch.int64, device=device)
         return cls(lengths, torch.cat([at[tokens - length :] for length in lengths]))
 
-    def masked(self, kept: Tensor) -> Rows:
+    def seeing(self, last_seen: Tensor | None, ahead: int) -> Rows:
+        """These tokens, which see as far."""
+        self.last_seen, self.ahead = last_seen, ahead
+        return self
+
+    @property
+    def in_order(self) -> Rows:
+        """The same tokens, each of which sees none after it."""
+        if self.last_seen is None:
+            return self
+        if self._in_order is None:
+            self._in_order = self.masked(self.kept).seeing(None, 0)
+        return self._in_order
+
+    def masked(self, kept: Tensor | None) -> Rows:
         """The same tokens, of which some are masked out."""
         made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
         made.scoring_tokens, made.controls = self.scoring_tokens, self.controls
-        return made
+        return made.seeing(self.last_seen, self.ahead)
 
     def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
@@ -193,10 +211,12 @@ class Rows:
         made = self._visible.get(part.first)
         if made is None:
             at, valid = self.view(part)
-            if self.past is None and self.contiguous:
+            if self.past is None and self.contiguous and self.last_seen is None:
                 at = at[:1]
             own = at[..., self.entries :]
-            made = self._visible[part.first] = Visibility(own if own.dim() == 2 else own[:, 0], at, valid)
+            last_seen = None if self.last_seen is None else part.of(self.last_seen[None], 1)
+            further: Any = {"last_seen": last_seen, "ahead": self.ahead}
+            made = self._visible[part.first] = Visibility(own if own.dim() == 2 else own[:, 0], at, valid, **further)
         return made
 
     @property
@@ -220,7 +240,8 @@ class Rows:
     def follow_order(self, spec: AttentionSpec) -> bool:
         """Whether order within each row tells all of attention: no past, no mask, no position that is missing where
         positions count."""
-        return self.kept is None and self.past is None and (self.contiguous or not spec.needs_positions())
+        whole = self.kept is None and self.past is None and self.last_seen is None
+        return whole and (self.contiguous or not spec.needs_positions())
 
     def _group(self, first: int, stop: int) -> tuple[slice, Rows]:
         lengths = self.lengths[first:stop]
@@ -232,11 +253,11 @@ class Rows:
         if self.past is not None:
             held, valid, seen = self.past
             made.past = held[first:stop], None if valid is None else valid[first:stop], seen
-        return tokens, made
+        return tokens, made.seeing(None if self.last_seen is None else self.last_seen[tokens].clone(), self.ahead)
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:
         """Whether there is more to these rows' attention than causal order."""
-        if self.kept is not None or self.past is not None:
+        if self.kept is not None or self.past is not None or self.last_seen is not None:
             return True
         return spec.needs_positions(part.length if self.contiguous else None)
 

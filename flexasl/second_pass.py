@@ -25,11 +25,13 @@ returns the last output [1, T, C]."""
 
 
 class RecordedLayers:
-    """A `Rerun` over what layers were given in the first pass; they take the forward pass by the keyword `name`."""
+    """A `Rerun` over what layers were given in the first pass; they take the forward pass by the keyword `name`, and
+    whole makes of what they give hidden states [1, T, C]."""
 
-    def __init__(self, layers: Sequence[Any], name: str) -> None:
+    def __init__(self, layers: Sequence[Any], name: str, whole: Callable[[Any], Tensor]) -> None:
         self._layers = layers
         self._name = name
+        self._whole = whole
         self._hidden: Any = None
         self._keywords: list[dict[str, Any]] = []
 
@@ -44,8 +46,7 @@ class RecordedLayers:
         for layer, kwargs in zip(self._layers[: last + 1], self._keywords):
             output = layer(hidden, **(kwargs | {self._name: forward_pass}))
             hidden = output[0] if isinstance(output, tuple) else output
-        made: Tensor = hidden
-        return made
+        return self._whole(hidden)
 
 
 def refuse_second_pass(prefill: Prefill, rerun: Rerun | None) -> None:
@@ -78,6 +79,9 @@ def _prefill_of(prefill: Prefill, rows: list[int]) -> Prefill:
     """The prefill of these rows' selected tokens, alone."""
     own = [prefill.rows.positions[prefill.rows.of(row)] for row in rows]
     selected = Rows(list(map(len, own)), torch.cat(own), contiguous=False, batch_rows=rows)
+    if prefill.rows.last_seen is not None:
+        further = [prefill.rows.last_seen[prefill.rows.of(row)] for row in rows]
+        selected.seeing(torch.cat(further), prefill.rows.ahead)
     prompts = [prefill.lengths[row] for row in rows]
     question = None if prefill.questions is None else [prefill.questions.given[row] for row in rows]
     return Prefill(

@@ -234,7 +234,7 @@ def _layer_masks(model: PreTrainedModel, masks: list[torch.Tensor]):
     def with_mask(mask):
         def hook(layer, args, kwargs):
             # GPT-2 gives its layers cache and mask by position.
-            return args[:1], {**kwargs, "attention_mask": mask}
+            return args[:1] if model.config.model_type == "gpt2" else args, {**kwargs, "attention_mask": mask}
 
         return hook
 

@@ -5,11 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import GREEDY, LAYERS, MOE, SHAPE, SMALL
+from models import GREEDY, LAYERS, MOE, SHAPE, SLIDING, SMALL
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -52,6 +54,9 @@ from flexasl.selectors import ScheduledSelector, Selection
 IMAGE = 190
 TOKENS = {"llava_next": 14, "llava_onevision": 14}
 """Tokens of an image, where these are not four."""
+KINDS = [*media.TESTED, "gemma4_shared"]
+BOTH_WAYS = ["gemma3", "gemma4", "paligemma"]
+"""Those in which tokens of an image see each other."""
 ROOMY = {"qwen3_vl": {"min_layer": 2}, "qwen3_vl_moe": {"min_layer": 2}}
 """Settings that leave the layers alone to whose outputs features are added."""
 EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
@@ -90,8 +95,25 @@ def mistral3():
 
 
 def gemma3():
-    eyes = SiglipVisionConfig(**EYES, image_size=28)
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=dict(SHAPE), vision_config=eyes, **GEMMA))
+    eyes, text = SiglipVisionConfig(**EYES, image_size=28), SHAPE | SLIDING | {"head_dim": 16}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=eyes, **GEMMA))
+
+
+def gemma4(**text):
+    shape = {**SHAPE, **SLIDING, "head_dim": 16, "global_head_dim": 32, "use_bidirectional_attention": "vision"}
+    shape |= {"hidden_size_per_layer_input": 0, **text}
+    eyes = EYES | {"num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 16}
+    config = {"text_config": shape, "vision_config": eyes, "audio_config": None, "image_token_id": IMAGE}
+    config |= {"video_token_id": 191, "audio_token_id": 192}
+    return Gemma4ForConditionalGeneration(Gemma4Config(**config))
+
+
+def gemma4_shared():
+    """Of its smaller sizes, whose images are read in order, and whose last layers share keys and values."""
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = {"layer_types": [full, full, sliding, full, sliding, full], "num_kv_shared_layers": 2}
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SHAPE["vocab_size"]}
+    return gemma4(**kinds, **own, use_bidirectional_attention=None)
 
 
 def paligemma():
@@ -162,6 +184,13 @@ def pictures(kind, ids, each=1):
         return parts | {"image_grid_thw": torch.tensor([[1, 4, 4]] * count), "mm_token_type_ids": (ids == IMAGE).int()}
     if kind in ("llava_next", "llava_onevision"):  # an image whole, and in two tiles
         return {"pixel_values": random(3, 3, 28, 28), "image_sizes": torch.tensor([[28, 56]] * count)}
+    if kind.startswith("gemma4"):  # 4 x 4 patches, as Qwen's
+        at = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(count, -1, -1)
+        given = {"pixel_values": random(16, 3 * 14 * 14), "image_position_ids": at}
+        return given | {"mm_token_type_ids": (ids == IMAGE).int()}
+    if kind in ("gemma3", "paligemma"):
+        marked = (ids == IMAGE).int() if kind == "gemma3" else torch.zeros_like(ids)
+        return {"pixel_values": random(3, 28, 28), "token_type_ids": marked}
     if kind in ("smolvlm", "idefics3"):
         return {"pixel_values": random(3, 56, 56).unflatten(0, (len(ids), each))}
     size = 28 if kind == "llava" else 56
@@ -197,7 +226,7 @@ def settings(kind, **changes):
     return SMALL.replace(**ROOMY.get(kind, {}) | changes)
 
 
-@pytest.mark.parametrize("kind", media.TESTED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_keep_all_is_identity_with_images(kind):
     model, tokens = made(kind), TOKENS.get(kind, 4)
     batch = prompts(90, 61, tokens=tokens)
@@ -206,10 +235,13 @@ def test_keep_all_is_identity_with_images(kind):
     ids = torch.cat([first.sequences, more["input_ids"]], 1)
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 35, dtype=torch.long)], 1)
     turn = {"input_ids": ids, "attention_mask": mask, **pictures(kind, ids)}
-    if kind.startswith("qwen"):  # another question about the same image, whose place gives positions
+    if kind.startswith("qwen") or kind in BOTH_WAYS:  # another question about the same image
         ids[:, first.sequences.shape[1] :].masked_fill_(more["input_ids"] == IMAGE, 5)
-        turn["mm_token_type_ids"] = (ids == IMAGE).int()
-        del turn["pixel_values"]
+        turn = {"input_ids": ids, "attention_mask": mask}
+        if kind.startswith("qwen"):  # whose place gives positions
+            turn |= pictures(kind, ids)
+            turn["mm_token_type_ids"] = (ids == IMAGE).int()
+            del turn["pixel_values"]
     with flexasl.patch(model, settings(kind, select_tokens=1.0)) as patch:
         out, got = answer(model, **batch, **pictures(kind, batch["input_ids"]))
         assert [row.prompt_tokens for row in patch.report.rows] == [90, 61]
@@ -220,7 +252,7 @@ def test_keep_all_is_identity_with_images(kind):
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
 
 
-@pytest.mark.parametrize("kind", media.TESTED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_image_tokens_are_pruned_like_text(kind):
     model, tokens = made(kind), TOKENS.get(kind, 4)
     batch = prompts(90, 61, tokens=tokens)
@@ -234,7 +266,7 @@ def test_image_tokens_are_pruned_like_text(kind):
             assert rows[row].images == (ImageReport(first=20, tokens=tokens, kept_tokens=kept),)
             assert f"image tokens kept: {kept} of {tokens}" in said
             one = {
-                name: value[:, -length:] if name.startswith("mm_") else value
+                name: value[:, -length:] if name.endswith("token_type_ids") else value
                 for name, value in of_row(images, row).items()
             }
             _, alone = answer(model, input_ids=batch["input_ids"][row : row + 1, -length:], **one)
@@ -248,7 +280,7 @@ def test_image_tokens_are_pruned_like_text(kind):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", media.TESTED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_images_in_each_row(kind):
     model, tokens = made(kind), TOKENS.get(kind, 4)
     batch = prompts(90, 71, tokens=tokens)
@@ -285,7 +317,7 @@ def test_video_frames(kind):
         assert frames == ([4, 4] if kind == "qwen3_vl" else [8])
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl", "internvl", *BOTH_WAYS])
 def test_half_of_an_images_tokens_dropped_is_a_run_without_them(kind):
     """A policy that drops every second token of the image, against layers that run on the others alone."""
     model, batch = made(kind), prompts(61, tokens=4)
@@ -343,12 +375,25 @@ def test_layers_that_features_are_added_to_keep_all_tokens(kind):
         assert patch.report.rows[0].kept_tokens == 24
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
-def test_image_tokens_that_see_each_other_are_refused_when_patched(kind):
-    model = made(kind)
-    with pytest.raises(UnsupportedError, match=f"model type '{kind}' cannot be patched: its image tokens see each"):
-        flexasl.patch(model, SMALL)
-    assert not hasattr(model, "flexasl_patch")
+@pytest.mark.parametrize("kind", BOTH_WAYS)
+def test_what_tokens_that_see_each_other_cannot_honour_is_refused(kind):
+    model, batch = made(kind), prompts(60, 60)
+    images = pictures(kind, batch["input_ids"])
+    with flexasl.patch(model, settings(kind)):
+        cache = model(**batch, **images, use_cache=True).past_key_values
+        turn = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(2, 120, dtype=torch.long)}
+        with pytest.raises(UnsupportedError, match="a later turn has an image whose tokens see each other"):
+            model(**turn, **images, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", BOTH_WAYS)
+def test_tokens_of_an_image_see_each_other(kind):
+    """The order of an image's tokens behind a token is no matter to it, but for their positions."""
+    model, batch = made(kind), prompts(60)
+    images = pictures(kind, batch["input_ids"])
+    unmarked = {name: value for name, value in images.items() if "token_type" not in name}
+    with flexasl.patch(model, settings(kind, select_tokens=1.0)):
+        assert not torch.allclose(model(**batch, **images).logits, model(**batch, **unmarked).logits)
 
 
 def test_models_that_are_right_for_text_alone_refuse_the_first_image(monkeypatch):

@@ -163,6 +163,22 @@ Others work by structure where the self-test passes. No real weights were at han
 answers is not measured; `flexasl eval --model FOLDER_OR_ID --tasks niah_multikey_1,niah_multivalue,by_meaning
 --samples 8` measures it on yours.
 
+## Layers that share keys and values
+
+In Gemma 3n and the small sizes of Gemma 4 the last layers have no keys and values of their own: each uses those of the
+last earlier layer of its type. Tokens are ranked and dropped before the first layer that others use, so that all of
+them run on the same tokens: in a model of 35 layers, of which the last 20 share, at layers 4 and 9. A later layer is
+refused as a selection layer by name. Caches, saved prompts and reports hold nothing of layers that share.
+
+These pass keep-all identity, pruned decode against a masked recomputation, with and without `kv_budget` and stages,
+gathering against masking, batches, later turns, beams, saved, copied and cropped caches: `gemma3n_text`, `gemma4_text`
+(with and without embeddings by layer, with experts, and its large sizes, which share nothing).
+
+Unpatched, Gemma 4 runs the layers that share on the last token of a prompt alone, as nothing reads what others make of
+them. Patched, they run on the kept tokens. Counted costs compare with all tokens in all layers; against what the
+unpatched model does, a model of 35 layers of which 20 share runs .60 of the layers times tokens where half of the
+tokens go on after layer 4 and a sixteenth after layer 9. `compile=True` is refused.
+
 ## Refused
 
 | model type | why |
@@ -182,9 +198,12 @@ positions of three parts go on with the tokens that are kept. Qwen3-VL adds feat
 layers, by places in the prompt: no token may be dropped before, which is refused, and which the defaults do not do in
 models of 24 layers and more.
 
-Refused when patched: Gemma 3 and PaliGemma, whose image tokens see each other in both directions (Gemma 3's text-only
-models, `gemma3_text`, are tested). All others can be patched for text alone where the self-test passes, and refuse
-the first image, video or sound before it is read. No real weights were at hand: what pruning does to answers about
+In Gemma 3, the large sizes of Gemma 4 (in layers with a sliding window) and PaliGemma (the whole prompt), tokens of an
+image see each other in both directions. So they do while patched, in prompts; a later turn over a cache may ask about
+the images of the first one, and is refused where it brings new ones, as is an image with `compile=True`.
+
+All others can be patched for text alone where the self-test passes, and refuse the first image, video or sound before
+it is read. No real weights were at hand: what pruning does to answers about
 images is not measured.
 
 ## Layers with a sliding window

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -66,11 +66,13 @@ class BasePatch:
         policy: Policy,
         *,
         ranking_layers: Sequence[int] | None = None,
+        lenders: Mapping[int, int] | None = None,
         reduce: Reduce | None = None,
         profile: Profile | Literal[False] | None = False,
         foreign_hooks: str = "refuse",
     ) -> None:
-        """ranking_layers and reduce: as for `Prefill`. profile: the one to use; None: it is looked for; False: none."""
+        """ranking_layers and reduce: as for `Prefill`; lenders: as for `ForwardPass`. profile: the one to use; None: it
+        is looked for; False: none."""
         self._model = model
         self.policy = policy
         self.profile: str | None = None
@@ -78,6 +80,9 @@ class BasePatch:
         self._profile = profile
         self.ranking_layers = ranking_layers
         """Layers whose ranks count, ascending; None for all."""
+        self._lenders = lenders
+        self._in_order: Collection[int] = ()
+        """Layers where no token sees later ones, though elsewhere some do."""
         self._layers = list(layers)
         self.config = config
         self.report: Report | None = None
@@ -192,10 +197,13 @@ class BasePatch:
         device: torch.device,
         ids: Tensor | None = None,
         whole: int = 0,
+        last_seen: Tensor | None = None,
+        ahead: int = 0,
     ) -> ForwardPass:
         """The pass over `count` new tokens in each row, after those that the caches hold. valid [B, positions so far]
         bool is False at padding, None where there is none. ids [B, count]: the new tokens; None: not known. whole: of
-        how many first layers the decoder changes the outputs [B, count, C] of all tokens."""
+        how many first layers the decoder changes the outputs [B, count, C] of all tokens. last_seen and ahead: as for
+        `Prefill`."""
         if batch == 0 or count == 0:
             what = "no rows" if batch == 0 else "rows without a token"
             raise UnsupportedError(f"the batch has {what}; give at least one prompt of at least one token")
@@ -204,7 +212,7 @@ class BasePatch:
         if not is_prompt(self.config, past, count):
             assert caches is not None
             self._foreign.check_decode(self.compiled)
-            return ForwardPass(caches, positions, valid, compiled=self.compiled)
+            return ForwardPass(caches, positions, valid, compiled=self.compiled, lenders=self._lenders)
         lengths = [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK)
         asked = questions.of_prompts(self, ids, lengths, count)
         prefill = Prefill(
@@ -220,8 +228,10 @@ class BasePatch:
             question=asked.positions,
             question_texts=asked.texts,
             past=past,
+            last_seen=last_seen,
+            ahead=ahead,
         )
-        rerun = RecordedLayers(self._layers, self.KEYWORD) if self.policy.second_pass else None
+        rerun = RecordedLayers(self._layers, self.KEYWORD, self._whole) if self.policy.second_pass else None
         unpacks = self._foreign.check_prompt(prefill, self.compiled)
         if whole:
             unpacks = True
@@ -231,7 +241,8 @@ class BasePatch:
                     f"outputs of the first {whole} layers; give min_layer={whole} or more, stages and other policies "
                     "likewise"
                 )
-        how: dict[str, Any] = {"compiled": self.compiled, "rerun": rerun, "unpacks": unpacks}
+        how: dict[str, Any] = {"compiled": self.compiled, "rerun": rerun, "unpacks": unpacks, "lenders": self._lenders}
+        how["in_order"] = self._in_order
         made = PromptPass(caches, prefill, positions, valid if past > 0 else None, **how)
         if torch.is_grad_enabled():
             made.blank = 0.0  # until the weights after the last layer have been used

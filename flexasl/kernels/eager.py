@@ -29,7 +29,8 @@ def attend(
     if plain and queries > 1:
         visible = Visibility.last(queries, keys, query.device)
     out = []
-    for some, seen in tiles(spec, queries, keys, min(QUERIES, at_once(queries, TILE, batch * heads * keys))):
+    most, ahead = min(QUERIES, at_once(queries, TILE, batch * heads * keys)), 0 if visible is None else visible.ahead
+    for some, seen in tiles(spec, queries, keys, most, ahead):
         scaled = (query[:, :, some].to(wide) * spec.factor(dim)).reshape(batch, groups, -1, dim)
         products = _products(scaled, key[:, :, seen]) if narrow else scaled @ key[:, :, seen].transpose(-1, -2)
         products = products.view(batch, groups, heads // groups, -1, products.shape[-1])

@@ -33,7 +33,7 @@ def attend(
         return _dense(query, key, value, visible.dense(window), False, scale)
     out = [
         _dense(query[:, :, some], key[:, :, seen], value[:, :, seen], visible.tile(some, seen, window), False, scale)
-        for some, seen in tiles(spec, queries, keys, min(most, PROMPT))
+        for some, seen in tiles(spec, queries, keys, min(most, PROMPT), visible.ahead)
     ]
     return torch.cat(out, 2)
 

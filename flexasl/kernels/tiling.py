@@ -14,8 +14,9 @@ def at_once(queries: int, limit: int, pairs: int) -> int:
     return queries if queries == 1 or torch.compiler.is_compiling() else max(1, limit // pairs)
 
 
-def tiles(spec: AttentionSpec, queries: int, keys: int, most: int) -> list[tuple[slice, slice]]:
-    """At most so many queries at a time, each with the keys that they can see by order and sliding window."""
+def tiles(spec: AttentionSpec, queries: int, keys: int, most: int, ahead: int = 0) -> list[tuple[slice, slice]]:
+    """At most so many queries at a time, each with the keys that they can see by order, which some may see ahead of,
+    and sliding window."""
     if torch.compiler.is_compiling() or queries == 1:
         return [(slice(0, queries), slice(0, keys))]
     reach = keys
@@ -26,5 +27,5 @@ def tiles(spec: AttentionSpec, queries: int, keys: int, most: int) -> list[tuple
     before, found = keys - queries, []
     for first in range(0, queries, most):
         last = min(first + most, queries)
-        found.append((slice(first, last), slice(max(0, before + first - reach), before + last)))
+        found.append((slice(first, last), slice(max(0, before + first - reach), min(keys, before + last + ahead))))
     return found

@@ -2,7 +2,7 @@
 
 Features take the places of placeholder tokens, and the decoder reads on as if they were text. Some models give them
 positions of several parts, of which rotary tables are made as of any, or add further features to the outputs of their
-first layers. Pruning is not right where image tokens see each other in both directions.
+first layers. In some, the tokens of an image see each other in both directions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from flexasl.errors import UnsupportedError
 from flexasl.report import ImageReport, Report
 
 TESTED = (
+    "gemma3",
+    "gemma4",
     "idefics3",
     "internvl",
     "llava",
     "llava_next",
     "llava_onevision",
     "mistral3",
+    "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
@@ -32,7 +35,13 @@ TESTED = (
 """Model types in the tests."""
 PARTS = "its positions have three parts, for time, height and width, where there is an image or a video"
 DEEP = "features of its images are added to hidden states of several layers, by their places in the prompt"
-BOTH_WAYS = "its image tokens see each other in both directions"
+BOTH_WAYS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "gemma3": ("token_type_ids", (1,)),
+    "gemma4": ("mm_token_type_ids", (1, 2)),
+    "paligemma": ("token_type_ids", (0,)),
+}
+"""Of model types whose neighbouring tokens of these kinds see each other in both directions, the argument that tells
+the kinds."""
 REASONS = {
     "cohere_compass": DEEP,
     "ernie4_5_vl_moe": PARTS,
@@ -66,6 +75,53 @@ def refuse_media(model: Any, given: dict[str, Any], why: str) -> None:
                 f"{name} is not available on a patched model of type {model.config.model_type!r}: {why}; give text "
                 "alone, or call patch.remove() first"
             )
+
+
+class Given:
+    """What a model that reads images was given, which its decoder does not see; no tuple, which other libraries' hooks
+    would copy on the way down."""
+
+    def __init__(self, config: Any, given: dict[str, Any]) -> None:
+        self.ids: Tensor | None = given.get("input_ids")
+        """[B, M], placeholder tokens among them."""
+        self.mask: Tensor | None = given.get("attention_mask")
+        name, self._kinds = BOTH_WAYS.get(config.model_type, ("", ()))
+        self._types: Tensor | None = given.get(name) if _both_ways(config) else None
+
+    def see_later_ones(self, count: int, past: int) -> dict[str, Any]:
+        """What `BasePatch.begin` takes of a prompt of so many tokens, some of which see later ones: nothing where none
+        does. Raises `UnsupportedError` where they are of a later turn."""
+        if self._types is None:
+            return {}
+        kinds = torch.tensor(self._kinds, device=self._types.device)
+        marked = torch.isin(self._types[:, -count:], kinds)
+        at = torch.arange(count, dtype=torch.int64, device=marked.device)
+        others = at.masked_fill(marked, count)
+        following = others.flip(1).cummin(1).values.flip(1)
+        last_seen = torch.where(marked, following - 1, at)
+        ahead = int((last_seen - at).max())
+        if ahead == 0:
+            return {}
+        if past:
+            raise UnsupportedError(
+                "a later turn has an image whose tokens see each other in both directions; give all images in the "
+                "first turn of a cache"
+            )
+        return {"last_seen": last_seen, "ahead": ahead}
+
+
+def in_order(config: Any, layers: int) -> list[int]:
+    """Layers in which the tokens of an image do not see each other, though in others they do."""
+    if config.model_type != "gemma4" or not _both_ways(config):
+        return []
+    kinds = config.get_text_config(decoder=True).layer_types
+    return [layer for layer in range(layers) if kinds[layer] != "sliding_attention"]
+
+
+def _both_ways(config: Any) -> bool:
+    """Whether tokens of an image see each other in some layers."""
+    small = config.model_type == "gemma4" and config.get_text_config().use_bidirectional_attention != "vision"
+    return config.model_type in BOTH_WAYS and not small
 
 
 def layers_added_to(model: Any, given: dict[str, Any], why: str | None) -> int:

@@ -23,7 +23,7 @@ from flexasl.attention import FlexASLAttention
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.inputs import refuse_state
 from flexasl.integrations.transformers.adapters import refuse_adapters
-from flexasl.integrations.transformers.media import BOTH_WAYS, why_no_media
+from flexasl.integrations.transformers.media import why_no_media
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, refuse_placement
 from flexasl.integrations.transformers.states import DummyLayer, states_in
@@ -56,18 +56,12 @@ SUPPORTED = (
 OWN_STATES = "it keeps states outside of transformers' cache"
 NO_KEYS = "none of its layers has keys and values, by which tokens are ranked"
 PICKS = "its attention chooses keys by a rule of its own"
-SHARED = "its last layers use the keys and values of earlier ones"
 REFUSED = {
     "bloom": "its attention adds ALiBi, a bias by distance",
     "deepseek_v32": PICKS,
     "deepseek_v4": PICKS,
     "doge": PICKS,
     "falcon_mamba": NO_KEYS,
-    "gemma3": BOTH_WAYS,
-    "gemma3n": SHARED,
-    "gemma3n_text": SHARED,
-    "gemma4": SHARED,
-    "gemma4_text": SHARED,
     "glm_moe_dsa": PICKS,
     "llama4_text": "some of its layers attend in chunks",
     "llama4": "some of its layers attend in chunks",
@@ -75,7 +69,6 @@ REFUSED = {
     "mamba2": NO_KEYS,
     "minimax": OWN_STATES,
     "mpt": "its attention adds ALiBi, a bias by distance",
-    "paligemma": BOTH_WAYS,
     "recurrent_gemma": OWN_STATES,
     "rwkv": OWN_STATES,
 }
@@ -106,6 +99,8 @@ class Stack:
     """None for a layer that has none."""
     states: list[int | None]
     """How many kinds of states a layer keeps in place of keys and values, or beside them; None where it keeps none."""
+    lenders: dict[int, int]
+    """Of layers that use the keys and values of earlier ones, which those are."""
     layer_arguments: list[str]
     """Names of what a layer's forward takes after the hidden states, in order."""
     cache_argument: str
@@ -122,8 +117,10 @@ class Stack:
 
     @property
     def ranking_layers(self) -> list[int]:
-        """Layers whose ranking counts: those that see the whole prompt, or all with attention where none does."""
-        attending = {index: own for index, own in enumerate(self.attention) if own is not None}
+        """Layers whose ranking counts: those that see the whole prompt, or all with attention where none does; before
+        the first one whose keys and values others use, so that all of them run on the same tokens."""
+        first = min(self.lenders.values(), default=len(self.layers))
+        attending = {index: own for index, own in enumerate(self.attention[:first]) if own is not None}
         seeing = [index for index, attention in attending.items() if attention.sliding_window is None]
         return seeing or list(attending)
 
@@ -156,11 +153,11 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     cache = next((name for name in CACHES if name in names), None)
     if cache is None:
         raise UnsupportedError(f"layers of {kind} take no cache by a name that is known; it cannot be patched")
-    kinds, states = _remembered(config, len(layers))
-    if compile and any(number is not None for number in states):
-        raise UnsupportedError(
-            f"compile=True cannot take {kind}, whose layers keep states that are read row by row; give compile=False"
-        )
+    lenders = _lenders(config, len(layers))
+    kinds, states = _remembered(config, len(layers), lenders)
+    if compile and (lenders or any(number is not None for number in states)):
+        what = "use the keys and values of others" if lenders else "keep states that are read row by row"
+        raise UnsupportedError(f"compile=True cannot take {kind}, whose layers {what}; give compile=False")
     tested = model.config is config and config.model_type in SUPPORTED and _is_tested(transformers.__version__)
     asked: list[dict[str, Any] | None]
     if tested:
@@ -178,13 +175,20 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
     if all(attention is None for attention in made):
         raise UnsupportedError(f"model type {config.model_type!r} cannot be patched: {NO_KEYS}")
     no_media = None if model.config is config else why_no_media(model.config.model_type)
-    return Stack(decoder, layers, made, states, names, cache, tested, no_media)
+    stack = Stack(decoder, layers, made, states, lenders, names, cache, tested, no_media)
+    if not stack.ranking_layers:
+        raise UnsupportedError(
+            f"model type {config.model_type!r} cannot be patched: no layer attends before layer "
+            f"{min(lenders.values())}, the first whose keys and values others use"
+        )
+    return stack
 
 
-def _remembered(config: Any, count: int) -> tuple[list[bool], list[int | None]]:
-    """Of each layer, whether it keeps keys and values, and how many kinds of states, by the cache that is made for
-    it."""
-    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(count)]
+def _remembered(config: Any, count: int, lenders: dict[int, int]) -> tuple[list[bool], list[int | None]]:
+    """Of each layer, whether it attends to keys and values, and how many kinds of states it keeps, by the cache that is
+    made for it, or for the layer whose keys and values it uses."""
+    made = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(count)]
+    layers = [made[lenders.get(layer, layer)] for layer in range(count)]
     for index, layer in enumerate(layers):
         if not isinstance(layer, (LinearAttentionCacheLayerMixin, DummyLayer)) and type(layer) not in KEPT:
             raise UnsupportedError(
@@ -192,6 +196,14 @@ def _remembered(config: Any, count: int) -> tuple[list[bool], list[int | None]]:
                 f"and {PICKS if isinstance(layer, DynamicLayer) else 'it is not known how to prune that'}"
             )
     return [isinstance(layer, CacheLayerMixin) for layer in layers], [states_in(layer) for layer in layers]
+
+
+def _lenders(config: Any, count: int) -> dict[int, int]:
+    """Of layers that use the keys and values of earlier ones, which those are: the last of the same type with its
+    own."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    first = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return {layer: max(at for at in range(first) if kinds[at] == kinds[layer]) for layer in range(first, count)}
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -217,8 +229,6 @@ def _refuse_by_name(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"model type {config.model_type!r} cannot be patched: its attention adds ALiBi, a bias by distance"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedError(f"model type {config.model_type!r} cannot be patched: {SHARED}")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         raise UnsupportedError(

@@ -24,7 +24,14 @@ from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
 from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
-from flexasl.integrations.transformers.media import layers_added_to, refuse_media, refuse_parts, with_images
+from flexasl.integrations.transformers.media import (
+    Given,
+    in_order,
+    layers_added_to,
+    refuse_media,
+    refuse_parts,
+    with_images,
+)
 from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, over_ranks
@@ -37,8 +44,8 @@ PASS = "flexasl_pass"
 """The keyword that goes down to attention: the `ForwardPass` first, and inside a layer its `LayerStep`."""
 OUTER = "flexasl_outer"
 """Keyword from model to decoder, which puts the `ForwardPass` there."""
-IDS = "flexasl_ids"
-"""Keyword from a model that reads images to its decoder, with the ids before features took the places of some."""
+GIVEN = "flexasl_given"
+"""Keyword from a model that reads images to its decoder, with what it was given."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -52,7 +59,7 @@ class Patch(BasePatch):
 
     KEYWORD = PASS
     MASK = "attention_mask"
-    TABLES = ("position_embeddings", "position_ids", "original_hidden_states")
+    TABLES = ("position_embeddings", "position_ids", "original_hidden_states", "per_layer_input")
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class Patch(BasePatch):
         reduce = over_ranks(model)
         text = model.config.get_text_config(decoder=True)
         settings: dict[str, Any] = {"ranking_layers": stack.ranking_layers, "reduce": reduce}
+        settings["lenders"] = stack.lenders
         settings["profile"] = profile
         settings["foreign_hooks"] = foreign_hooks
         self._stack = stack
@@ -81,6 +89,7 @@ class Patch(BasePatch):
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
         self._reads_media = model.config is not stack.decoder.config
+        self._in_order = in_order(model.config, len(stack.layers))
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
         self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
@@ -153,7 +162,7 @@ class Patch(BasePatch):
             _refuse_arguments(model, given)
             self.refuse_media(given)
         if self._reads_media and self._stack.no_media is None:
-            return args, kwargs | {IDS: _Given(given.get("input_ids"))}
+            return args, kwargs | {GIVEN: Given(model.config, given)}
         return None
 
     def _refuse_replaced(self, part: str) -> NoReturn:
@@ -190,6 +199,8 @@ class Patch(BasePatch):
             if layers_of(decoder, len(self._layers)) != self._layers:
                 self._refuse_replaced("layers")
         _refuse_arguments(decoder, kwargs)
+        if "logits_to_keep" in self._arguments:  # else layers that use others' keys would run on the last tokens alone
+            kwargs["logits_to_keep"] = 0
         added = layers_added_to(self._model, kwargs, self._stack.no_media)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = _positions(kwargs["position_ids"], batch, count)
@@ -198,10 +209,17 @@ class Patch(BasePatch):
         past = positions_read(caches, batch) if caches else 0
         if past == 0:
             refuse_likelihoods(self.policy, self.config, count)
-        valid = padding(kwargs.get(self.MASK), batch, past + count, tokens.device, self.MASK)
+        given: Given | None = kwargs.get(GIVEN)
+        further = {} if given is None else given.see_later_ones(count, past)
+        if further and self.compiled:
+            raise UnsupportedError(
+                "compile=True cannot read images whose tokens see each other in both directions; patch with "
+                "compile=False"
+            )
+        valid = padding(self._mask(kwargs), batch, past + count, tokens.device, self.MASK)
         self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
         kwargs[PASS] = forward_pass = self.begin(
-            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens, whole=added
+            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens, whole=added, **further
         )
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
@@ -209,16 +227,23 @@ class Patch(BasePatch):
         elif torch.is_grad_enabled():
             forward_pass.blank = float("nan")  # the decoder alone: nobody would blank out its output
 
+    def _mask(self, kwargs: dict[str, Any]) -> Any:
+        """The mask of padding that the decoder is given, or where it is given what the whole model made of it, that
+        one's."""
+        mask, given = kwargs.get(self.MASK), kwargs.get(GIVEN)
+        made = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
+        return given.mask if made and given is not None else mask
+
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward_pass: ForwardPass = kwargs[PASS]
         report = self.end(forward_pass)
-        given: _Given | None = kwargs.get(IDS)
+        given: Given | None = kwargs.get(GIVEN)
         if report is not None and forward_pass.prefill is not None and given is not None:
             self.report = report = with_images(report, self._model.config, given.ids, forward_pass.prefill.lengths)
         cache = kwargs.get(self._cache_name)
         if cache is not None and forward_pass.caches is not None:
             ids, count = kwargs.get("input_ids"), forward_pass.positions.shape[1]
-            cache.record(self._model, ids, kwargs.get("attention_mask"), count, report)
+            cache.record(self._model, ids, self._mask(kwargs), count, report)
 
     def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
         kwargs[PASS] = kwargs[self._stack.cache_argument] = step
@@ -237,6 +262,8 @@ class Patch(BasePatch):
         self, index: int, forward: Any, forward_pass: ForwardPass, step: LayerStep, hidden: Any, kwargs: Any
     ) -> Any:
         number = self._stack.states[index]
+        if index in self._stack.lenders:  # for all rows at once, as keys and values are
+            return forward(hidden, **kwargs)
         if number is None:
             return super()._run_groups(index, forward, forward_pass, step, hidden, kwargs)
         held = None if forward_pass.caches is None else _states(forward_pass.caches[index])
@@ -262,6 +289,14 @@ class Patch(BasePatch):
             held.join(parts)
         return joined if rest is None else (joined, *rest)
 
+    def _whole(self, hidden: Any) -> Tensor:
+        """Streams [streams, B, M, C] of hidden states beside each other."""
+        made: Tensor = hidden.permute(1, 2, 0, 3).flatten(2) if hidden.dim() == 4 else hidden
+        return made
+
+    def _spread(self, like: Any, hidden: Tensor) -> Any:
+        return hidden.unflatten(2, (like.shape[0], -1)).permute(2, 0, 1, 3) if like.dim() == 4 else hidden
+
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The pass's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
         given = [kwargs.pop(name) for name in CACHES[:2] if name in kwargs]
@@ -278,7 +313,8 @@ class Patch(BasePatch):
 
     def new_layers(self) -> list[Layer]:
         """Those of a cache that has read nothing."""
-        return new_layers([own is not None for own in self.attention], self._stack.states, self.slack)
+        attends = [own is not None and at not in self._stack.lenders for at, own in enumerate(self.attention)]
+        return new_layers(attends, self._stack.states, self.slack)
 
     def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
         padded = past > 0 and valid is not None and not bool(valid[:, past:].all())
@@ -303,13 +339,6 @@ class _Pass:
     """What the model learns from its decoder; no list, which other libraries' hooks would copy on the way down."""
 
     forward_pass: ForwardPass | None = None
-
-
-class _Given:
-    """The ids that a model was given, likewise."""
-
-    def __init__(self, ids: Tensor | None) -> None:
-        self.ids = ids
 
 
 def _begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

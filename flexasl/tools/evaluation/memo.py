@@ -91,7 +91,7 @@ def _flat(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     found: list[Any] = []
     for value in values:
         if isinstance(value, Visibility):
-            found += [value.query_positions, value.key_positions, value.key_valid]
+            found += [value.query_positions, value.last_seen, value.key_positions, value.key_valid]
         elif isinstance(value, tuple):
             inner = _flat(value)
             if inner is None:
