@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized install clean
+.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -17,6 +17,29 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own: what needs Chromium (the system's, or playwright's own), Jupyter and lm-eval.
+test-apps:
+	$(MAKE) VENV=.compat/apps test-in-apps
+
+test-in-apps: $(INSTALLED)
+	$(PIP) ipykernel lm-eval nbclient playwright
+	$(BIN)/python -m pytest tests/test_page_in_browser.py tests/test_examples.py tests/test_lm_eval.py
+
+# The wheel and the source distribution, in dist/.
+dist:
+	$(PYTHON) -m venv .compat/dist
+	.compat/dist/bin/python -m pip --disable-pip-version-check install -q build twine
+	rm -rf dist
+	.compat/dist/bin/python -m build
+	.compat/dist/bin/python -m twine check --strict dist/*
+
+# The tests that the source distribution holds, run from what it unpacks to.
+test-dist: dist
+	rm -rf .compat/sdist
+	mkdir -p .compat/sdist
+	tar -xzf dist/*.tar.gz -C .compat/sdist --strip-components 1
+	$(MAKE) -C .compat/sdist PYTHON=$(PYTHON) test
 
 # About an hour: 20,000 examples of what must always hold, others each time.
 fuzz: $(INSTALLED)

@@ -1,6 +1,8 @@
 """FlexASL: makes long prompts cheap for decoder language models, by pruning the prompt while the model reads it."""
 
+import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,15 +81,20 @@ _HOMES = {
     "patch": "patching",
     "replay": "replaying",
 }
-_TOOLS = ("calibration", "cli", "embedded", "evaluation", "loading", "run", "text", "weights")
+_TOOLS = {
+    **dict.fromkeys(("embedded", "loading", "run", "text", "weights"), "transformers"),
+    "cli": "cli",
+    **dict.fromkeys(("calibration", "evaluation"), "eval"),
+}
+"""Modules of tools, and the extra that each needs."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that the command line answers before torch has been imported."""
+    """Imports a public name when it is first used."""
     if name in _HOMES:
-        return getattr(import_module(f"flexasl.{_HOMES[name]}"), name)
+        return getattr(_imported(_HOMES[name], _TOOLS.get(_HOMES[name].removeprefix("tools."))), name)
     if name in _TOOLS:
-        return import_module(f"flexasl.tools.{name}")
+        return _imported(f"tools.{name}", _TOOLS[name])
     if name in __all__:
         return import_module(f"flexasl.{name}")
     raise AttributeError(f"module 'flexasl' has no attribute {name!r}")
@@ -95,3 +102,32 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _imported(module: str, extra: str | None) -> Any:
+    """A module of the package; where a package is missing that one of its extras brings, the error says which."""
+    try:
+        return import_module(f"flexasl.{module}")
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if extra is None or package == "flexasl":
+            raise
+        message = (
+            f"flexasl.{module.removeprefix('tools.')} needs {package}; install it with: pip install 'flexasl[{extra}]'"
+        )
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def _register_ops() -> None:
+    """Makes `torch.ops.flexasl.*` available. The command line answers before torch is imported, so there they wait for
+    what it runs."""
+    if sys.argv and (sys.argv[0] == "-m" or PurePath(sys.argv[0]).stem == "flexasl"):
+        return
+    try:
+        import_module("flexasl.rows_attention")  # and by it `flexasl.ops`
+    except ModuleNotFoundError as error:  # without torch, the command line says in one line what to install
+        if str(error.name).partition(".")[0] != "torch":
+            raise
+
+
+_register_ops()

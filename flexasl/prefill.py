@@ -266,6 +266,19 @@ class Prefill:
         positions = self.rows.positions[own] if kept is None else self.rows.positions[own][kept[own]]
         return positions - (self.tokens - self.lengths[row])
 
+    def selections_passed(self, row: int) -> Tensor:
+        """How many selections each token of the row's prompt went on from: [length] int16."""
+        length = self.lengths[row]
+        passed = torch.zeros(length, dtype=torch.int16, device=self.device)
+        left = torch.arange(length, dtype=torch.int64, device=self.device)
+        for number, selection in enumerate(self.selections.get(row, ()), 1):
+            if self._masks:
+                passed += selection.keep[-length:]
+            else:
+                left = left[kept_indices(selection.keep[-left.shape[0] :], selection.count)[0]]
+                passed.index_fill_(0, left, number)
+        return passed
+
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
         if self.policy.scoring_tokens is not None or self.questions is None:
             rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)

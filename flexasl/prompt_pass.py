@@ -22,7 +22,7 @@ from flexasl.forward_pass import NO_ATTENTION, ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
 from flexasl.ops import compact_kv, gather_tokens
 from flexasl.prefill import Prefill
-from flexasl.report import Report, RowReport, SelectionReport
+from flexasl.report import Report, RowReport, SelectionReport, Spans
 from flexasl.rows import Rows
 from flexasl.second_pass import Rerun, read_again, refuse_second_pass
 from flexasl.states import LayerStates
@@ -227,19 +227,23 @@ class PromptPass(ForwardPass):
 def _row_report(prefill: Prefill, row: int) -> RowReport:
     made, trace = prefill.selections.get(row, []), prefill.selector.traces.get(row)
     tokens, kept = prefill.lengths[row], prefill.counts[row]
+    passed = prefill.selections_passed(row).cpu() if made else None
+    ranked_by, ranking = _ranked_by(prefill, row)
     return RowReport(
         prompt_tokens=tokens,
         kept_tokens=kept,
         selected_layer=made[-1].layer if made else None,
         selections=tuple(SelectionReport(layer=one.layer, kept_tokens=one.count) for one in made),
         reason=_reason(prefill, row),
-        ranked_by=_ranked_by(prefill, row),
+        selection_spans=() if passed is None else tuple(_runs(passed > at) for at in range(len(made))),
+        ranked_by=ranked_by,
+        ranking_spans=ranking,
         scored_layers=tuple(prefill.scored),
         eval_layers=tuple(trace.eval_layers) if trace else (),
         variance=tuple(trace.variance) if trace else (),
         variance_ratio=tuple(trace.variance_ratio) if trace else (),
         lookup=tuple(trace.lookup) if trace else (),
-        kept_positions=range(tokens) if kept == tokens else tuple(prefill.kept_positions(row).tolist()),  # type: ignore[arg-type]
+        kept_positions=range(tokens) if passed is None else tuple((passed == len(made)).nonzero()[:, 0].tolist()),  # type: ignore[arg-type]
         layer_tokens=tuple(layer[row] for layer in prefill.ran),
         reread_layers=max((layer + 1 for layer, rows in prefill.reread.items() if row in rows), default=0),
     )
@@ -251,21 +255,29 @@ def _reason(prefill: Prefill, row: int) -> str:
     return str(instance(f"policy {prefill.policy.name!r}: reason", made, str, "a text", ConfigError))
 
 
-def _ranked_by(prefill: Prefill, row: int) -> str:
-    """Whose queries ranked the row's tokens: the question's text, its positions, or the last tokens; empty where
-    nothing was ranked."""
+def _ranked_by(prefill: Prefill, row: int) -> tuple[str, Spans]:
+    """Whose queries ranked the row's tokens: the question's text, its positions, or the last tokens; and their
+    positions. Both are empty where nothing was ranked."""
     length, window = prefill.lengths[row], prefill.config.window
     limited = any(length > most for of_layer in prefill.limits if (most := of_layer[row]) is not None)
     if not prefill.scored or length <= window or not (row in prefill.over or limited):
-        return ""
+        return "", ()
     if prefill.policy.scoring_tokens is not None:
-        return f"tokens that policy {prefill.policy.name!r} names"
+        return f"tokens that policy {prefill.policy.name!r} names", ()
     asked, text = None if prefill.questions is None else prefill.questions.rows[row], prefill.question_texts[row]
     if asked is not None and asked.ranking:
-        return text or spans(asked.ranking)
+        marks = torch.zeros(length, dtype=torch.bool, device="cpu")
+        marks[asked.ranking] = True
+        return text or spans(asked.ranking), _runs(marks)
     why = "too much text stands behind the question" if asked is not None else text
     last = f"{THE_LAST}{window} tokens" if window > 1 else f"{THE_LAST}token"
-    return f"{last}; {why}" if why else last
+    return f"{last}; {why}" if why else last, ((length - window, length),)
+
+
+def _runs(marks: Tensor) -> Spans:
+    """The runs of True in marks [N] bool, on the CPU."""
+    ends = torch.nn.functional.pad(marks.to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return tuple(zip(ends[::2], ends[1::2]))
 
 
 def _clock(device: torch.device) -> float:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
+
+BEFORE = 8
+"""Tokens before a piece of a prompt that are decoded with it."""
+HALF = "\ufffd"
+"""What a letter is read as whose last token is missing."""
 
 
 class Span(NamedTuple):
@@ -40,7 +46,7 @@ class Prompt:
 
     def _length(self, count: int) -> int:
         """Characters of the first tokens, without the beginning of a letter that the next one ends."""
-        return len(decoded(self._tokenizer, self._ids[:count]).rstrip("\ufffd"))
+        return len(decoded(self._tokenizer, self._ids[:count]).rstrip(HALF))
 
 
 def _offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]] | None:
@@ -51,6 +57,19 @@ def _offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]
     if list(made["input_ids"]) != ids:
         return None
     return [tuple(pair) for pair in made["offset_mapping"]]
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], cuts: Sequence[int]) -> list[str]:
+    """The text of ids between neighbouring cuts, ascending, which begin with 0. A letter of several tokens goes to the
+    piece in which it ends."""
+    made = []
+    for start, stop in pairwise(cuts):
+        # Behind a few tokens before it, a piece keeps its leading space, and a letter is whole.
+        first = max(0, start - BEFORE)
+        before = decoded(tokenizer, ids[first:start]).removesuffix(HALF)
+        text = decoded(tokenizer, ids[first:stop])
+        made.append((text if stop == cuts[-1] else text.removesuffix(HALF))[len(before) :])
+    return made
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:

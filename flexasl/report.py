@@ -1,4 +1,4 @@
-"""What a pruned prefill decided and saved: as data, as text and as a picture."""
+"""What a pruned prefill decided and saved: as data, as text, as a picture and as a page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Number = Annotated[float, NULL_IS_NAN]
+Spans = tuple[tuple[Count, Count], ...]
+"""Runs of prompt positions, ascending: the first of each, and the one behind its last."""
 
 MIB = 2**20
 WIDTH = 100
@@ -93,11 +95,15 @@ class RowReport:
     """Tokens that each layer ran on."""
     selections: tuple[SelectionReport, ...] = ()
     """All selections, in order of layers; where none is given, the one that `selected_layer` and `kept_tokens` tell."""
+    selection_spans: tuple[Spans, ...] = ()
+    """Of each of `selections`, the prompt positions that go on below it; empty where they were not recorded."""
     reread_layers: Count = 0
     """How many layers, from the first on, ran a second time, on the kept tokens alone."""
     ranked_by: str = ""
     """Whose queries ranked the tokens: `the last 32 tokens`, the text of the prompt's question, or `tokens 1,990 to
     2,011`; empty where nothing was ranked."""
+    ranking_spans: Spans = ()
+    """The prompt positions of these tokens; empty where a policy of its own names them, or nothing was ranked."""
     images: tuple[ImageReport, ...] = ()
     """Of a model that reads images, what became of each, in order."""
 
@@ -172,6 +178,7 @@ class Report:
             data.pop("kv_share", None)
             if isinstance(data.get("rows"), (list, tuple)):  # likewise, before a row said so
                 since = {"selections": (), "ranked_by": "", "lookup": (), "images": ()}
+                since |= {"selection_spans": (), "ranking_spans": ()}
                 data["rows"] = [since | row if isinstance(row, dict) else row for row in data["rows"]]
         report: Report = fit(cls, data)
         fit(_Shown, report.config, "config")
@@ -188,17 +195,22 @@ class Report:
         if len(self.rows) > ROWS_IN_FULL:
             more = len(self.rows) - ROWS_IN_FULL
             lines.append(f"... and {more} more row{'s' if more > 1 else ''}")
-        kept_in = self.config.get("kv_dtype")
-        lines.append(
-            f"KV cache: {self.kv_bytes / MIB:,.1f} MiB of {self.kv_bytes_full / MIB:,.1f} MiB "
-            f"({self.kv_share:.0%} of full)" + (f", kept in {kept_in}" if kept_in else "")
-        )
+        lines.append(f"KV cache: {self.cache_size}")
         if self.kv_tokens:
-            lines += _wrap(f"KV entries per head: {_ranges(self.kv_tokens)}", indent="  ")
+            lines += _wrap(f"KV entries per head: {ranges(self.kv_tokens)}", indent="  ")
         if self.state_bytes:
             lines.append(f"states of layers without keys: {self.state_bytes / MIB:,.1f} MiB")
         lines.append(f"prefill: {self.prefill_seconds:.2f} s")
         return visible("\n".join(lines))
+
+    @property
+    def cache_size(self) -> str:
+        """Bytes of keys and values in words: `63.0 MiB of 90.0 MiB (70% of full)`."""
+        kept_in = self.config.get("kv_dtype")
+        return (
+            f"{self.kv_bytes / MIB:,.1f} MiB of {self.kv_bytes_full / MIB:,.1f} MiB ({self.kv_share:.0%} of full)"
+            + (f", kept in {kept_in}" if kept_in else "")
+        )
 
     def _threshold(self) -> str:
         tau, reference = self.config.get("tau"), self.config.get("variance_reference")
@@ -209,15 +221,7 @@ class Report:
         return f"; threshold: rank variance below {tau:g} of its {reference or 'reference'} value"
 
     def _row_lines(self, index: int, row: RowReport) -> list[str]:
-        head = f"row {index}: {row.prompt_tokens:,} tokens in, "
-        if row.selected_layer is None:
-            head += "nothing pruned" if not row.pruned else f"{row.kept_tokens:,} kept"
-        elif row.selected_layer + 1 < self.num_layers:
-            # The selection layer itself still runs on every token.
-            head += f"{row.kept_tokens:,} kept from layer {row.selected_layer + 1} of {self.num_layers} on"
-            head += f" (selected at {layers_of(row)})"
-        else:
-            head += f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
+        head = f"row {index}: {row.prompt_tokens:,} tokens in, {outcome(row, self.num_layers)}"
         lines = [head, *_wrap(f"why: {row.reason}", indent="  ")]
         if row.ranked_by:
             lines += _wrap(f"ranked by: {textwrap.shorten(row.ranked_by, LONGEST_TEXT)}", indent="  ")
@@ -246,6 +250,30 @@ class Report:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def to_html(
+        self, tokenizer: Any, ids: Any, path: str | Path | None = None, *, answer: str | Sequence[str] | None = None
+    ) -> str:
+        """A page for a browser: what the report tells, and each prompt as text with its kept tokens marked, in a shade
+        for each selection. It stands alone: it has no scripts, and loads nothing.
+
+        ids: of the tokens that were read, [N] for one row, or [B, N] as a tensor or as lists; rows may be padded on the
+        left with the tokenizer's padding token. answer: what the model said, a text, or one for each row. Writes the
+        page to `path` if given, in UTF-8, and returns it. Raises `FlexASLError` where ids or answers are not those of
+        the report's rows.
+        """
+        from flexasl.page import page
+
+        made = page(self, tokenizer, ids, answer)
+        if path is not None:
+            Path(path).write_text(made, encoding="utf-8")
+        return made
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from flexasl.page import summary
+
+        return summary(self)
 
 
 def _plain(value: Any) -> Any:
@@ -303,6 +331,24 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
         raise Unfit(f"{where} keeps {row.kept_tokens} of {row.prompt_tokens} tokens")
     if any(one >= other for one, other in pairwise((*row.kept_positions, row.prompt_tokens))):
         raise Unfit(f"{where}.kept_positions do not ascend within the prompt's {row.prompt_tokens} tokens")
+    for name, spans in (("ranking_spans", row.ranking_spans), *(("selection_spans", x) for x in row.selection_spans)):
+        ends = [end for span in spans for end in span]
+        if any(one >= other for one, other in pairwise((*ends, row.prompt_tokens + 1))):
+            raise Unfit(f"{where}.{name} do not ascend within the prompt's {row.prompt_tokens} tokens")
+    counts = [sum(stop - start for start, stop in spans) for spans in row.selection_spans]
+    if counts and counts != kept[1:-1]:
+        raise Unfit(f"{where}.selection_spans hold {counts} tokens, where its selections keep {kept[1:-1]}")
+
+
+def outcome(row: RowReport, num_layers: int) -> str:
+    """How many tokens were kept, and from where on."""
+    if row.selected_layer is None:
+        return f"{row.kept_tokens:,} kept" if row.pruned else "nothing pruned"
+    if row.selected_layer + 1 == num_layers:
+        return f"{row.kept_tokens:,} selected at the last layer, {row.selected_layer}"
+    # The selection layer itself still runs on every token.
+    kept = f"{row.kept_tokens:,} kept from layer {row.selected_layer + 1} of {num_layers} on"
+    return f"{kept} (selected at {layers_of(row)})"
 
 
 def layers_of(row: RowReport) -> str:
@@ -326,7 +372,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _ranges(entries: tuple[int, ...]) -> str:
+def ranges(entries: tuple[int, ...]) -> str:
     """Entries per layer, equal neighbours together: `layers 0-18: 512, 19-29: 480`."""
     parts = []
     first = 0

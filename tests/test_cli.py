@@ -341,6 +341,30 @@ def test_plot_is_written_and_nothing_beside_it(ask, tmp_path: Path, suffix: str)
     assert sorted(file.name for file in tmp_path.iterdir()) == [picture.name, "document.txt"]
 
 
+def test_html_is_a_page_of_the_prompt_and_its_answer(ask, model: str, document: str, tmp_path: Path) -> None:
+    page = tmp_path / "why.HTML"
+    page.write_text("an older page")
+    status, out, err = ask("--html", str(page), "--json")
+    assert (status, err) == (0, "")
+    told, (_, tokenizer) = json.loads(out), run.load_model(model)
+    ids = run.question_ids(tokenizer, Path(document).read_text(), "Why?")
+    report = Report.from_dict(told["report"])
+    assert page.read_text(encoding="utf-8") == report.to_html(tokenizer, ids, answer=told["text"])
+    assert report.rows[0].selection_spans and "<mark" in page.read_text(encoding="utf-8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["document.txt", page.name]
+
+
+def test_html_of_a_text_that_was_read_before(flexasl_main, model: str, document: str, tmp_path: Path) -> None:
+    saved, page = tmp_path / "document.safetensors", tmp_path / "why.htm"
+    given = ("--model", model, "--file", document, "--select-tokens", str(SELECT), "--out", str(saved))
+    assert flexasl_main("prefill", *given, "--question", "What?").status == 0
+    asked = ("ask", "--cache", str(saved), "--model", model, "-q", "Why?", "--max-new-tokens", "4")
+    assert flexasl_main(*asked, "--html", str(page)).status == 0
+    assert "What?" in page.read_text(encoding="utf-8") and "<mark" in page.read_text(encoding="utf-8")
+    over = refused(flexasl_main(*asked[:5], "-q", "Why?", "--cache", str(saved), "--html", str(saved)))
+    assert "has no known format; give a name that ends in .html, .htm" in over
+
+
 def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(self: Report, path: Path) -> None:
         Path(path).write_bytes(b"half")
@@ -376,6 +400,9 @@ def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: 
         (["--model", "no-such.gguf"], "model no-such.gguf is neither a folder nor a GGUF file"),
         (["--model", "no-such-owner/no-such-model"], "model no-such-owner/no-such-model cannot be loaded"),
         (["--plot", "picture.doc"], "--plot picture.doc has no known format"),
+        (["--html", "page.pdf"], "--html page.pdf has no known format; give a name that ends in .html, .htm"),
+        (["--html", "none/page.html"], "--html none/page.html lies in a folder that does not exist"),
+        (["--html", ""], "--html': it is empty; give a path"),
         (["--plot", "none/picture.png"], "--plot none/picture.png lies in a folder that does not exist"),
         (["--colour", "red"], "--colour"),
     ],

@@ -74,6 +74,7 @@ NONSENSE: dict[str, dict[str, tuple[str, ...]]] = {
         "--cache": (*TO_READ, "text.txt", "list.json"),
         "--max-new-tokens": COUNTS,
         "--plot": PICTURES,
+        "--html": (*TO_WRITE, "x.png", "none/x.html", "/proc/x.html", "x" * 300 + ".html", ".html"),
     },
     "prefill": OF_A_TEXT | {"--out": TO_WRITE, "--about": TO_ASK, "--question": TO_ASK, "--plot": PICTURES},
     "inspect": {"": (*TO_READ, "text.txt", "list.json")},

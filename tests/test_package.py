@@ -32,9 +32,44 @@ def test_import_brings_nothing_heavier_than_torch():
     )
 
 
-def test_the_command_line_answers_before_torch_is_imported():
-    assert not {"torch", "typer"} & set(imported("import flexasl.cli"))
-    assert "torch" not in imported("import flexasl.tools.cli.app")
+@pytest.mark.parametrize("program", ["-m", "/usr/bin/flexasl", "flexasl.exe"])
+def test_the_command_line_answers_before_torch_is_imported(program):
+    started = f"import sys; sys.argv = [{program!r}]; "
+    assert not {"torch", "typer"} & set(imported(f"{started}import flexasl.cli"))
+    assert "torch" not in imported(f"{started}import flexasl.tools.cli.app")
+
+
+def test_help_does_not_import_torch():
+    ended = subprocess.run([sys.executable, "-X", "importtime", "-m", "flexasl", "-h"], capture_output=True, text=True)
+    assert ended.returncode == 0 and "typer" in ended.stderr
+    assert not re.search(r"\| *torch$", ended.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", ["import flexasl, torch", "import torch, flexasl"])
+def test_importing_the_package_registers_its_ops(code):
+    source = "".join(file.read_text() for file in (ROOT / "flexasl").rglob("*.py"))
+    ops = set(re.findall(r'custom_op\(\s*"flexasl::(\w+)"', source))
+    assert len(ops) >= 10
+    code += f"; print([getattr(torch.ops.flexasl, name).default for name in {ops}])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("use", "missing", "extra"),
+    [
+        ("from flexasl import embedded", "platformdirs", "transformers"),
+        ("import flexasl; flexasl.run", "transformers", "transformers"),
+        ("from flexasl import evaluation", "filelock", "eval"),
+        ("import flexasl; flexasl.calibrate", "numpy", "eval"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(use, missing, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; {use}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        rf"ModuleNotFoundError: flexasl\.\w+ needs {missing}; install it with: pip install 'flexasl\[{extra}\]'", last
+    ), ended.stderr
 
 
 def test_no_fast_path_imports_the_reference():

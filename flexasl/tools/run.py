@@ -230,7 +230,7 @@ def _generate(
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **({} if cache is None else {"past_key_values": cache}),  # newer versions warn of the name
             max_new_tokens=max_new_tokens,
             streamer=stream,
             tokenizer=tokenizer,  # for stop strings

@@ -26,7 +26,7 @@ from flexasl.tools.cli.options import (
     text_of,
     words,
 )
-from flexasl.tools.cli.plotting import Plot, check_plot, draw
+from flexasl.tools.cli.plotting import Html, Plot, check_html, check_plot, draw, write_page
 from flexasl.tools.cli.terminal import progress_bar, streamed
 
 OF_PREFILL = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy")
@@ -54,6 +54,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 128,
     as_json: AsJson = False,
     plot: Plot = None,
+    html: Html = None,
     rank_by_question: Annotated[
         bool,
         typer.Option(help="Rank the text by the question's own tokens, and keep these; else by the last tokens."),
@@ -66,10 +67,11 @@ def ask(
     amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
     rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
     check_plot(plot, (file, cache, config, model))
+    check_html(html, (file, cache, config, model))
     if not question.strip():
         raise FlexASLError("--question is empty; give a question")
     if cache is not None:
-        _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, as_json=as_json)
+        _ask_saved(cache, question, model, dtype, device, max_new_tokens, plot=plot, html=html, as_json=as_json)
         return
     text = text_of(file)
     loaded, tokenizer = load(model, dtype, device)
@@ -96,6 +98,7 @@ def ask(
         if plain is not None and not as_json:
             print_comparison(pruned, plain, policy)
     draw(pruned.report, plot)
+    write_page(html, pruned, tokenizer, ids)
 
 
 def _ask_saved(
@@ -107,13 +110,16 @@ def _ask_saved(
     max_new_tokens: int,
     *,
     plot: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """`ask` about a text that was read before."""
     with progress_bar(f"checking {path}"):
         from flexasl.saving import read
 
-        read(path)
+        saved = read(path)
+    if (plot or html) and not saved.reports:
+        raise FlexASLError(f"{path} has no report to draw; leave {'--plot' if plot else '--html'} out")
     loaded, tokenizer = load(model, dtype, device)
     from flexasl.tools import run
 
@@ -126,6 +132,8 @@ def _ask_saved(
     elif said.report is not None:
         print(f"{path}, read before:\n{said.report}")
     draw(said.report, plot)
+    assert saved.token_ids is not None  # the question belongs behind them
+    write_page(html, said, tokenizer, saved.token_ids[0].tolist())
 
 
 def _refuse_beside_cache(context: typer.Context) -> None:
