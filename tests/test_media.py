@@ -281,6 +281,22 @@ def test_image_tokens_are_pruned_like_text(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_text_alone(kind):
+    model, batch = made(kind), prompts(90, 61)
+    batch["input_ids"].masked_fill_(batch["input_ids"] == IMAGE, 5)
+    _, plain = answer(model, **batch)
+    with flexasl.patch(model, settings(kind, select_tokens=1.0)):
+        torch.testing.assert_close(answer(model, **batch)[1], plain, rtol=0, atol=1e-4)
+    with flexasl.patch(model, settings(kind)) as patch:
+        _, together = answer(model, **batch)
+        assert [row.kept_tokens for row in patch.report.rows] == [24, 24]
+        assert [row.images for row in patch.report.rows] == [(), ()]
+        for row, length in enumerate((90, 61)):
+            _, alone = answer(model, input_ids=batch["input_ids"][row : row + 1, -length:])
+            torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_images_in_each_row(kind):
     model, tokens = made(kind), TOKENS.get(kind, 4)
     batch = prompts(90, 71, tokens=tokens)
