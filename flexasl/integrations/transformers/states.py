@@ -138,6 +138,15 @@ class PassiveLayer(LayerStates, DummyLayer):
     def crop(self, tokens_to_remove: int) -> None:
         self.seen = max(0, self.seen - abs(tokens_to_remove))
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Nothing to do, as for all that changes rows."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Nothing to do."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Nothing to do."""
+
 
 class RunningCache(Cache):
     """The cache as a layer sees it that runs with states: those are its own, keys and values are the step's."""
