@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized install clean
+.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized gpu install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -68,13 +68,18 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -q bench/ops.py --out docs/benchmarks
 	$(BIN)/python -m pytest -q bench/attention.py --out docs/benchmarks
-	for name in decode prefill memory saved pooling; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
+	for name in decode prefill memory long saved pooling; do $(BIN)/python bench/$$name.py --out docs/benchmarks/$$name || exit; done
 	$(MAKE) VENV=.compat/quantized bench-quantized
 
 # In an environment of its own, because torchao beside transformers warns of what a machine without a GPU lacks.
 bench-quantized: $(INSTALLED)
 	$(PIP) -e ".[quant]"
 	$(BIN)/python bench/quantized.py --out docs/benchmarks/quantized
+
+# The tests of a GPU, then docs/benchmarks/gpu.md, in under ten minutes, with the Python of a GPU image: torch,
+# transformers, pytest, hypothesis, safetensors, rich and matplotlib. Run again, it goes on where it stopped.
+gpu:
+	@PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu.py --tests --out docs/benchmarks/gpu
 
 install: $(INSTALLED)
 

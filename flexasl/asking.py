@@ -14,6 +14,7 @@ from torch import Tensor
 from flexasl.checks import ascending
 from flexasl.config import ASLConfig
 from flexasl.errors import FlexASLError
+from flexasl.numbers import on_device
 from flexasl.rows import Rows
 
 SHARE = 0.5
@@ -52,6 +53,7 @@ class Asked:
         order = dict.fromkeys((*reversed(question), *firsts, *tail))
         self._order = [at for at in order if at < tokens - window]
         self._tokens, self._window, self._budget = tokens, window, budget
+        self._gone: dict[int, Tensor] = {}
 
     def kept(self, limit: int, controls: bool = False) -> list[int]:
         """Positions before the window that are kept whatever they score, of a budget of so many, window included: those
@@ -74,8 +76,10 @@ class Asked:
         """Which of the controls and of `ranking`, [W] bool, are not in `left` of so many tokens, [] int64."""
 
         def gone(left: int) -> Tensor:
-            sure, places = set().union(*self.left(left)), [*self.controls, *self.ranking]
-            return torch.tensor([at not in sure for at in places], dtype=torch.bool, device=tokens.device)
+            if left not in self._gone:
+                sure, places = set().union(*self.left(left)), [*self.controls, *self.ranking]
+                self._gone[left] = on_device([at not in sure for at in places], tokens.device, torch.bool)
+            return self._gone[left]
 
         again = torch.where(tokens > self._budget, gone(self._budget + 1), gone(self._budget))
         return again & (tokens < self._tokens)
@@ -147,7 +151,7 @@ class Questions:
 
     def _places(self, rows: Rows, row: int, positions: Sequence[int]) -> Tensor:
         """The places [W] int64 of positions among the tokens that the row has left."""
-        wanted = torch.tensor(positions, dtype=torch.int64, device=rows.positions.device)
+        wanted = rows.numbers(positions)
         if rows.lengths[row] == self._lengths[row]:
             return wanted
         left = rows.positions[rows.of(row)].contiguous()

@@ -15,6 +15,7 @@ from flexasl.checks import renamed
 from flexasl.entries import by_head, grown, owned, span, stack_rows, widened
 from flexasl.errors import FlexASLError
 from flexasl.gradients import refuse_gradients
+from flexasl.numbers import on_device, read_together
 from flexasl.ops import compact_kv, kept_indices
 from flexasl.quantizing import dequantize, name_of, primitives, quantize_both
 
@@ -262,16 +263,18 @@ class LayerCache:
 
     def retain(self, wanted: Tensor) -> None:
         """Keeps the valid entries that are wanted, bool like `positions`; moves two numbers to the host."""
-        if self.valid is not None:
-            wanted = wanted & self.valid
-        counts = wanted.sum(-1)
-        most, least = torch.stack([counts.max(), counts.min()]).tolist()
-        indices, valid = kept_indices(wanted, most)
-        self.keep(indices, None if most == least else valid)
+        self._retain(wanted, None)
 
-    def forget(self, sliding_window: int, spare: int = 0) -> None:
+    def _retain(self, wanted: Tensor, later: Retained | None) -> None:
+        if later is None:
+            retain_all([(self, wanted)])
+        else:
+            later.append((self, wanted))
+
+    def forget(self, sliding_window: int, spare: int = 0, later: Retained | None = None) -> None:
         """Drops the entries that no later token can see through the sliding window, even after a crop by `spare`
-        tokens, or of what is recorded."""
+        tokens, or of what is recorded. later, where given, takes down what the host would have to read numbers for, for
+        `retain_all`."""
         count = self._needed(sliding_window, spare)
         if self._positions is None or self.seen <= count:
             return
@@ -280,7 +283,7 @@ class LayerCache:
             self._cut(max(0, self._length - count), self._length, min(count, self._aligned))
         else:
             assert self.positions is not None
-            self.retain(self.positions >= self.seen - count)
+            self._retain(self.positions >= self.seen - count, later)
 
     def activate_past_recording(self) -> None:
         """From now on all positions since the last crop, or since now, can be cropped."""
@@ -315,12 +318,13 @@ class LayerCache:
         valid = None if self.valid is None else self.valid[rows]
         self._hold(tuple(states[rows] for states in self.stored), self.positions[rows], valid, self._aligned)
 
-    def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
-        """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs."""
+    def replace_rows(self, rows: Sequence[int], other: LayerCache, later: Retained | None = None) -> None:
+        """Takes what `other` [len(rows), G, K, D] holds in place of these rows' entries; frees what no row needs, or
+        takes it down in `later`, as `forget`."""
         assert self._states and self.kv_dtype == other.kv_dtype
         batch, heads = self._states[0].shape[:2]
         mine, new = ((*cache.stored, *_marks(cache, heads)) for cache in (self, other))
-        at = torch.tensor(rows, dtype=torch.int64, device=mine[0].device)
+        at = on_device(rows, mine[0].device)
         if len(rows) == batch:
             order = at.argsort()
             held = [states[order] for states in new]
@@ -331,7 +335,7 @@ class LayerCache:
                 states[at] = widened(others, width)
         self._hold(tuple(held[:-2]), held[-2], held[-1])
         assert self.positions is not None
-        self.retain(torch.ones_like(self.positions, dtype=torch.bool))
+        self._retain(torch.ones_like(self.positions, dtype=torch.bool), later)
 
     @property
     def nbytes(self) -> int:
@@ -448,6 +452,20 @@ class LayerCache:
     def _hold(self, states: tuple[Tensor, ...], positions: Tensor, valid: Tensor | None, aligned: int = 0) -> None:
         self._states, self._positions, self._valid = states, positions, valid
         self._length, self._aligned, self._coming = states[0].shape[2], aligned, _Coming()
+
+
+Retained = list[tuple[LayerCache, Tensor]]
+"""Caches, and which of its entries each is to keep, bool like its `positions`."""
+
+
+def retain_all(wanted: Retained) -> None:
+    """`LayerCache.retain` of several caches by one read of the device."""
+    marks = [keep if cache.valid is None else keep & cache.valid for cache, keep in wanted]
+    counts = [keep.sum(-1) for keep in marks]
+    ends = read_together([torch.stack([count.max(), count.min()]) for count in counts])
+    for (cache, _), keep, (most, least) in zip(wanted, marks, ends, strict=True):
+        indices, valid = kept_indices(keep, most)
+        cache.keep(indices, None if most == least else valid)
 
 
 def _marks(cache: LayerCache, heads: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexasl.attention import FlexASLAttention
 from flexasl.attention_spec import AttentionSpec
-from flexasl.cache import SPARE, LayerCache
+from flexasl.cache import SPARE, LayerCache, Retained, retain_all
 from flexasl.checks import article, several
 from flexasl.compiling import bare
 from flexasl.config import ASLConfig
@@ -80,6 +80,8 @@ class ForwardPass:
         self._new_valid = None if valid is None else valid.gather(1, positions)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._masks: dict[int, Visibility] = {}
+        self._old: Retained = []
+        """What caches are to keep, of whose older entries the host does not know how many there are."""
 
     @classmethod
     def begin(
@@ -169,7 +171,7 @@ class ForwardPass:
             cache.take(step.keys, step.values)
         self.caches[0].unfinished = True
         if window is not None and self._tokens > 1:  # after a single token it waits until storage must grow
-            cache.forget(window, min(SPARE, window // 2))
+            cache.forget(window, min(SPARE, window // 2), self._old)
         return hidden
 
     def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
@@ -179,9 +181,15 @@ class ForwardPass:
     def close(self) -> Report | None:
         """After the model has run, outside any graph. Returns what was decided about prompts and saved; None where
         there were none."""
+        self.forget_old()
         if self.caches:
             self.caches[0].unfinished = False
         return None
+
+    def forget_old(self) -> None:
+        """Drops the entries that no later token can see through a sliding window from caches that still hold them."""
+        old, self._old = self._old, []
+        retain_all(old)
 
     def _lender(self, layer: int) -> LayerStep | None:
         """The step whose keys and values this layer uses; None where it has its own."""

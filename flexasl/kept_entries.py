@@ -22,29 +22,35 @@ Entries = tuple[Tensor, Tensor | None]
 all."""
 
 
-def kept_entries(
+def wanted_entries(
     retention: Retention,
     policy: Policy,
     seen: Tensor | None,
-    limits: Sequence[int],
+    limits: Tensor,
     window: int,
     rows: Rows,
     groups: int,
     always: Tensor | None,
-) -> Entries:
-    """By scores [B, G, P] or shares of attention [B, G, M], and each row's limit. always [B, M] bool are entries that
-    are kept whatever they score."""
-    most = torch.tensor(limits, dtype=torch.int64, device=rows.positions.device)
+) -> Tensor:
+    """Which of the rows' tokens are kept, bool [B, G, M], by scores [B, G, P] or shares of attention [B, G, M], and
+    each row's limit [B] int64. always [B, M] bool are entries that are kept whatever they score."""
     if always is not None and seen is not None and retention.goes_by == "scores":
         seen = seen.masked_fill(always[:, None, : seen.shape[2]], math.inf)
-    keep = entries_of(policy, retention, seen, most, window, rows, groups)
+    keep = entries_of(policy, retention, seen, limits, window, rows, groups)
     if always is not None and not retention.exact:
         keep = keep | always[:, None]
-    if retention.exact:
-        highest, lowest = max(limits), min(limits)
-    else:
-        count = keep.sum(-1)
-        highest, lowest = torch.stack([count.max(), count.min()]).tolist()
+    return keep
+
+
+def counts_of(keep: Tensor) -> Tensor:
+    """The highest and the lowest number of entries that a head of a row keeps: [2] int64."""
+    count = keep.sum(-1)
+    return torch.stack([count.max(), count.min()])
+
+
+def kept_entries(keep: Tensor, counts: Sequence[int], rows: Rows) -> Entries:
+    """Where the entries are that are kept, by `counts_of` them."""
+    highest, lowest = counts
     indices, valid = kept_indices(keep, highest)
-    tokens = rows.as_batch()[0][:, None].expand(-1, groups, -1).gather(2, indices)
+    tokens = rows.as_batch()[0][:, None].expand(-1, keep.shape[1], -1).gather(2, indices)
     return tokens, None if lowest == highest else valid

@@ -26,8 +26,9 @@ class Visibility:
     of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, however many
     layers ask for it.
 
-    last_seen [B, M] int: up to which position a query sees keys, where that is further than its own, as for the tokens
-    of an image that see each other; by at most so many tokens `ahead`.
+    first_seen [B, M] int: before which position a query sees nothing, as in one sequence of several prompts. last_seen
+    [B, M] int: up to which position it sees keys, where that is further than its own, as for the tokens of an image
+    that see each other; by at most so many tokens `ahead`.
     """
 
     ahead = 0
@@ -38,12 +39,14 @@ class Visibility:
         key_positions: Tensor,
         key_valid: Tensor | None = None,
         *,
+        first_seen: Tensor | None = None,
         last_seen: Tensor | None = None,
         ahead: int = 0,
     ) -> None:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.key_valid = key_valid
+        self.first_seen = first_seen
         self.last_seen = query_positions if last_seen is None else last_seen
         self.ahead = ahead
         self._dense: dict[int | None, Tensor] = {}
@@ -72,6 +75,8 @@ class Visibility:
         allowed = key <= self.last_seen[:, None, queries, None]
         if sliding_window is not None:
             allowed = allowed & within(query, key, sliding_window)
+        if self.first_seen is not None:
+            allowed = allowed & (key >= self.first_seen[:, None, queries, None])
         if self.key_valid is None:
             return allowed
         allowed = allowed & _by_head(self.key_valid)[:, :, None, keys]
@@ -94,13 +99,43 @@ class Visibility:
         """The same for `flex_attention`; heads is H, and matters where KV heads differ.
 
         Block lists come from the first and last position of each block, without an M x N mask. All that they leave out
-        `mask_mod` leaves out too, because uncompiled flex_attention does not read them.
+        `mask_mod` leaves out too, because uncompiled flex_attention does not read them. For a single query they leave
+        out the padding before each row.
         """
         heads = 1 if self.key_positions.dim() == 2 else heads
         made = self._blocks.get((sliding_window, heads))
         if made is None:
-            made = self._blocks[sliding_window, heads] = self._make_blocks(sliding_window, heads)
+            make = self._make_blocks if self.query_positions.shape[1] > 1 else self._make_row_ends
+            made = self._blocks[sliding_window, heads] = make(sliding_window, heads)
         return made
+
+    def _make_row_ends(self, sliding_window: int | None, heads: int) -> BlockMask:
+        """The blocks that a new token needs of each row: those from its first visible key on."""
+        seen = self.dense(sliding_window)[:, :, 0]
+        rows, groups, keys = seen.shape
+        blocks, device = -(-keys // BLOCK), seen.device
+        first = seen.any(1).to(torch.uint8).argmax(-1, keepdim=True) // BLOCK
+        at = torch.arange(blocks, dtype=torch.int64, device=device)
+        listed = (first + at).clamp(max=blocks - 1).int()[:, None, None].contiguous()
+        flat = seen.flatten().clone()
+        row_step = torch.full((), groups * keys if rows > 1 else 0, dtype=torch.int64, device=device)
+        heads_at = None
+        if groups > 1:
+            first_keys = torch.arange(0, groups * keys, keys, dtype=torch.int64, device=device)
+            heads_at = first_keys.repeat_interleave(heads // groups, output_size=heads)
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            at = b * row_step + k
+            return flat[at if heads_at is None else at + heads_at[h]]
+
+        return BlockMask.from_kv_blocks(
+            (blocks - first).int()[:, None].contiguous(),
+            listed,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=sees,
+            seq_lengths=(1, keys),
+            compute_q_blocks=torch.is_grad_enabled(),
+        )
 
     def _make_blocks(self, sliding_window: int | None, heads: int) -> BlockMask:
         key = _by_head(self.key_positions)
@@ -122,6 +157,9 @@ class Visibility:
             oldest = earliest - sliding_window
             some = some & (last > oldest)
             full = full & (first > latest - sliding_window)
+        if self.first_seen is not None:
+            some = some & (last >= _blocks(self.first_seen, highest).amin(-1)[:, :, None])
+            full = full & (first >= _blocks(self.first_seen, lowest).amax(-1)[:, :, None])
         # The diagonal, on which every query sees itself.
         ends = (at[:queries] + keys - queries) // BLOCK
         diagonal = torch.zeros(some.shape[1:], dtype=torch.bool, device=key.device)
@@ -147,6 +185,7 @@ class Visibility:
         )
         lowest = torch.iinfo(query.dtype).min
         oldest = torch.full_like(query, lowest) if sliding_window is None else query - sliding_window
+        oldest = oldest if self.first_seen is None else torch.maximum(oldest, self.first_seen.flatten() - 1)
         own = torch.arange(keys - queries, keys, dtype=torch.int64, device=device)
         heads_at = None
         if groups > 1:
@@ -166,6 +205,8 @@ class Visibility:
 
 class FixedMask(Visibility):
     """One bool mask [B, 1 or G, M, N], sliding window included, which a graph takes as the tensor that it is."""
+
+    key_valid = first_seen = None
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask

@@ -19,7 +19,8 @@ from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.checks import instance
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
-from flexasl.kept_entries import Entries, kept_entries
+from flexasl.kept_entries import Entries, counts_of, kept_entries, wanted_entries
+from flexasl.numbers import SharedReads, on_device, read_together
 from flexasl.ops import kept_indices, over_heads
 from flexasl.policies import contract
 from flexasl.policies.base import Policy
@@ -124,10 +125,13 @@ class Prefill:
         ]
         prompts = Prompts(self.lengths, self.over, self.tokens, num_layers, ranking_layers, self.device, asked)
         self.selector = contract.selector_of(policy, config, prompts) if is_prompt else Selector()
+        self._reads = SharedReads()
+        self.selector.look = self._reads.now
         self._packs = self._masks and not self.selector.once
         """Whether the selector has the tokens that are left of a row at the right end."""
         self.retention = policy.retention(config, num_layers)
         self.limits = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
+        self._device_limits: Tensor | None = None
 
     def needs(self, layer: int) -> bool:
         """Whether `observe` needs the queries of each row's window at this layer."""
@@ -164,22 +168,41 @@ class Prefill:
             self.scored.append(layer)
             if self._observer is not None:
                 self._observer(layer, made)
-            if self._decides(layer):
-                totals = self.over_heads(made if len(wanted) == len(undecided) else made[list(undecided)])
-                if self.questions is not None:
-                    totals = totals.masked_fill(self._asking(self.questions)[:, : totals.shape[1]], math.inf)
-                self.selector.observe(layer, totals)
-                self._select(layer)
             share = None if mass is None else mass / (query.shape[1] // key.shape[1] * self.config.window)
+        keep = None
+        if compresses and not self.retention.exact and not self.policy.second_pass:
+            keep = self._wanted(layer, made, share, groups, key.shape[1])
+            self._reads.want(counts_of(keep))
+        if made is not None and self._decides(layer):
+            totals = self.over_heads(self._of_rows(made, undecided) if len(wanted) > len(undecided) else made)
+            if self.questions is not None:
+                totals = totals.masked_fill(self._asking(self.questions)[:, : totals.shape[1]], math.inf)
+            self.selector.observe(layer, totals)
+            self._select(layer)
         if not compresses:
             return None
+        if keep is not None:
+            return kept_entries(keep, self._reads.wanted(), self.rows)
+        # What a second pass reads again is not known before the selection.
+        keep, limits = self._wanted(layer, made, share, groups, key.shape[1]), self._limits(layer)
+        counts = [max(limits), min(limits)] if self.retention.exact else counts_of(keep).tolist()
+        return kept_entries(keep, counts, self.rows)
+
+    def _wanted(self, layer: int, made: Tensor | None, share: Tensor | None, groups: int, heads: int) -> Tensor:
+        """The entries that the cache keeps of these rows, of as many heads as it has, by scores or shares of those that
+        keys have."""
         seen = made if share is None else share
-        if seen is not None and groups < key.shape[1]:
-            heads = seen.unflatten(1, (groups, -1))
-            seen = over_heads(heads, 2, self.config.power) if share is None else heads.mean(2)
+        if seen is not None and groups < heads:
+            by_head = seen.unflatten(1, (groups, -1))
+            seen = over_heads(by_head, 2, self.config.power) if share is None else by_head.mean(2)
         limits = self._limits(layer)
         always = None if self.questions is None else self.questions.kept(self.rows, limits)
-        return kept_entries(self.retention, self.policy, seen, limits, self.config.window, self.rows, groups, always)
+        most = self._limits_on_device(layer, limits)
+        return wanted_entries(self.retention, self.policy, seen, most, self.config.window, self.rows, groups, always)
+
+    def _of_rows(self, states: Tensor, rows: Sequence[int]) -> Tensor:
+        """Those [R, ...] of some rows, of states [B, ...]."""
+        return states.index_select(0, self.rows.numbers(rows))
 
     def pass_over(self) -> None:
         """In the place of `observe` at a layer without attention, where nothing is scored."""
@@ -234,7 +257,7 @@ class Prefill:
         if kept is None and self.rows.total == sum(self.lengths):
             return None
         kept = torch.ones(self.rows.total, dtype=torch.bool, device=self.device) if kept is None else kept
-        firsts = torch.tensor([self.tokens - n for n in self.lengths], dtype=torch.int64, device=self.device)
+        firsts = on_device([self.tokens - n for n in self.lengths], self.device)
         real = torch.arange(self.tokens, dtype=torch.int64, device=self.device) >= firsts[:, None]
         return real & ~self._padded(kept)
 
@@ -244,9 +267,10 @@ class Prefill:
         if not self._masks:
             return {}
         whole = self._padded(torch.ones(self.rows.total, dtype=torch.bool, device=self.device))
-        for (layer, left), selected in zip(self._masked, self._masked_rows):
-            counts = left.sum(-1).tolist()
-            for row in selected.nonzero()[:, 0].tolist():
+        read = read_together([*(left.sum(-1) for _, left in self._masked), *self._masked_rows])
+        for place, (layer, left) in enumerate(self._masked):
+            counts, selected = read[place], read[len(self._masked) + place]
+            for row in (row for row, selects in enumerate(selected) if selects):
                 self.counts[row] = counts[row]
                 self.selections.setdefault(row, []).append(Selection(row, layer, left[row], counts[row]))
         budgets = self.selector.budgets
@@ -279,6 +303,15 @@ class Prefill:
                 passed.index_fill_(0, left, number)
         return passed
 
+    def read_selections_passed(self) -> list[Tensor | None]:
+        """`selections_passed` of the rows that were selected from, on the host, by one read; None for others."""
+        rows = [row for row in range(len(self.lengths)) if self.selections.get(row)]
+        if not rows:
+            return [None] * len(self.lengths)
+        read = torch.cat([self.selections_passed(row) for row in rows]).cpu()
+        found = dict(zip(rows, read.split([self.lengths[row] for row in rows])))
+        return [found.get(row) for row in range(len(self.lengths))]
+
     def _with_scoring_tokens(self, rows: Rows) -> Rows:
         if self.policy.scoring_tokens is not None or self.questions is None:
             rows.scoring_tokens = contract.scoring_tokens_of(self.policy, rows, self.config)
@@ -291,17 +324,17 @@ class Prefill:
         the right end."""
         undecided, budgets, left = list(self.selector.rows), self.selector.budgets, self.selector.stages_left
         if budgets is None or left is None:
-            asking = questions.kept(self.rows)[undecided]
+            asking = self._of_rows(questions.kept(self.rows), undecided)
         else:
             stages = range(len(budgets[0]))
             limits = [[min(of_row[stage], n) for of_row, n in zip(budgets, self.lengths)] for stage in stages]
             cut = None if self.rows.kept is None else self._chosen >= 0
             by_stage = [questions.kept(self.rows, limits[stage], stage < stages[-1], cut) for stage in stages]
-            rows = torch.tensor(undecided, dtype=torch.int64, device=self.device)
+            rows = self.rows.numbers(undecided)
             asking = torch.stack(by_stage)[left.clamp(max=stages[-1]), rows]
         if self.rows.kept is None or not self._packs:
             return asking
-        kept = self._padded(self.rows.kept)[undecided, -self.rows.width :]
+        kept = self._of_rows(self._padded(self.rows.kept), undecided)[:, -self.rows.width :]
         return asking.gather(1, kept.to(torch.uint8).argsort(dim=-1, stable=True))
 
     def _decides(self, layer: int) -> bool:
@@ -325,7 +358,7 @@ class Prefill:
         if decided is None:
             return
         selects, keep = decided
-        rows = torch.tensor(self.selector.rows, dtype=torch.int64, device=self.device)
+        rows = self.rows.numbers(self.selector.rows)
         now = selects & (self._chosen[rows] < 0) if self.selector.once else selects
         kept = self.rows.kept
         if kept is None:
@@ -348,6 +381,15 @@ class Prefill:
 
     def _over_limit(self, layer: int) -> bool:
         return any(count > most for count, most in zip(self.counts, self._limits(layer), strict=True))
+
+    def _limits_on_device(self, layer: int, limits: Sequence[int]) -> Tensor:
+        """These limits [B] int64. Those of all layers go there once, since they may differ by layer."""
+        if self.policy.second_pass or self.device.type == "cpu":
+            return self.rows.numbers(limits)
+        if self._device_limits is None:
+            most = [2**62 if one is None else one for of_layer in self.limits for one in of_layer]
+            self._device_limits = on_device(most, self.device).view(self.num_layers, -1)
+        return torch.minimum(self._device_limits[layer], self.rows.lengths_on_device)
 
     def _limits(self, layer: int) -> list[int]:
         """Cache entries up to which each row keeps all at this layer."""

@@ -6,8 +6,7 @@ hidden states.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from flexasl.asking import spans
 from flexasl.attention import FlexASLAttention
-from flexasl.cache import LayerCache
+from flexasl.cache import LayerCache, retain_all
 from flexasl.checks import instance
+from flexasl.clock import Clock
 from flexasl.errors import ConfigError, FlexASLError
 from flexasl.forward_pass import NO_ATTENTION, ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
@@ -64,7 +64,7 @@ class PromptPass(ForwardPass):
         self._in_order = in_order
         self.rerun = rerun
         self._windows: dict[int, int] = {}
-        self._started = _clock(positions.device)
+        self._clock = Clock(positions.device)
 
     def before_layer(self, layer: int, attention: FlexASLAttention | None, hidden: Tensor) -> tuple[Tensor, LayerStep]:
         if self._unpacked:
@@ -101,7 +101,7 @@ class PromptPass(ForwardPass):
             if isinstance(cache, LayerStates):
                 cache.passed(self._tokens, dropped)
             elif step.module is not None:
-                self._forget_old(cache, layer, step.module.sliding_window)
+                self._forget(cache, layer, step.module.sliding_window)
         if tokens is not None:
             self._tables.clear()
         if self._unpacks and before.contiguous and not last:
@@ -128,10 +128,14 @@ class PromptPass(ForwardPass):
         """Drops what was masked out from the caches."""
         super().close()
         kept = self.prefill.close()
-        for layer, cache in enumerate(self.caches or ()):
-            if layer in kept and isinstance(cache, LayerCache) and cache.positions is not None:
-                cache.retain(look_up(kept[layer], cache.positions))
-        return self._report(_clock(self.positions.device) - self._started)
+        retain_all(
+            [
+                (cache, look_up(kept[layer], cache.positions))
+                for layer, cache in enumerate(self.caches or ())
+                if layer in kept and isinstance(cache, LayerCache) and cache.positions is not None
+            ]
+        )
+        return self._report(self._clock.stop())
 
     def _observe(self, layer: int, step: LayerStep, module: FlexASLAttention) -> None:
         """Scores the tokens, and remembers their keys and values."""
@@ -163,13 +167,13 @@ class PromptPass(ForwardPass):
         positions = rows.positions[tokens] + self._past
         cache.append(keys, values, positions, real, self._tokens, aligned=rows.contiguous)
 
-    def _forget_old(self, cache: LayerCache, layer: int, sliding_window: int | None) -> None:
+    def _forget(self, cache: LayerCache, layer: int, sliding_window: int | None) -> None:
         """Drops the entries that no later token can see through the sliding window."""
         if sliding_window is None or self._tokens == 1:
             return
         if not cache.record_past:
             self._windows[layer] = sliding_window
-        cache.forget(sliding_window)
+        cache.forget(sliding_window, later=self._old)
 
     def _pack_all(self, hidden: Tensor) -> Tensor:
         self._check_tokens(hidden)
@@ -205,7 +209,7 @@ class PromptPass(ForwardPass):
         full.index_copy_(0, rows.flat(self._tokens), hidden[0])
         return full.view(batch, self._tokens, -1)
 
-    def _report(self, seconds: float) -> Report:
+    def _report(self, seconds: float | Callable[[], float]) -> Report:
         prefill = self.prefill
         caches = {at: cache for at, cache in enumerate(self.caches or ()) if isinstance(cache, LayerCache)}
         kept = {at: cache.positions.shape[-1] for at, cache in caches.items() if cache.positions is not None}
@@ -215,19 +219,18 @@ class PromptPass(ForwardPass):
             policy=prefill.policy.name,
             config=prefill.config.to_dict(),
             num_layers=prefill.num_layers,
-            rows=tuple(_row_report(prefill, row) for row in range(len(prefill.lengths))),
+            rows=tuple(_row_report(prefill, row, own) for row, own in enumerate(prefill.read_selections_passed())),
             kv_tokens=tuple(kept.get(layer, 0) for layer in range(len(self.caches or ()))),
             kv_bytes=sum(cache.nbytes for cache in caches.values()),
             kv_bytes_full=sum(full),
             state_bytes=sum(cache.state_bytes for cache in self.caches or ()),
-            prefill_seconds=seconds,
+            prefill_seconds=seconds,  # type: ignore[arg-type]
         )
 
 
-def _row_report(prefill: Prefill, row: int) -> RowReport:
+def _row_report(prefill: Prefill, row: int, passed: Tensor | None) -> RowReport:
     made, trace = prefill.selections.get(row, []), prefill.selector.traces.get(row)
     tokens, kept = prefill.lengths[row], prefill.counts[row]
-    passed = prefill.selections_passed(row).cpu() if made else None
     ranked_by, ranking = _ranked_by(prefill, row)
     return RowReport(
         prompt_tokens=tokens,
@@ -278,9 +281,3 @@ def _runs(marks: Tensor) -> Spans:
     """The runs of True in marks [N] bool, on the CPU."""
     ends = torch.nn.functional.pad(marks.to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
     return tuple(zip(ends[::2], ends[1::2]))
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
@@ -42,6 +42,23 @@ class _Positions:
 
     def __set__(self, row: Any, positions: Sequence[int]) -> None:
         row.__dict__["kept_positions"] = positions
+
+
+class _Seconds:
+    """A field that is given a number, or what measures it, and is measured when it is first read: on a GPU that waits
+    for the end of what is timed."""
+
+    def __get__(self, report: Any, owner: type | None = None) -> float:
+        if report is None:
+            raise AttributeError("prefill_seconds has no default")
+        held = report.__dict__["prefill_seconds"]
+        if callable(held):
+            held = report.__dict__["prefill_seconds"] = held()
+        seconds: float = held
+        return seconds
+
+    def __set__(self, report: Any, seconds: float | Callable[[], float]) -> None:
+        report.__dict__["prefill_seconds"] = seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,13 +153,17 @@ class Report:
     """Bytes of keys and values stored after prefill, scales included, over all rows and layers."""
     kv_bytes_full: Count
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
-    prefill_seconds: Number
-    """Wall time of the prefill, in seconds."""
+    prefill_seconds: Number = _Seconds()  # type: ignore[assignment]
+    """Wall time of the prefill, in seconds. On a GPU it is the GPU's time, and reading it waits until the prefill has
+    come to its end; a function that measures it may be given."""
     state_bytes: Count = 0
     """Bytes of the states that layers keep in place of keys and values, or beside them, over all rows and layers; the
     same whatever is pruned."""
     profile: str | None = None
     """Name of the profile that filled in settings which were left open, and where it was found; None where none did."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"prefill_seconds": self.prefill_seconds}
 
     @property
     def kv_share(self) -> float:
@@ -274,6 +295,13 @@ class Report:
         from flexasl.page import summary
 
         return summary(self)
+
+
+def also(report: Report, **fields: Any) -> Report:
+    """`dataclasses.replace`, which would read the time, and so wait for the GPU."""
+    made = object.__new__(type(report))
+    made.__dict__.update(vars(report) | fields)
+    return made
 
 
 def _plain(value: Any) -> Any:

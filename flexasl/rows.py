@@ -6,8 +6,8 @@ row, G KV heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch.nn import functional as F
 from flexasl.attention_spec import AttentionSpec
 from flexasl.errors import UnsupportedError
 from flexasl.masks import Visibility
+from flexasl.numbers import on_device
 
+APART = 2**32
+"""Positions between the beginnings of rows where these are one sequence."""
 GROUP = 2048
 """Tokens that several rows may have together where a layer runs on some rows at a time; a longer row runs alone."""
 
@@ -85,12 +88,13 @@ class Rows:
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
         self._visible: dict[int, Visibility] = {}
+        self._together: Visibility | None = None
         self._queries: dict[int, Tensor] = {}
         self._groups: list[tuple[slice, Rows]] = []
-        self._batch: tuple[Tensor, Tensor | None] | None = None
-        self._lengths: Tensor | None = None
-        self._cu_seqlens: Tensor | None = None
+        self._singles: list[tuple[slice, Rows]] = []
         self._in_order: Rows | None = None
+        self._made: dict[Any, Any] = {}
+        """What depends on lengths and positions alone, shared by `Rows` that differ in anything else."""
         self.parts = _equal(self.lengths, self.starts)
         """The rows, as few batches."""
 
@@ -116,15 +120,17 @@ class Rows:
 
     def masked(self, kept: Tensor | None) -> Rows:
         """The same tokens, of which some are masked out."""
-        made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
-        made.scoring_tokens, made.controls = self.scoring_tokens, self.controls
-        return made.seeing(self.last_seen, self.ahead)
+        return self._alike(kept).seeing(self.last_seen, self.ahead)
 
     def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
-        made = Rows(self.lengths, self.positions, contiguous=self.contiguous, layout=self.layout)
-        made.scoring_tokens, made.controls = self.scoring_tokens, self.controls
+        made = self._alike(None)
         made.past = positions, valid, seen
+        return made
+
+    def _alike(self, kept: Tensor | None) -> Rows:
+        made = Rows(self.lengths, self.positions, kept=kept, contiguous=self.contiguous, layout=self.layout)
+        made.scoring_tokens, made.controls, made._made = self.scoring_tokens, self.controls, self._made
         return made
 
     def of(self, row: int) -> slice:
@@ -146,45 +152,55 @@ class Rows:
         """Each row alone: where its tokens are, and the row."""
         if len(self.lengths) == 1:
             return [(slice(0, self.total), self)]
-        return [self._group(row, row + 1) for row in range(len(self.lengths))]
+        if not self._singles:
+            self._singles = [self._group(row, row + 1) for row in range(len(self.lengths))]
+        return self._singles
 
     @property
     def lengths_on_device(self) -> Tensor:
         """[B] int64."""
-        if self._lengths is None:
-            self._lengths = self.layout[1:].to(self.positions.device)
-        return self._lengths
+        # On the host they are there already, as an input of graphs.
+        on_host = self.positions.device == self.layout.device
+        return self._once("lengths", lambda: self.layout[1:] if on_host else self.numbers(self.lengths))
 
     @property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32: where rows begin, and the end."""
-        if self._cu_seqlens is None:
-            self._cu_seqlens = F.pad(self.lengths_on_device.cumsum(0), (1, 0)).int()
-        return self._cu_seqlens
+        return self._once("cu_seqlens", lambda: F.pad(self.lengths_on_device.cumsum(0), (1, 0)).int())
+
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        """Whole numbers of the host [len(values)] int64 on the rows' device, to read only; equal ones are made once."""
+        return self._once((*values,), lambda: on_device(values, self.positions.device))
 
     def flat(self, tokens: int) -> Tensor:
         """Each token's place [T] int64 in a padded batch [B, tokens] whose rows are laid out one after another."""
-        device, chosen = self.positions.device, self.batch_rows or range(len(self.lengths))
-        rows = torch.tensor(chosen, dtype=torch.int64, device=device)
+        return self._once(("flat", tokens), lambda: self._flat(tokens))
+
+    def _flat(self, tokens: int) -> Tensor:
+        rows = self.numbers(self.batch_rows or range(len(self.lengths)))
         return rows.repeat_interleave(self.lengths_on_device, output_size=self.total) * tokens + self.positions
 
     def as_batch(self) -> tuple[Tensor, Tensor | None]:
         """Where the tokens are of the rows as a left-padded batch: tokens [B, width] int64, and which are real
         [B, width] bool, None where all are."""
-        if self._batch is None:
-            self._batch = self._as_batch()
-        return self._batch
+        made: tuple[Tensor, Tensor | None] = self._once("batch", self._as_batch)
+        return made
 
     def _as_batch(self) -> tuple[Tensor, Tensor | None]:
-        device = self.positions.device
-        stops = [start + length for start, length in zip(self.starts, self.lengths)]
-        ends = torch.tensor(stops, dtype=torch.int64, device=device)
-        at = torch.arange(-self.width, 0, dtype=torch.int64, device=device)
+        ends = self.lengths_on_device.cumsum(0)
+        at = torch.arange(-self.width, 0, dtype=torch.int64, device=self.positions.device)
         tokens = ends[:, None] + at
         if min(self.lengths) == self.width:
             return tokens, None
         real = at >= -self.lengths_on_device[:, None]
         return tokens.where(real, ends[:, None] - 1), real
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():  # a graph makes equal ones once; to look numbers up would bind it to them
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def queries(self, window: int) -> Tensor:
         """Where the tokens are whose queries are scored, those `scoring_tokens` or each row's last `window`, all of a
@@ -218,6 +234,16 @@ class Rows:
             further: Any = {"last_seen": last_seen, "ahead": self.ahead}
             made = self._visible[part.first] = Visibility(own if own.dim() == 2 else own[:, 0], at, valid, **further)
         return made
+
+    def together(self) -> Visibility:
+        """Who sees whom among the tokens of all rows as one sequence [1, T]: nobody beyond the own row."""
+        if self._together is None:
+            rows = self.numbers(range(len(self.lengths)))
+            first = rows.repeat_interleave(self.lengths_on_device, output_size=self.total)[None] * APART
+            at, kept = self.positions[None] + first, None if self.kept is None else self.kept[None]
+            last = None if self.last_seen is None else self.last_seen[None] + first
+            self._together = Visibility(at, at, kept, first_seen=first, last_seen=last, ahead=self.ahead)
+        return self._together
 
     @property
     def entries(self) -> int:
@@ -276,11 +302,19 @@ def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") ->
     """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this
     name, unless padding is on the left."""
     mask = attention_mask.bool()
-    tokens: list[int] = mask.sum(-1).flatten().tolist()
+    if mask.dim() != 2:
+        _refuse_padding(name)
+    # One read: whether a real token stands right before padding, then the tokens of each row.
+    breaks = ((mask[:, :-1] & ~mask[:, 1:]).any() | ~mask[:, -1].all()).view(1)
+    broken, *tokens = torch.cat([breaks, mask.sum(-1)]).tolist()
     if 0 in tokens:
         raise UnsupportedError(f"{name} has no token in row {tokens.index(0)}, only padding; give each row a token")
-    if mask.dim() != 2 or not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise UnsupportedError(
-            f"{name} has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
-        )
+    if broken:
+        _refuse_padding(name)
     return tokens
+
+
+def _refuse_padding(name: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{name} has padding on the right or between tokens; pad prompts on the left (padding_side='left')"
+    )

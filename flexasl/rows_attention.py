@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.attention_spec import AttentionSpec
-from flexasl.kernels import attention_gradients, can_varlen, varlen_attention
+from flexasl.kernels import attention_gradients, can_varlen, choose_for_rows, varlen_attention
 from flexasl.rows import EqualRows, Rows
 
 
@@ -59,9 +59,19 @@ def attend(
         visible = None if _is_one_plain_row(rows, attention) else rows.visible(rows.parts[0])
         out: Tensor = attention(query, key, value, visible, sinks=sinks)
         return out
-    varlen = len(rows.parts) > 1 and rows.follow_order(attention.spec)
-    if varlen and can_varlen(attention.spec, query, key, value, sinks):
-        return varlen_attention(attention.spec, query, key, value, rows.cu_seqlens, rows.width)
+    spec = attention.spec
+    how = choose_for_rows(
+        spec,
+        query.is_cuda,
+        lengths=len(rows.parts),
+        past=rows.past is not None,
+        varlen=lambda: rows.follow_order(spec) and can_varlen(spec, query, key, value, sinks),
+    )
+    if how == "varlen":
+        return varlen_attention(spec, query, key, value, rows.cu_seqlens, rows.width)
+    if how == "flex":
+        whole: Tensor = attention(query, key, value, rows.together(), sinks=sinks)
+        return whole
     made = []
     for part in rows.parts:
         keys = part.after(rows.entries)
@@ -123,7 +133,7 @@ def _scored(
     pack: bool,
 ) -> Scored:
     every = len(chosen) == part.number
-    some: Any = slice(None) if every else torch.tensor(chosen, dtype=torch.int64, device=query.device)
+    some: Any = slice(None) if every else rows.numbers(chosen)
     keys, (at, valid) = part.after(rows.entries).of(key, 2)[some], rows.view(part)
     at, valid = at[some], None if valid is None else valid[some]
     if rows.past is not None and valid is not None:

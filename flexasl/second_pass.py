@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexasl.cache import Retained, retain_all
 from flexasl.errors import UnsupportedError
 from flexasl.prefill import Prefill
 from flexasl.rows import Rows
@@ -65,9 +66,14 @@ def read_again(first: PromptPass, layer: int, rows: list[int], hidden: Tensor, r
     again = _prefill_of(prefill, rows)
     if first.caches is not None:
         caches = [cache.fresh() for cache in first.caches[: layer + 1]]
-    states = rerun(first.again(caches, again), layer)
+    second = first.again(caches, again)
+    states = rerun(second, layer)
+    for one in (first, second):
+        one.forget_old()
+    left: Retained = []
     for mine, own in zip(first.caches or (), caches or ()):
-        mine.replace_rows(rows, own)  # type: ignore[arg-type]  # of one kind
+        mine.replace_rows(rows, own, left)  # type: ignore[arg-type]  # of one kind
+    retain_all(left)
     prefill.reread[layer] = rows
     parts, new = list(hidden[0].split(prefill.rows.lengths)), states[0].split(again.rows.lengths)
     for row, part in zip(rows, new, strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import FlexASLError
+from flexasl.numbers import on_device
 
 
 class LayerStates:
@@ -91,11 +92,11 @@ class LayerStates:
         """Keeps the batch rows named, in that order; a row may be named more than once."""
         self.hold({name: states[rows.to(states.device)] for name, states in self.states.items()})
 
-    def replace_rows(self, rows: Sequence[int], other: LayerStates) -> None:
+    def replace_rows(self, rows: Sequence[int], other: LayerStates, later: object = None) -> None:
         """Takes the states of `other` [len(rows), ...] in place of those of these rows."""
         held = {name: states.clone() for name, states in self.states.items()}
         for name, states in other.states.items():
-            held[name][list(rows)] = states
+            held[name].index_copy_(0, on_device(rows, states.device), states)
         self.hold(held)
 
 

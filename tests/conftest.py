@@ -24,6 +24,12 @@ def _reproducible():
 
 
 @pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where models and tensors of a test are: on a GPU where there is one. FLEXASL_TEST_DEVICE names another."""
+    return torch.device(os.environ.get("FLEXASL_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with its tokenizer, as `from_pretrained` reads them."""
     from tiny_chat import save_tiny_model

@@ -1,21 +1,13 @@
-"""Where the tests of a GPU run, and the tiny models there.
-
-They need a GPU. `FLEXASL_TEST_DEVICE=cpu` runs them without one, except those that say why they cannot.
-"""
+"""Tiny models and batches on the device of a test, which the fixture `device` gives: a GPU where there is one."""
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
 from models import FAMILIES, GREEDY, left_padded, tiny
 
-DEVICE = os.environ.get("FLEXASL_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
-"""Empty where there is none to run on."""
-
-needs_device = pytest.mark.skipif(not DEVICE, reason="needs a GPU, or FLEXASL_TEST_DEVICE=cpu")
-needs_gpu = pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 FEATURED = ["llama", "mistral_sliding", "gemma2", "gpt_oss"]
 """Families of each kind of attention: plain, sliding, with soft-cap, with sinks."""
@@ -26,11 +18,6 @@ EXPERTS = [family for family in FAMILIES if "num_experts_per_tok" in FAMILIES[fa
 def model_on(device, family="llama", dtype=torch.float32):
     """The family's tiny model on a device; shared, so leave it as it was."""
     return copy.deepcopy(tiny(family, dtype)).to(device)
-
-
-def there(family="llama", dtype=torch.float32):
-    """The family's tiny model on the device of these tests."""
-    return model_on(DEVICE, family, dtype)
 
 
 def batch_on(device, rows):

@@ -86,17 +86,24 @@ def test_visibility_looks_at_positions_not_slots(layout, sliding_window, data):
 @given(layout=layouts(most=40), sliding_window=windows, block=st.sampled_from([2, 4, 16]))
 def test_block_masks_say_the_same_twice(layout, sliding_window, block):
     """Uncompiled flex_attention reads `mask_mod` alone, compiled code skips blocks: each must be the whole truth."""
-    queries, keys, _ = layout
+    _, keys, _ = layout
     groups = keys.reshape(len(keys), -1, keys.shape[-1]).shape[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "BLOCK", block)
         made = visibility(layout).block_mask(sliding_window, heads=2)
     want = torch.tensor(seen(layout, sliding_window)).repeat_interleave(2 // groups, 1)
-    batch, count, total = len(queries), queries.shape[1], keys.shape[-1]
-    assert torch.equal(create_mask(made.mask_mod, batch, 2, count, total, device="cpu"), want)
+    check_blocks(made, want, block)
+
+
+def check_blocks(made, want, block):
+    """Whether a block mask says twice what mask [B, H, M, N] says."""
+    batch, heads, count, total = want.shape
+    assert torch.equal(create_mask(made.mask_mod, batch, heads, count, total, device="cpu"), want)
     filled = torch.zeros(batch, -(-count // block) * block, -(-total // block) * block, dtype=torch.bool)
     listed = ((made.kv_num_blocks, made.kv_indices, False), (made.full_kv_num_blocks, made.full_kv_indices, True))
     for counts, indices, full in listed:
+        if counts is None:
+            continue
         for b, row in np.ndindex(batch, counts.shape[2]):
             for column in indices[b, 0, row, : counts[b, 0, row]].tolist():
                 square = np.s_[b, row * block : (row + 1) * block, column * block : (column + 1) * block]
@@ -106,6 +113,13 @@ def test_block_masks_say_the_same_twice(layout, sliding_window, block):
                     part = want[b, :, square[1], square[2]]
                     assert part.shape[1] == block and part.all(), "a full block is seen whole"
     assert not (want & ~filled[:, None, :count, :total]).any(), "no pair that is seen is left out"
+
+
+def test_block_masks_of_a_new_token_leave_out_the_padding_before_each_row():
+    at, valid = torch.arange(1024).expand(3, -1), torch.arange(1024) >= torch.tensor([[0], [900], [300]])
+    visible = Visibility(at[:, -1:], at, valid)
+    assert visible.block_mask().kv_num_blocks.flatten().tolist() == [8, 1, 6]
+    assert visible.block_mask(sliding_window=200).kv_num_blocks.flatten().tolist() == [2, 1, 2]
 
 
 def test_block_masks_leave_out_what_nobody_sees():

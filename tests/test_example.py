@@ -138,6 +138,21 @@ def test_a_masked_prefill_is_one_graph_for_many_lengths(rule):
     assert len(graphs) == 1
 
 
+def test_a_masked_prefill_is_one_graph_of_inductor():
+    torch._dynamo.reset()
+    model, prompt = decoder(), torch.randint(257, (2, 90))
+    config = ASLConfig(select_tokens=24, window=8, propagate="mask", stages="0.5@1-2", min_layer=2, max_layer=4)
+    want, first, _ = read(model, prompt, config)
+    compiled = torch.compile(plain.Decoder.forward, fullgraph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain.Decoder, "forward", lambda *arguments: compiled(*arguments))
+        logits, report, _ = read(model, prompt, config)
+    # Rotary tables are in float32, whose cosines a compiler makes in another way.
+    torch.testing.assert_close(logits, want, equal_nan=True, rtol=0, atol=1e-6)
+    assert [row.kept_positions for row in report.rows] == [row.kept_positions for row in first.rows]
+    assert [row.kept_tokens for row in report.rows] == [24, 24]
+
+
 def test_the_example_runs(capsys):
     plain.main()
     said = capsys.readouterr().out

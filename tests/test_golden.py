@@ -38,6 +38,8 @@ def states(case):
 
 def check(case, tensors, row):
     want = case["results"]
+    for name in ("ranks", "scores", "selected"):
+        setattr(row, name, None if row[name] is None else row[name].cpu())
     assert row.selected_layer == want["selected_layer"]
     assert row.scored_layers == tensors["scored_layers"].tolist()
     assert torch.equal(row.ranks, tensors["ranks"])
@@ -61,16 +63,16 @@ def check(case, tensors, row):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_solo(name):
+def test_solo(name, device):
     case = CASES[name]
     tensors, query, key = states(case)
     config, policy = rule(case)
-    check(case, tensors, flexasl.replay(query, key, config, policy)[0])
+    check(case, tensors, flexasl.replay(query.to(device), key.to(device), config, policy)[0])
 
 
 @pytest.mark.parametrize("other_length", [70, 300])
 @pytest.mark.parametrize("name", CASES)
-def test_in_a_batch_with_another_prompt(name, other_length):
+def test_in_a_batch_with_another_prompt(name, other_length, device):
     case = CASES[name]
     tensors, query, key = states(case)
     config, policy = rule(case)
@@ -83,7 +85,8 @@ def test_in_a_batch_with_another_prompt(name, other_length):
         batched.append(padded)
     mask[0, width - other_length :] = 1
     mask[1, width - query.shape[3] :] = 1
-    check(case, tensors, flexasl.replay(*batched, config, policy, attention_mask=mask)[1])
+    given = (recorded.to(device) for recorded in batched)
+    check(case, tensors, flexasl.replay(*given, config, policy, attention_mask=mask.to(device))[1])
 
 
 def test_paper_is_the_published_rule():

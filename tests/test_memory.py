@@ -57,3 +57,23 @@ def test_kv_top_p_scores_a_layer_once(monkeypatch):
     with flexasl.patch(tiny(), SMALL.replace(kv_top_p=0.5)) as patch:
         tiny()(prompts(90)[0][None], use_cache=True)
     assert seen == [1] * len(patch.report.rows[0].scored_layers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak counter")
+def test_what_a_decision_holds_grows_with_the_tokens_and_no_faster(tmp_path):
+    """From 131,072 to 1,048,576 tokens; bytes a token as docs/benchmarks/long.md has them, and a tenth more."""
+    most = {
+        "scoring": 740,
+        "ranking": 36,
+        "rank variance": 107,
+        "selection and dropping": 25,
+        "the rule of look-ups, three layers": 50,
+    }
+    long = BENCH.with_name("long.py")
+    command = [sys.executable, long, "--runs", "1", "--tokens", "131072", "1048576", "--out", tmp_path / "long"]
+    subprocess.run(command, check=True, capture_output=True, cwd=BENCH.parents[1])
+    cases = json.loads((tmp_path / "long.json").read_text())["cases"]
+    for few, many in zip(cases[::2], cases[1::2], strict=True):
+        assert few["part"] == many["part"] and many["tokens"] == 8 * few["tokens"]
+        assert many["peak"] < most[few["part"]] * many["tokens"], few["part"]
+        assert many["peak"] < 8 * few["peak"] + 4 * 2**20, few["part"]

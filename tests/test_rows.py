@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention import check_blocks
 
-from flexasl import FlexASLAttention, Scoring, Visibility
+from flexasl import FlexASLAttention, Scoring, Visibility, masks
+from flexasl.attention_spec import AttentionSpec
+from flexasl.kernels import choose_for_rows
 from flexasl.rows import Rows
 from flexasl.rows_attention import attend, rows_attention, scores
 
@@ -179,6 +182,82 @@ def test_the_node_of_a_graph_has_the_gradients_of_attention(softcap, sunk, maske
     wanted = [tensor for tensor in inputs if tensor is not None]
     for mine, its in zip(torch.autograd.grad(out, wanted, way), torch.autograd.grad(want, wanted, way), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
+
+
+def each_alone(rows, sliding_window):
+    """[1, 1, T, T] bool: who sees whom, row by row."""
+    seen = torch.zeros(1, 1, rows.total, rows.total, dtype=torch.bool)
+    for row in range(len(rows.lengths)):
+        own = rows.of(row)
+        at, kept = rows.positions[None, own], None if rows.kept is None else rows.kept[None, own]
+        last = None if rows.last_seen is None else rows.last_seen[None, own]
+        seen[:, :, own, own] = Visibility(at, at, kept, last_seen=last).dense(sliding_window)
+    return seen
+
+
+@settings(max_examples=60)
+@given(
+    lengths=lengths,
+    window=st.none() | st.integers(1, 12),
+    gaps=st.booleans(),
+    masked=st.booleans(),
+    ahead=st.integers(0, 5),
+    block=st.sampled_from([2, 4, 16]),
+)
+def test_rows_of_one_sequence_do_not_see_each_other(lengths, window, gaps, masked, ahead, block):
+    rows = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    if gaps:
+        rows = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
+    if masked:
+        rows = rows.masked(torch.arange(rows.total) % 3 != 1)
+    if ahead:
+        rows.seeing(rows.positions + torch.arange(rows.total) % (ahead + 1), ahead)
+    want = each_alone(rows, window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "BLOCK", block)
+        visible = rows.together()
+        assert visible is rows.together()
+        assert torch.equal(visible.dense(window), want)
+        if rows.total > 1:
+            check_blocks(visible.block_mask(window), want, block)
+
+
+def test_blocks_of_one_sequence_are_those_of_its_rows():
+    rows = Rows.left_padded([512, 256, 1024], 1024, torch.device("cpu"))
+    made = rows.together().block_mask()
+    # Diagonals of 4, 2 and 8 blocks, and what is before each.
+    assert (made.kv_num_blocks.sum(), made.full_kv_num_blocks.sum()) == (14, 6 + 1 + 28)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_flex_takes_all_rows_at_once(window, masked):
+    rows, query, key, value = Rows.left_padded([100, 61, 33], 100, torch.device("cpu")), *states(194)
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+    rows = rows.masked(torch.arange(194) % 3 != 1) if masked else rows
+    want = attend(rows, FlexASLAttention(sliding_window=window, kernel="eager"), query, key, value)
+    calls, module = [], FlexASLAttention(sliding_window=window, kernel="flex")
+    module.register_forward_pre_hook(lambda *given: calls.append(1))
+    torch.testing.assert_close(attend(rows, module, query, key, value), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "flex", "sdpa", "eager"])
+def test_how_rows_go_through_attention(kernel, cuda):
+    def chosen(spec, lengths=3, past=False, varlen=False):
+        return choose_for_rows(spec, cuda, lengths=lengths, past=past, varlen=lambda: varlen)
+
+    spec = AttentionSpec(kernel=kernel)
+    assert chosen(spec, lengths=1) == chosen(spec, lengths=1, past=True) == "batch"
+    if kernel == "auto":
+        assert chosen(spec, varlen=True) == "varlen"
+    flexible = kernel == "flex" or (kernel == "auto" and cuda)
+    specs = [spec, AttentionSpec(kernel=kernel, sliding_window=9)]
+    specs += [] if kernel == "sdpa" else [AttentionSpec(kernel=kernel, softcap=3.0)]
+    for one in specs:
+        assert chosen(one) == ("flex" if flexible else "each")
+        assert chosen(one, past=True) == "each"
 
 
 def test_last_tokens_of_each_row():

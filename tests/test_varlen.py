@@ -31,7 +31,8 @@ def as_loop(query, key, value, cu_query, cu_key, most, most_keys, *, scale, wind
     out = []
     for start, stop in zip(cu_query[:-1].tolist(), cu_key[1:].tolist()):
         own = [tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value)]
-        back = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        at = torch.arange(stop - start, device=query.device)
+        back = at[:, None] - at
         mask = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
         mixed = F.scaled_dot_product_attention(*own, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
         out.append(mixed[0].transpose(0, 1))

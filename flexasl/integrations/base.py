@@ -6,7 +6,6 @@ Shapes: B batch, M new tokens, C width of hidden states, T tokens of all prompts
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Self
@@ -32,7 +31,7 @@ from flexasl.prefill import Observer, Prefill, Reduce
 from flexasl.profiles import Profile, filled, is_open
 from flexasl.prompt_pass import PromptPass
 from flexasl.quantizing import primitives
-from flexasl.report import Report
+from flexasl.report import Report, also
 from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import RecordedLayers
 from flexasl.states import LayerStates
@@ -252,7 +251,7 @@ class BasePatch:
         """After the pass: the report, where it was a prompt."""
         report = forward_pass.close()
         if report is not None:
-            self.report = report = dataclasses.replace(report, profile=self.profile)
+            self.report = report = also(report, profile=self.profile)
         return report
 
     def _enter(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,15 +26,23 @@ def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "
 
 def padding(mask: Any, batch: int, tokens: int, device: torch.device, name: str) -> Tensor | None:
     """A mask [batch, tokens], 0 at padding, as bool; None where there is no padding. name is the argument's."""
+    return padding_of_turn(mask, batch, 0, tokens, device, name)[0]
+
+
+def padding_of_turn(
+    mask: Any, batch: int, past: int, tokens: int, device: torch.device, name: str
+) -> tuple[Tensor | None, bool]:
+    """The same of a turn after so many tokens, and whether the turn itself has padding; by one read of the device."""
     if mask is None:
-        return None
+        return None, False
     if not isinstance(mask, Tensor) or mask.shape != (batch, tokens):
         given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedError(
             f"{name} is {given}; a patched model takes [batch, tokens so far], here {[batch, tokens]}"
         )
     valid = mask.to(device=device, dtype=torch.bool)
-    return None if bool(valid.all()) else valid
+    whole, unpadded = torch.stack([valid.all(), valid[:, past:].all()]).tolist()
+    return None if whole else valid, not unpadded
 
 
 def restart(positions: Tensor | None) -> bool:

@@ -20,7 +20,16 @@ from flexasl.kernels.sdpa import one_token
 from flexasl.kernels.varlen import can_varlen, varlen_attention
 from flexasl.masks import FixedMask, Visibility
 
-__all__ = ["attend", "attention_gradients", "can_varlen", "choose", "fastest", "one_token", "varlen_attention"]
+__all__ = [
+    "attend",
+    "attention_gradients",
+    "can_varlen",
+    "choose",
+    "choose_for_rows",
+    "fastest",
+    "one_token",
+    "varlen_attention",
+]
 
 Name = Literal["flex", "sdpa", "eager"]
 BY_NAME: dict[str, Callable[..., Tensor]] = {"flex": flex.attend, "sdpa": sdpa.attend, "eager": eager.attend}
@@ -55,6 +64,7 @@ def choose(
     ================================  ==================  =====
     no mask beyond causal, decode     sdpa                sdpa
     padding or gaps                   sdpa                flex
+    a new token, rows unequal         sdpa                flex
     sliding window                    sdpa                flex
     soft-cap                          eager               flex
     sinks                             eager               flex
@@ -65,16 +75,44 @@ def choose(
         raise UnsupportedError(
             f"kernel={spec.kernel!r} has no sinks{where}; give kernel='auto' or 'eager', or sinks=None"
         )
+    unequal = visible is not None and visible.key_valid is not None
     masked = visible is not None or spec.needs_positions(key.shape[2])
-    chosen = fastest(spec, query.is_cuda, masked and query.shape[2] > 1, sinks is not None)
+    chosen = fastest(spec, query.is_cuda, unequal if query.shape[2] == 1 else masked, sinks is not None)
     return "eager" if chosen == "flex" and isinstance(visible, FixedMask) else chosen
 
 
 def fastest(spec: AttentionSpec, cuda: bool, masked: bool, sinks: bool = False) -> Name:
-    """`choose` by its table alone; masked: whether several queries have a mask beyond causal order."""
+    """`choose` by its table alone; masked: whether several queries have a mask beyond causal order, or one query rows
+    of unequal length."""
     if spec.kernel != "auto":
         return spec.kernel
     featured = sinks or not spec.is_plain
     if not cuda:
         return "eager" if featured else "sdpa"
     return "flex" if featured or masked else "sdpa"
+
+
+def choose_for_rows(
+    spec: AttentionSpec, cuda: bool, *, lengths: int, past: bool, varlen: Callable[[], bool]
+) -> Literal["batch", "varlen", "flex", "each"]:
+    """How prompts of so many lengths, one after another in one sequence, go through attention:
+
+    =====================================================  ======  ==================
+    rows                                                   CPU     CUDA
+    =====================================================  ======  ==================
+    all of one length                                      batch   batch
+    causal order and sliding window, where `varlen` can    each    varlen
+    any other mask, soft-cap, sinks, float32               each    flex
+    after cached entries, or `kernel="sdpa"`, `"eager"`    each    each
+    =====================================================  ======  ==================
+
+    batch: one call, of the kernel that `choose` names. varlen: one call of `varlen_attn`. flex: one of flex_attention,
+    with a mask in which rows do not see each other; so does `kernel="flex"` everywhere. each: a call for each length.
+    """
+    if lengths == 1:
+        return "batch"
+    if varlen():
+        return "varlen"
+    if past or spec.kernel not in ("auto", "flex"):
+        return "each"
+    return "flex" if cuda or spec.kernel == "flex" else "each"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flexasl.checks import instance, renames
 from flexasl.config import ASLConfig, refuse_open
 from flexasl.errors import ConfigError
+from flexasl.numbers import on_device
 from flexasl.ops import rank_variance, select_tokens, token_ranks
 from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
 
@@ -111,7 +112,8 @@ class LayerSelector(Selector):
         or none where the wait ends."""
         if self._settled is None:
             return []
-        fired = [True] * len(self.rows) if self._must_select(layer) else self._settled.tolist()
+        settled = [1] * len(self.rows) if self._must_select(layer) else self.look(self._settled)
+        fired = list(map(bool, settled))
         if not any(fired):
             return []
         keep = self._choose()
@@ -130,8 +132,10 @@ class LayerSelector(Selector):
 
     @property
     def traces(self) -> Mapping[int, Trace]:
-        for layer, rows, values in self._seen:
-            for row, variance, union, ratio in zip(rows, *values.tolist(), strict=True):
+        read = torch.cat([values for _, _, values in self._seen], 1).T.tolist() if self._seen else []
+        for layer, rows, _ in self._seen:
+            own, read = read[: len(rows)], read[len(rows) :]
+            for row, (variance, union, ratio) in zip(rows, own, strict=True):
                 trace = self._traces[row]
                 trace.eval_layers.append(layer)
                 trace.variance.append(variance)
@@ -169,7 +173,7 @@ class LayerSelector(Selector):
     def _drop(self, fired: list[bool]) -> None:
         left = [place for place, done in enumerate(fired) if not done]
         self.rows = [self.rows[place] for place in left]
-        index = torch.tensor(left, dtype=torch.int64, device=self._budget.device)
+        index = on_device(left, self._budget.device)
         self._ranks, self._scores, self._variances = (
             [states[index] for states in held] if left else [] for held in (self._ranks, self._scores, self._variances)
         )
@@ -186,10 +190,10 @@ class LayerSelector(Selector):
         lengths = [self.lengths[row] for row in self.rows]
         window = self.config.window
         budget = [max(0, budget_of(self.config, n) - window) for n in lengths]
-        starts = torch.tensor([self.tokens - n for n in lengths], dtype=torch.int64, device=device)
+        starts = on_device([self.tokens - n for n in lengths], device)
         padded = any(n < self.tokens for n in lengths)
         valid = torch.arange(self.tokens, dtype=torch.int64, device=device) >= starts[:, None] if padded else None
-        return valid, torch.tensor(budget, dtype=torch.int64, device=device)
+        return valid, on_device(budget, device)
 
 
 def _checked(config: ASLConfig, ranking_layers: Sequence[int] | None) -> ASLConfig:

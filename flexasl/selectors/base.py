@@ -5,7 +5,7 @@ Shapes: R rows that a selector decides, P scored tokens, N tokens of the longest
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -105,6 +105,9 @@ class Selector:
     """Whether `mask` is there, which `propagate="mask"` needs."""
     budgets: Sequence[Sequence[int]] | None = None
     """Of every row of the batch, tokens that go on from each of its selections; None: the budget, once."""
+    look: Callable[[Tensor], list[int]] = staticmethod(Tensor.tolist)
+    """How `select` reads bools or whole numbers [R] of the device; a prefill sets it, to read with them what else it
+    needs to know at this layer."""
 
     @property
     def stages_left(self) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexasl.checks import integer, shown
 from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError
+from flexasl.numbers import on_device
 from flexasl.ops import select_tokens, token_ranks
 from flexasl.selectors.base import Prompts, Selection, Selector, within_budget
 
@@ -42,7 +43,7 @@ class ScheduledSelector(Selector):
             if count >= left:
                 continue
             ranks = token_ranks(scores[None, scores.shape[0] - left + window :])
-            budget = torch.tensor([count - window], dtype=torch.int64, device=scores.device)
+            budget = on_device([count - window], scores.device)
             made.append(Selection(row, layer, select_tokens(ranks, budget, window)[0], count))
             self._left[row] = count
         return made

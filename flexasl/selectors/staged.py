@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from flexasl.checks import instance
 from flexasl.config import LOOSER, UNASKED_TOKENS, ASLConfig, refuse_open
 from flexasl.errors import ConfigError
+from flexasl.numbers import on_device
 from flexasl.ops import select_tokens, token_ranks
 from flexasl.ops.scoring import pool_reach
 from flexasl.selectors.base import Selection, Selector, Trace, batch_of, budget_of, combined, within_budget
@@ -119,7 +120,7 @@ class StagedSelector(Selector):
         self._seen.append((layer, list(self.rows), highest))
         if not self._selects_anyway:
             self._pass_over(layer)
-        self._settled = highest >= self._thresholds(layer)[self._kinds, self._stage]
+        self._settled = highest >= self._thresholds[layer][self._kinds, self._stage]
 
     def select(self, layer: int) -> list[Selection]:
         """The selections of rows that make one. Moves one bool a row to the host, or none where that is known."""
@@ -128,21 +129,21 @@ class StagedSelector(Selector):
         ends = self._ends(layer)
         if ends:
             self._at = [len(self.stages) - 1] * len(self.rows)
+            self._stage = torch.full_like(self._stage, len(self.stages) - 1)
         may = [layer >= self._of(row)[stage].first for row, stage in zip(self.rows, self._at)]
         must = [ends or (self._selects_anyway and layer >= self.stages[stage].last) for stage in self._at]
         unsure = any(can and not does for can, does in zip(may, must))
-        settled = self._settled.tolist() if unsure else [False] * len(self.rows)
-        fired = [does or (can and own) for can, does, own in zip(may, must, settled)]
+        settled = self.look(self._settled) if unsure else [0] * len(self.rows)
+        fired = [does or (can and bool(own)) for can, does, own in zip(may, must, settled)]
         if not any(fired):
             return []
-        self._stage = torch.tensor(self._at, dtype=torch.int64, device=self._stage.device)
         keep, made = self._choose(), []
         for place, row in enumerate(self.rows):
             if fired[place]:
                 stage = self._at[place]
                 made.append(Selection(row, layer, keep[place], self.budgets[row][stage]))
                 self._at[place] = self._next(row, stage + 1)
-        self._advance(torch.tensor(fired, dtype=torch.bool, device=keep.device), keep)
+        self._advance(on_device(fired, keep.device, torch.bool), keep)
         self._leave()
         return made
 
@@ -166,8 +167,10 @@ class StagedSelector(Selector):
 
     @property
     def traces(self) -> Mapping[int, Trace]:
-        for layer, rows, values in self._seen:
-            for row, weight in zip(rows, values.tolist(), strict=True):
+        read = torch.cat([values for *_, values in self._seen]).tolist() if self._seen else []
+        for layer, rows, _ in self._seen:
+            own, read = read[: len(rows)], read[len(rows) :]
+            for row, weight in zip(rows, own, strict=True):
                 self._traces[row].eval_layers.append(layer)
                 self._traces[row].lookup.append(weight)
         self._seen.clear()
@@ -237,27 +240,38 @@ class StagedSelector(Selector):
     def _on(self, device: torch.device) -> None:
         """What the rows are compared with, as tensors."""
         count, never = len(self.stages), 2**31
-        starts = torch.tensor([self.tokens - self.lengths[row] for row in self.rows], dtype=torch.int64, device=device)
+        starts = on_device([self.tokens - self.lengths[row] for row in self.rows], device)
         padded = any(self.lengths[row] < self.tokens for row in self.rows)
         at = torch.arange(self.tokens, dtype=torch.int64, device=device)
         self._valid = at >= starts[:, None] if padded else None
         """[R, N] bool, None for all: tokens that are left, at the right end."""
-        firsts = [[*(one.first for one in stages), never] for stages in (self.stages, self._unasked)]
-        self._firsts = torch.tensor(firsts, dtype=torch.int64, device=device)
+        kinds = self.stages, self._unasked
+        firsts = [first for stages in kinds for first in (*(one.first for one in stages), never)]
+        self._firsts = on_device(firsts, device).view(2, count + 1)
         """[2, S + 1], of rows of which it is known what they ask, and of others."""
-        self._lasts = torch.tensor([*(one.last for one in self.stages), never], dtype=torch.int64, device=device)
-        self._kinds = torch.tensor([int(not self.asked[row]) for row in self.rows], dtype=torch.int64, device=device)
+        self._lasts = on_device([*(one.last for one in self.stages), never], device)
+        self._kinds = on_device([int(not self.asked[row]) for row in self.rows], device)
         """[R] int64: 1 for a row of which it is not known what it asks."""
 
         def by_row(make: Callable[[int], list[int]]) -> Tensor:
-            values = [make(row) for row in self.rows]
-            return torch.tensor(values, dtype=torch.int64, device=device).view(len(self.rows), count + 1)
+            values = [value for row in self.rows for value in make(row)]
+            return on_device(values, device).view(len(self.rows), count + 1)
 
         window = self.config.window
         self._prefixes = by_row(lambda row: [*(max(0, budget - window) for budget in self.budgets[row]), 0])
         self._nexts = by_row(lambda row: [*(self._next(row, stage + 1) for stage in range(count)), count])
         self._laters = by_row(lambda row: [*(self._later(row, stage) for stage in range(count)), count])
-        self._stage = torch.tensor(self._at, dtype=torch.int64, device=device)
+        self._stage = on_device(self._at, device)
+        looks = sorted(self._needed)
+        least = [
+            value
+            for layer in looks
+            for stages in kinds
+            for value in (*(one.threshold(layer) for one in stages), 2.0**31)
+        ]
+        table = on_device(least, device, torch.float32).view(len(looks), 2, count + 1)
+        self._thresholds = dict(zip(looks, table))
+        """By layer, those of each stage, and of none [2, S + 1]."""
 
     def _far_tokens(self, always: Tensor) -> Tensor:
         """Tokens [R, P] bool that are far from all that are kept in any case, from the window and from the start."""
@@ -269,11 +283,6 @@ class StagedSelector(Selector):
         before = torch.where(marked, at, -1).cummax(1).values
         after = torch.where(marked, at, tokens).flip(1).cummin(1).values.flip(1)
         return (at - before > NEAR + on) & (after - at > NEAR + back)
-
-    def _thresholds(self, layer: int) -> Tensor:
-        """Of each stage, and of none [2, S + 1]."""
-        made = [[*(one.threshold(layer) for one in stages), 2.0**31] for stages in (self.stages, self._unasked)]
-        return torch.tensor(made, dtype=torch.float32, device=self._stage.device)
 
     def _ends(self, layer: int) -> bool:
         """Whether all rows select at this layer for good."""
@@ -306,7 +315,7 @@ class StagedSelector(Selector):
         if len(going) == len(self.rows):
             return
         self.rows, self._at = [self.rows[place] for place in going], [self._at[place] for place in going]
-        index = torch.tensor(going, dtype=torch.int64, device=self._stage.device)
+        index = on_device(going, self._stage.device)
         assert self._scores is not None and self._far is not None and self._valid is not None
         self._scores, self._far, self._valid = self._scores[index], self._far[index], self._valid[index]
         self._kinds = self._kinds[index]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from flexasl.cache import LayerCache
+from flexasl.cache import LayerCache, Retained
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.integrations.transformers.fingerprint import fingerprint
 from flexasl.integrations.transformers.states import DummyLayer, PassiveLayer, StateLayer, states_in
@@ -67,8 +67,8 @@ class PrunedCacheLayer(LayerCache, CacheLayerMixin):  # type: ignore[override]
         if self.beside is not None:
             self.beside.select_rows(rows)
 
-    def replace_rows(self, rows: Sequence[int], other: LayerCache) -> None:
-        super().replace_rows(rows, other)
+    def replace_rows(self, rows: Sequence[int], other: LayerCache, later: Retained | None = None) -> None:
+        super().replace_rows(rows, other, later)
         if self.beside is not None:
             self.beside.replace_rows(rows, other.beside)  # type: ignore[attr-defined]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import UnsupportedError
-from flexasl.report import ImageReport, Report
+from flexasl.report import ImageReport, Report, also
 
 TESTED = (
     "gemma3",
@@ -162,7 +162,7 @@ def with_images(report: Report, config: Any, ids: Tensor | None, lengths: list[i
             going = sum(at in kept for at in range(start, end))
             images.append(ImageReport(first=start, tokens=end - start, kept_tokens=going))
         rows.append(dataclasses.replace(row, images=tuple(images)))
-    return dataclasses.replace(report, rows=tuple(rows))
+    return also(report, rows=tuple(rows))
 
 
 def _runs(marks: list[bool]) -> list[tuple[int, int]]:

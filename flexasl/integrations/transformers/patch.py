@@ -17,7 +17,7 @@ from flexasl.config import ASLConfig
 from flexasl.errors import ConfigError, UnsupportedError
 from flexasl.forward_pass import ForwardPass, is_prompt, positions_read
 from flexasl.integrations.base import SLACK, BasePatch, rows_of
-from flexasl.integrations.inputs import padding, refuse_training, restart
+from flexasl.integrations.inputs import padding_of_turn, refuse_training, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import Layer, adopt, new_layers
 from flexasl.integrations.transformers.checking import check_by_running
@@ -216,8 +216,9 @@ class Patch(BasePatch):
                 "compile=True cannot read images whose tokens see each other in both directions; patch with "
                 "compile=False"
             )
-        valid = padding(self._mask(kwargs), batch, past + count, tokens.device, self.MASK)
-        self._refuse_turn(valid, past, count, kwargs.get("position_ids"))
+        mask, device = self._mask(kwargs), tokens.device
+        valid, padded = padding_of_turn(mask, batch, past, past + count, device, self.MASK)
+        self._refuse_turn(valid, padded and past > 0, past, count, kwargs.get("position_ids"))
         kwargs[PASS] = forward_pass = self.begin(
             caches, valid, batch, count, tokens.device, None if embeds is not None else tokens, whole=added, **further
         )
@@ -316,8 +317,10 @@ class Patch(BasePatch):
         attends = [own is not None and at not in self._stack.lenders for at, own in enumerate(self.attention)]
         return new_layers(attends, self._stack.states, self.slack)
 
-    def _refuse_turn(self, valid: Tensor | None, past: int, count: int, position_ids: Tensor | None) -> None:
-        padded = past > 0 and valid is not None and not bool(valid[:, past:].all())
+    def _refuse_turn(
+        self, valid: Tensor | None, padded: bool, past: int, count: int, position_ids: Tensor | None
+    ) -> None:
+        """padded: whether a later turn has padding."""
         slides = any(attention is not None and attention.sliding_window is not None for attention in self.attention)
         if padded and (slides or self._stack.stateful):
             what = "sliding windows, which count positions" if slides else "states, which would read the padding"

@@ -1,16 +1,17 @@
-"""Patched models on a GPU: against unpatched ones, against the CPU and against a recomputation without pruning."""
+"""Patched models on the device of the tests, a GPU where there is one: against unpatched ones, against the CPU and
+against a recomputation without pruning."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from models import FAMILIES, GREEDY, SMALL, counting, held_columns, left_padded, prompts, recompute, tiny
-from on_device import DEVICE, EXPERTS, FEATURED, batch_on, decided, generate, model_on, needs_device, needs_gpu, there
+from models import FAMILIES, GREEDY, SMALL, STAGED, counting, held_columns, left_padded, prompts, recompute, tiny
+from on_device import EXPERTS, FEATURED, batch_on, decided, generate, model_on, needs_gpu
+from test_example import plain
 from torch._dynamo.utils import counters
 
 import flexasl
-
-pytestmark = needs_device
 
 CLOSE = {"rtol": 0, "atol": 5e-4}
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
@@ -26,6 +27,14 @@ some_families = pytest.mark.parametrize("family", [*FEATURED, "deepseek_v3", "mi
 featured = pytest.mark.parametrize("family", FEATURED)
 
 
+@pytest.fixture
+def gpu(device):
+    """The device, where it is another than the CPU, to compare with."""
+    if device.type == "cpu":
+        pytest.skip("needs a GPU beside the CPU")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def _graphs_of_this_test_alone():
     torch._dynamo.reset()
@@ -35,9 +44,9 @@ def _graphs_of_this_test_alone():
 
 
 @families
-def test_keep_all_is_identity(family):
-    model, rows = there(family), prompts(70, 41)
-    batch = batch_on(DEVICE, rows)
+def test_keep_all_is_identity(family, device):
+    model, rows = model_on(device, family), prompts(70, 41)
+    batch = batch_on(device, rows)
     want, answer = model(**batch).logits, generate(model, rows, 12)[0].sequences
     real = batch["attention_mask"].bool()
     with flexasl.patch(model, KEEP_ALL) as patch:
@@ -51,12 +60,12 @@ def test_keep_all_is_identity(family):
     ("family", "dtype"),
     [*((family, torch.bfloat16) for family in FAMILIES), *((family, torch.float16) for family in FEATURED)],
 )
-def test_keep_all_in_half_precision_is_as_near_to_float64_as_the_unpatched_model(family, dtype):
+def test_keep_all_in_half_precision_is_as_near_to_float64_as_the_unpatched_model(family, dtype, device):
     """Experts are chosen by rounding, now and then: there, for three tokens of four."""
-    model, rows = there(family, dtype), prompts(70, 41)
+    model, rows = model_on(device, family, dtype), prompts(70, 41)
     exact = copy.deepcopy(tiny(family, torch.float64))
     exact.load_state_dict(model.state_dict())
-    batch = batch_on(DEVICE, rows)
+    batch = batch_on(device, rows)
     want = torch.cat([exact(row[None]).logits[0] for row in rows])
 
     def wrong():
@@ -75,8 +84,8 @@ def test_keep_all_in_half_precision_is_as_near_to_float64_as_the_unpatched_model
 
 @some_families
 @pytest.mark.parametrize("pruning", PRUNING)
-def test_pruned_decode_equals_recompute(family, pruning):
-    model, ids = there(family), prompts(67)[0]
+def test_pruned_decode_equals_recompute(family, pruning, device):
+    model, ids = model_on(device, family), prompts(67)[0]
     with flexasl.patch(model, PRUNING[pruning]) as patch:
         out, logits = generate(model, [ids], 17)
     row = patch.report.rows[0]
@@ -88,8 +97,8 @@ def test_pruned_decode_equals_recompute(family, pruning):
 
 
 @some_families
-def test_a_row_is_alone(family):
-    model = there(family)
+def test_a_row_is_alone(family, device):
+    model = model_on(device, family)
     with flexasl.patch(model, SMALL.replace(kv_budget=20)) as patch:
         out, logits = generate(model, ROWS)
         together = decided(patch.report)
@@ -101,8 +110,8 @@ def test_a_row_is_alone(family):
 
 
 @some_families
-def test_gather_equals_mask(family):
-    model, found = there(family), []
+def test_gather_equals_mask(family, device):
+    model, found = model_on(device, family), []
     for propagate in ("gather", "mask"):
         with flexasl.patch(model, SMALL.replace(propagate=propagate)) as patch:
             out, logits = generate(model, ROWS)
@@ -113,10 +122,10 @@ def test_gather_equals_mask(family):
 
 
 @families
-def test_decides_as_on_the_cpu(family):
+def test_decides_as_on_the_cpu(family, gpu):
     """Where other tests have recomputed it."""
     found = []
-    for device in ("cpu", DEVICE):
+    for device in ("cpu", gpu):
         model = model_on(device, family)
         with flexasl.patch(model, SMALL.replace(kv_budget=20)) as patch:
             out, logits = generate(model, ROWS)
@@ -128,9 +137,9 @@ def test_decides_as_on_the_cpu(family):
 
 
 @pytest.mark.parametrize("policy", flexasl.policies.POLICIES)
-def test_every_policy_keeps_what_it_keeps_on_the_cpu(policy):
+def test_every_policy_keeps_what_it_keeps_on_the_cpu(policy, gpu):
     found = []
-    for device in ("cpu", DEVICE):
+    for device in ("cpu", gpu):
         model = model_on(device)
         with flexasl.patch(model, counting(policy, SMALL.replace(kv_budget=16)), policy) as patch:
             out, logits = generate(model, prompts(90, 61, 70))
@@ -145,8 +154,8 @@ def test_every_policy_keeps_what_it_keeps_on_the_cpu(policy):
 
 @needs_gpu
 @featured
-def test_flex_answers_as_the_other_kernels(family):
-    model, found = there(family), []
+def test_flex_answers_as_the_other_kernels(family, device):
+    model, found = model_on(device, family), []
     for kernel in ("eager", "flex"):
         with flexasl.patch(model, SMALL.replace(kv_budget=20), kernel=kernel) as patch:
             out, logits = generate(model, ROWS)
@@ -157,20 +166,22 @@ def test_flex_answers_as_the_other_kernels(family):
 
 
 @needs_gpu
-def test_models_of_all_kinds_run_on_flex_in_one_process():
+def test_models_of_all_kinds_run_on_flex_in_one_process(device):
     """Each kind of mask is another graph of flex_attention, of which torch makes few for one function."""
     for dtype in (torch.float32, torch.bfloat16):
         for family in FEATURED:
             for kernel in ("auto", "flex"):
-                with flexasl.patch(there(family, dtype), SMALL.replace(kv_budget=20), kernel=kernel) as patch:
-                    generate(there(family, dtype), ROWS, 3)
-                    generate(there(family, dtype), ROWS[:1], 3)
+                with flexasl.patch(
+                    model_on(device, family, dtype), SMALL.replace(kv_budget=20), kernel=kernel
+                ) as patch:
+                    generate(model_on(device, family, dtype), ROWS, 3)
+                    generate(model_on(device, family, dtype), ROWS[:1], 3)
                 assert patch.report.rows[0].kept_tokens == 24
 
 
 @featured
-def test_compiled_layers_answer_as_uncompiled_ones_and_compile_nothing_more(family):
-    model = copy.deepcopy(there(family))
+def test_compiled_layers_answer_as_uncompiled_ones_and_compile_nothing_more(family, device):
+    model = copy.deepcopy(model_on(device, family))
     config = SMALL.replace(kv_budget=20)
     work = [prompts(64), prompts(101), prompts(90, 71), prompts(61, 33, 80), prompts(50, 50, 50, 50)]
     with torch.no_grad():
@@ -187,8 +198,8 @@ def test_compiled_layers_answer_as_uncompiled_ones_and_compile_nothing_more(fami
         torch.testing.assert_close(others, logits, **CLOSE)
 
 
-def test_a_long_compiled_decode_writes_into_its_cache_in_place():
-    model, ids = copy.deepcopy(there()), prompts(90)
+def test_a_long_compiled_decode_writes_into_its_cache_in_place(device):
+    model, ids = copy.deepcopy(model_on(device)), prompts(90)
     with torch.no_grad():
         with flexasl.patch(model, SMALL):
             want = generate(model, ids, 65)[1]
@@ -201,14 +212,64 @@ def test_a_long_compiled_decode_writes_into_its_cache_in_place():
     torch.testing.assert_close(logits, want, **CLOSE)
 
 
+@needs_gpu
+@pytest.mark.parametrize("config", [SMALL, STAGED], ids=["variance", "lookup"])
+def test_a_masked_prefill_is_one_cuda_graph(config):
+    torch.manual_seed(0)
+    decoder = plain.Decoder(layers=5).eval().cuda()
+    first, other = (torch.randint(257, (2, 90), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    mask, config = torch.ones(2, 90, dtype=torch.int64), config.replace(propagate="mask")
+
+    def begin():
+        caches = [flexasl.LayerCache() for _ in decoder.blocks]
+        return flexasl.ForwardPass.begin(caches, mask.cuda(), config)
+
+    with torch.no_grad():
+        tokens, passing = first.cuda(), begin()
+        decoder(tokens, begin())  # kernels that are made on first use
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decoder(tokens, passing)
+        tokens.copy_(other)
+        graph.replay()
+        told = passing.close()
+        eager = begin()
+        want = decoder(other.cuda(), eager)
+    assert decided(told) == decided(eager.close())
+    torch.testing.assert_close(logits, want, **CLOSE, equal_nan=True)
+
+
+@needs_gpu
+@featured
+@pytest.mark.parametrize("name", ["kv_budget", "lookup", "mask"])
+def test_waits_are_those_that_are_counted_without_a_gpu(family, name):
+    """See `test_waits.py`."""
+    config = {"kv_budget": SMALL.replace(kv_budget=20), "lookup": STAGED, "mask": SMALL.replace(propagate="mask")}[name]
+    model = model_on(torch.device("cuda"), family)
+    with torch.no_grad(), flexasl.patch(model, config) as patch:
+        batch = batch_on("cuda", ROWS)
+        model(**batch)
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                model(**batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = sum("called a synchronizing" in str(one.message) for one in caught)
+    # Mask and position ids before the layers; what masks dropped, old entries, what the rule saw and kept behind them.
+    assert waits <= 3 + 4 + (name != "mask") * len(patch.report.rows[0].scored_layers)
+
+
 # ---------------------------------------------------------------- caches, turns, the process
 
 
 @featured
 @pytest.mark.parametrize("turns", ["keep", "prune"])
-def test_a_later_turn_and_beams_are_those_of_the_cpu(family, turns):
+def test_a_later_turn_and_beams_are_those_of_the_cpu(family, turns, gpu):
     found, more = [], torch.stack(prompts(40, 40, seed=4))
-    for device in ("cpu", DEVICE):
+    for device in ("cpu", gpu):
         model, batch = model_on(device, family), batch_on(device, prompts(67, 67))
         with flexasl.patch(model, SMALL.replace(later_turns=turns)) as patch:
             cache = model(**batch, use_cache=True).past_key_values
@@ -223,9 +284,9 @@ def test_a_later_turn_and_beams_are_those_of_the_cpu(family, turns):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_caches_in_eight_bits(kind):
+def test_caches_in_eight_bits(kind, device):
     pytest.importorskip("torchao")
-    model, found = there("llama", torch.bfloat16), []
+    model, found = model_on(device, "llama", torch.bfloat16), []
     for kv_dtype in (None, kind):
         with flexasl.patch(model, SMALL.replace(kv_budget=20, kv_dtype=kv_dtype)) as patch:
             _, logits = generate(model, ROWS, 4)
@@ -238,9 +299,9 @@ def test_caches_in_eight_bits(kind):
 
 
 @featured
-def test_a_saved_cache_answers_on_another_device(family, tmp_path):
+def test_a_saved_cache_answers_on_another_device(family, tmp_path, gpu):
     path, question = tmp_path / "prompt.safetensors", torch.stack(prompts(7, 7, seed=9))
-    for source, target in (("cpu", DEVICE), (DEVICE, "cpu"), (DEVICE, DEVICE)):
+    for source, target in (("cpu", gpu), (gpu, "cpu"), (gpu, gpu)):
         one, other = model_on(source, family), model_on(target, family)
         config = SMALL.replace(kv_budget=16)
         with flexasl.patch(one, config):
@@ -256,17 +317,18 @@ def test_a_saved_cache_answers_on_another_device(family, tmp_path):
 
 @featured
 @pytest.mark.parametrize("settings", [{"kv_budget": 20, "later_turns": "prune"}, {"propagate": "mask"}], ids=str)
-def test_the_default_device_changes_nothing(family, settings):
+def test_the_default_device_changes_nothing(family, settings, device):
     """A model on the device in a process whose default is the CPU, and the other way round."""
+    cpu = torch.device("cpu")
     turn = prompts(40, seed=4)[0][None]
-    for device, default in ((DEVICE, "cpu"), (DEVICE, DEVICE), ("cpu", DEVICE)):
-        model, batch, found = model_on(device, family), batch_on(device, prompts(90, 61)), []
-        for place in ("cpu" if device == "cpu" else "meta", default):
+    for own, default in ((device, "cpu"), (device, device), (cpu, device)):
+        model, batch, found = model_on(own, family), batch_on(own, prompts(90, 61)), []
+        for place in ("cpu" if own == cpu else "meta", default):
             with torch.device(place), flexasl.patch(model, SMALL.replace(**settings)) as patch:
                 out = model(**batch, use_cache=True)
                 step = model(batch["input_ids"][:, :1], past_key_values=out.past_key_values)
                 one = model(batch["input_ids"][:1], use_cache=True)
-                later = model(turn.to(device), past_key_values=one.past_key_values)
+                later = model(turn.to(own), past_key_values=one.past_key_values)
                 found.append((decided(patch.report), [out.logits, step.logits, later.logits]))
         (want, logits), (got, others) = found
         assert got == want
@@ -275,8 +337,8 @@ def test_the_default_device_changes_nothing(family, settings):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    model, ids = there(), prompts(60)
+def test_autocast(dtype, device):
+    model, ids = model_on(device), prompts(60)
     with flexasl.patch(model, SMALL) as patch:
         want = generate(model, ids, 4)[1]
         with torch.autocast("cuda", dtype=dtype):
@@ -285,11 +347,11 @@ def test_autocast(dtype):
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=0, atol=0.3)
 
 
-def test_a_mask_may_be_left_out_and_inputs_may_be_embeddings():
-    model, rows = there(), prompts(80, 80)
-    ids = torch.stack(rows).to(DEVICE)
+def test_a_mask_may_be_left_out_and_inputs_may_be_embeddings(device):
+    model, rows = model_on(device), prompts(80, 80)
+    ids = torch.stack(rows).to(device)
     with flexasl.patch(model, SMALL):
-        want = model(**batch_on(DEVICE, rows)).logits
+        want = model(**batch_on(device, rows)).logits
         for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
             torch.testing.assert_close(model(**given).logits, want, **CLOSE, equal_nan=True)
         assert left_padded(rows)["attention_mask"].all()
