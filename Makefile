@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan lint format types bench bench-quantized gpu install clean
+.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan compat-vllm lint format types bench bench-quantized gpu install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -50,7 +50,7 @@ compat:
 	PYTHON=$(PYTHON) .ci/compat
 
 # The adapters of the other frameworks, each in an environment of its own.
-compat-torchtune compat-torchtitan: compat-%:
+compat-torchtune compat-torchtitan compat-vllm: compat-%:
 	PYTHON=$(PYTHON) .ci/compat-framework $*
 
 lint: $(INSTALLED)

@@ -219,13 +219,18 @@ class PromptPass(ForwardPass):
             policy=prefill.policy.name,
             config=prefill.config.to_dict(),
             num_layers=prefill.num_layers,
-            rows=tuple(_row_report(prefill, row, own) for row, own in enumerate(prefill.read_selections_passed())),
+            rows=row_reports(prefill),
             kv_tokens=tuple(kept.get(layer, 0) for layer in range(len(self.caches or ()))),
             kv_bytes=sum(cache.nbytes for cache in caches.values()),
             kv_bytes_full=sum(full),
             state_bytes=sum(cache.state_bytes for cache in self.caches or ()),
             prefill_seconds=seconds,  # type: ignore[arg-type]
         )
+
+
+def row_reports(prefill: Prefill) -> tuple[RowReport, ...]:
+    """What was decided for each row, after `Prefill.close`."""
+    return tuple(_row_report(prefill, row, own) for row, own in enumerate(prefill.read_selections_passed()))
 
 
 def _row_report(prefill: Prefill, row: int, passed: Tensor | None) -> RowReport:

@@ -1,4 +1,5 @@
-"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo`, `eval` and `calibrate`, a file each."""
+"""The words on a command line: `flexasl ask`, `prefill`, `inspect`, `demo`, `eval`, `calibrate` and `serve`, a file
+each."""
 
 import platform
 from importlib import metadata
@@ -9,7 +10,7 @@ from typer.main import get_command
 
 from flexasl import __version__
 from flexasl.errors import FlexASLError
-from flexasl.tools.cli import ask, calibrate, demo, evaluate, inspect, prefill
+from flexasl.tools.cli import ask, calibrate, demo, evaluate, inspect, prefill, serve
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +25,7 @@ for name, function in (
     ("demo", demo.demo),
     ("eval", evaluate.evaluate),
     ("calibrate", calibrate.calibrate),
+    ("serve", serve.serve),
 ):
     app.command(name)(function)
 
