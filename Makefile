@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan compat-vllm lint format types bench bench-quantized gpu install clean
+.PHONY: demo check test test-slow test-apps test-in-apps test-dist dist fuzz compat compat-torchtune compat-torchtitan compat-vllm lint format types bench bench-quantized gpu docs install clean
 
 # Exits non-zero when the model's answer is wrong.
 demo check: $(INSTALLED)
@@ -19,12 +19,12 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
 # In an environment of its own: what needs Chromium (the system's, or playwright's own), Jupyter and lm-eval.
-test-apps:
+test-apps: docs
 	$(MAKE) VENV=.compat/apps test-in-apps
 
 test-in-apps: $(INSTALLED)
 	$(PIP) ipykernel lm-eval nbclient playwright
-	$(BIN)/python -m pytest tests/test_page_in_browser.py tests/test_examples.py tests/test_lm_eval.py
+	$(BIN)/python -m pytest tests/test_page_in_browser.py tests/test_site_in_browser.py tests/test_examples.py tests/test_lm_eval.py
 
 # The wheel and the source distribution, in dist/.
 dist:
@@ -80,6 +80,16 @@ bench-quantized: $(INSTALLED)
 # transformers, pytest, hypothesis, safetensors, rich and matplotlib. Run again, it goes on where it stopped.
 gpu:
 	@PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu.py --tests --out docs/benchmarks/gpu
+
+# The site, in an environment of its own; a link that leads nowhere is an error. To read it:
+# python -m http.server -d out/site
+docs: .compat/docs/.installed
+	NO_MKDOCS_2_WARNING=1 .compat/docs/bin/mkdocs build --quiet
+
+.compat/docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .compat/docs
+	.compat/docs/bin/python -m pip --disable-pip-version-check install -r docs/requirements.txt
+	touch $@
 
 install: $(INSTALLED)
 

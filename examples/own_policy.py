@@ -1,7 +1,7 @@
 """A policy of one's own: `python examples/own_policy.py`.
 
 This one drops half of the tokens after a quarter of the layers, and all but `select_tokens` after half of them.
-docs/policies.md tells of everything that a policy may decide.
+docs/own-policy.md says what else a policy may decide.
 """
 
 import flexasl

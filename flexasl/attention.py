@@ -21,7 +21,17 @@ from flexasl.ops import window_scores, window_scores_and_mass
 
 @dataclass(frozen=True)
 class Scoring:
-    """Asks for window scores: of how many last queries, pooled how."""
+    """Asks `FlexASLAttention` for window scores.
+
+    Args:
+        window: Last queries, whose attention scores the keys before them.
+        kernel_size: Keys that each score is pooled over; odd.
+        pooling: `"avgpool"`, `"maxpool"` or `"phrase"`, see `ASLConfig.pooling`.
+        power: Exponent of each attention weight, at least 1. Infinity takes the highest weight in place of a sum.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     window: int = 32
     kernel_size: int = 7
@@ -43,10 +53,26 @@ class Scoring:
 class FlexASLAttention(nn.Module):
     """Attention for any decoder: causal by position, grouped KV heads, padding, ragged rows, prompts and decode.
 
-    The settings are those of `AttentionSpec`. kernel is what computes it: `"flex"` (`flex_attention`, always compiled),
-    `"sdpa"` (`scaled_dot_product_attention`), `"eager"` (plain tensor operations), or `"auto"`, which takes what
-    `choose` says is fastest among those that can. Raises `ConfigError` on a setting that cannot work, and
-    `UnsupportedError` where a kernel that was asked for cannot honour the others.
+    Args:
+        scale: Factor of the logits. None: D ** -0.5.
+        sliding_window: Positions that a query sees, its own included. None: all before it.
+        softcap: Bound of the logits, softcap * tanh(logits / softcap). None: none.
+        kernel: What computes attention: `"flex"` (`flex_attention`, always compiled), `"sdpa"`
+            (`scaled_dot_product_attention`), `"eager"` (plain tensor operations), or `"auto"`, the fastest that can,
+            see `choose`.
+
+    Raises:
+        ConfigError: A setting has a value that it cannot have.
+        UnsupportedError: The kernel that was asked for cannot compute what the other settings ask for.
+
+    Examples:
+        >>> attention = flexasl.FlexASLAttention(sliding_window=4096)
+        >>> query, key, value = torch.randn(1, 8, 50, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
+        >>> attention(query, key, value).shape  # [B, H, M, D]
+        torch.Size([1, 8, 50, 16])
+        >>> out, scores = attention(query, key, value, scoring=flexasl.Scoring(window=10))
+        >>> scores.shape  # of the 40 keys before the window, at each KV head
+        torch.Size([1, 2, 40])
     """
 
     def __init__(
@@ -87,9 +113,20 @@ class FlexASLAttention(nn.Module):
         sinks: Tensor | None = None,
         scoring: Scoring | None = None,
     ) -> Any:
-        """query [B, H, M, D], key [B, G, N, D], value [B, G, N, E], of one float dtype, rotary applied; the queries are
-        the last M keys. visible says who sees whom; without it there is neither padding nor gap. sinks [H] are logits
-        of a key that is no token. → [B, H, M, E]; with scoring also the scores [B, G, P] of `window_scores`.
+        """Attention of the queries to the keys.
+
+        Args:
+            query: [B, H, M, D] of a float dtype, rotary applied; the queries are those of the last M keys.
+            key: [B, G, N, D] of the same dtype, rotary applied; KV heads are not expanded.
+            value: [B, G, N, E] of the same dtype.
+            visible: Who sees whom. None: there is neither padding nor a gap.
+            sinks: [H] logits of a key that is not a token and takes its share of each query's attention. None: no such
+                key.
+            scoring: Which window scores to return as well. None: none.
+
+        Returns:
+            [B, H, M, E]; with `scoring` a pair of that and the scores [B, G, P] float32 of
+            `flexasl.ops.window_scores`.
         """
         spec = self.spec
         plain = visible is None and sinks is None and scoring is None and self._fused
@@ -135,7 +172,7 @@ class FlexASLAttention(nn.Module):
     def choose(
         self, query: Tensor, key: Tensor, visible: Visibility | None = None, sinks: Tensor | None = None
     ) -> Literal["flex", "sdpa", "eager"]:
-        """The kernel that will run, by the table of `flexasl.kernels.choose`."""
+        """The kernel that will run for these inputs: `"flex"`, `"sdpa"` or `"eager"`."""
         return kernels.choose(self.spec, query, key, visible, sinks)
 
     def prepare(self, visible: Visibility, queries: Tensor) -> None:

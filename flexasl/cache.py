@@ -39,12 +39,13 @@ NO_GRADIENTS = "no gradients flow through a cache in eight bits; patch the model
 
 
 class LayerCache:
-    """What one layer remembers. All tensors are None until the first `append`.
+    """Keys and values of one layer, with the position of each. All tensors are None until the first `append`.
 
-    With `slack`, storage is made for so many entries more than needed whenever it must grow, so that decode copies
-    nothing but the new entry; without, it holds the entries and no more. kv_dtype `"int8"` or `"fp8"`: keys and values
-    are stored in eight bits, with scales; None: as they come. Copies and pickles have the values alone, without an
-    autograd graph.
+    Copies and pickles have the values alone, without an autograd graph.
+
+    Args:
+        slack: Entries that storage is made larger by whenever it must grow, so that decode copies only the new entry.
+        kv_dtype: `"int8"` or `"fp8"`: keys and values are stored in eight bits, with scales. None: as they come.
     """
 
     def __init__(self, slack: int = 0, kv_dtype: str | None = None) -> None:

@@ -74,66 +74,79 @@ LEAST = {
 class ASLConfig:
     """Settings of adaptive layer selection (ASL, arXiv 2601.07667).
 
-    Layers count from 0. A setting that is None where the type allows it depends on the model or on another setting;
-    `resolve` fills it in, and the report shows what it became. Raises `ConfigError` on a value that cannot work.
+    Layers count from 0. A setting that is None where the type allows it depends on the model or on another setting:
+    `resolve` fills it in, and the report shows its value.
 
-    select_tokens: Tokens that go on into the deeper layers, window included: a count, or a share in (0, 1] of the
-        prompt.
-    kv_budget: SnapKV: cache entries kept per KV head and layer, window included: a count, a share of the prompt, or
-        None (all).
-    kv_top_p: Cache entries kept per KV head by attention mass in (0, 1], or None. Excludes `kv_budget`.
-    kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or None,
-        as the model makes them. A prompt is read and pruned with what the model makes either way. Needs torchao.
-    settled_by: What says that the ranking has settled: `"lookup"`, that a token far from the question scores at least
-        `tau`, of which 15 percent less is asked with every further layer; or `"variance"`, as in the paper, that the
-        variance of ranks over `observe_layers` has fallen below `tau` of a reference. None: `"variance"` where
-        `variance_reference` or `observe_layers` is given, else `"lookup"`.
-    tau: Threshold of that, in (0, 1]. None: 0.2 for a look-up, 0.5 where scores are not those of a phrase, asked at a
-        third of the layers, and so less where the first layer that sees the whole prompt comes later; for the variance
-        0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
-    stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: three tenths
-        of the tokens with `"lookup"`, or half where only one layer of the range sees the whole prompt; no stage with
-        `"variance"`, which takes none.
-    min_layer: First layer at which selection can happen. None: a third of the layers; with `"variance"` and the
-        `"peak"` reference three eighths; no less than `observe_layers - 1`.
-    min_layer_unasked: Likewise with `"lookup"`, of the final selection from a prompt whose question is not known, so
-        that the window ranks it; where this comes after `min_layer`, loose stages leave at least half of such a prompt.
-        None: half of the layers, or `min_layer` where that is greater, and `max_layer` at most.
-    max_layer: Last layer at which selection can happen. None: seven tenths of the way down; the last layer with the
-        `"initial"` reference, as in the paper.
-    observe_layers: Layers whose ranks the variance is taken over. None: 8 with the `"initial"` reference, as in the
-        paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
-    score_from: First layer whose scores count with `"lookup"`. None: an eighth of the layers.
-    window: Last prompt tokens, whose queries score the others, and which are always kept.
-    kernel_size: Tokens that each score is pooled over; odd. None: 17, so that a token is kept together with what
-        stands around it; 25 with `"variance"`; 7 with the `"initial"` reference and for other methods than `asl`, as
-        in the papers.
-    pooling: How scores are pooled over neighbouring tokens. None: `"phrase"`; `"maxpool"` with `"variance"`;
-        `"avgpool"` with the `"initial"` reference and for other methods. `"phrase"` is the average over 7 tokens, since
-        the question matches phrases where chance matches words, then `"maxpool"`, after which each score also counts
-        for the `2 * kernel_size` tokens behind it, 5 percent less with each, since an answer stands behind what
-        matches.
-    score_power: What each attention weight is raised to before weights of several queries and heads are added up; with
-        2 or 4 few heads that look a token up count for more than many that look around; `"max"` takes the highest
-        weight. None: `"max"` with `"lookup"`, else 1.
-    contrast: Whether what a query head gives a token from the text right before the question is taken off from what it
-        gives it from the question, so that heads which look there anyway count for nothing. Where no question is
-        known, nothing is taken off. None: True with `"lookup"`, else False.
-    variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest one
-        so far. None: `"peak"`.
-    select_on: Scores that tokens are selected on: the selection layer's, each token's best of several (`"max"`),
-        the best with every layer back counting a fifth less (`"recent"`), or the sum with the same decay (`"sum"`): of
-        the observed layers, or with `"lookup"` of all from `score_from` on. None: `"recent"`; `"last"` in the same
-        cases as `kernel_size`.
-    if_never: Where the ranks have not settled by `max_layer`: select there, or keep every token. None: keep with the
-        `"initial"` reference and no `max_layer`, as in the paper; else select.
-    propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens with
-        the others masked out, which saves no time but has no shape that depends on what was decided.
-    later_turns: What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned like
-        a prompt, by the same settings, which then count the turn's own tokens. Earlier tokens stay as they are either
-        way.
-    calibrated_for: No setting, but the model that calibration found the settings for. Another one refuses them; None:
-        any takes them.
+    Args:
+        select_tokens: Tokens that the deeper layers run on, the window included: a count, or a share in (0, 1] of the
+            prompt.
+        kv_budget: Cache entries that each KV head and layer keeps, by SnapKV, the window included: a count, a share of
+            the prompt, or None (all).
+        kv_top_p: Share in (0, 1] of the attention whose cache entries each KV head keeps, or None (all). It excludes
+            `kv_budget`.
+        kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or
+            None, as the model makes them. The prompt is read and pruned with the model's own values either way. Needs
+            torchao.
+        settled_by: What ends the wait for the final selection. `"lookup"`: a token far from the question scores at
+            least `tau`, which falls by 15 percent with every further layer. `"variance"`, as in the paper: the
+            variance of ranks over `observe_layers` falls below `tau` of a reference. None: `"variance"` where
+            `variance_reference` or `observe_layers` is given, else `"lookup"`.
+        tau: Threshold of `settled_by`, in (0, 1]. None: 0.2 for look-ups, or 0.5 with another pooling than `"phrase"`,
+            counted from a third of the layers, so that it is lower where the first layer that sees the whole prompt
+            comes later; for the variance 0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
+        stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: with
+            `"lookup"`, one that keeps three tenths of the tokens, or half where only one layer of its range sees the
+            whole prompt; with `"variance"`, which takes no stages, none.
+        min_layer: First layer at which the final selection can happen. None: a third of the layers; with `"variance"`
+            and the `"peak"` reference three eighths; at least `observe_layers - 1`.
+        min_layer_unasked: With `"lookup"`, first layer of the final selection from a prompt whose question is not
+            known, so that the window ranks it. Where this comes after `min_layer`, loose stages keep at least half of
+            such a prompt. None: half of the layers, or `min_layer` where that is greater, and `max_layer` at most.
+        max_layer: Last layer at which the final selection can happen. None: seven tenths of the way down; with the
+            `"initial"` reference the last layer, as in the paper.
+        observe_layers: Layers over which the variance of ranks is taken. None: 8 with the `"initial"` reference, as in
+            the paper, 4 with `"peak"`; or a third of a shallow stack, at least 2.
+        score_from: First layer whose scores count with `"lookup"`. None: an eighth of the layers.
+        window: Last tokens of the prompt, which are always kept. Their queries score the other tokens where no
+            question is known.
+        kernel_size: Tokens that each score is pooled over; odd. None: 17, so that a token is kept together with its
+            neighbours; 25 with `"variance"`; 7 with the `"initial"` reference and for other policies than `asl`, as in
+            their papers.
+        pooling: How scores are pooled over neighbouring tokens. None: `"phrase"`; `"maxpool"` with `"variance"`;
+            `"avgpool"` with the `"initial"` reference and for other policies. `"phrase"` averages over 7 tokens, since
+            the question matches phrases where chance matches words, then takes the maximum of `kernel_size`. Each
+            score then also counts for the `2 * kernel_size` tokens behind it, 5 percent less with each, since an
+            answer stands behind what matches.
+        score_power: Exponent of each attention weight before the weights of several queries and heads are added up.
+            With 2 or 4, a few heads that look a token up count for more than many that look around; `"max"` takes the
+            highest weight. None: `"max"` with `"lookup"`, else 1.
+        contrast: Whether the attention that a query head gives a token from the text right before the question is
+            subtracted from what it gives from the question, so that heads which look there anyway do not count. Where
+            no question is known, nothing is subtracted. None: True with `"lookup"`, else False.
+        variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest
+            value so far. None: `"peak"`.
+        select_on: Scores that tokens are selected on: `"last"`, those of the selection layer; `"max"`, the best of
+            several layers; `"recent"`, the best with every layer back counting a fifth less; `"sum"`, the sum with the
+            same decay. The layers are the observed ones, or with `"lookup"` all from `score_from` on. None:
+            `"recent"`; `"last"` in the same cases as `kernel_size` is 7.
+        if_never: What happens where nothing has settled by `max_layer`: select there, or keep every token. None: keep
+            with the `"initial"` reference and no `max_layer`, as in the paper; else select.
+        propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens
+            with the others masked out. Masking saves no time, but no shape depends on the decision.
+        later_turns: What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned
+            like a prompt, by the same settings, which then count the turn's own tokens. Earlier tokens do not change.
+        calibrated_for: Not a setting, but the model that calibration found the settings for. Another model refuses
+            them. None: any model takes them.
+
+    Raises:
+        ConfigError: A setting has a value that it cannot have, or two settings exclude each other.
+
+    Examples:
+        >>> config = ASLConfig(select_tokens=512, kv_budget=0.25)
+        >>> config.cache_budget(4000)  # a quarter of a prompt of 4,000 tokens
+        1000
+        >>> config.resolve(num_layers=30).max_layer  # the default of a model with 30 layers
+        20
     """
 
     select_tokens: int | float = 2048
@@ -169,7 +182,12 @@ class ASLConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> ASLConfig:
-        """The published rule: ratio to the variance at `min_layer`, selection on that layer's scores, else keep all."""
+        """The published rule of ASL: the variance over its value at `min_layer`, selection on that layer's scores, else
+        every token is kept.
+
+        Args:
+            changes: Settings that differ from the published ones.
+        """
         return cls(**(PAPER_RULE | changes))
 
     def replace(self, **changes: Any) -> ASLConfig:
@@ -195,9 +213,14 @@ class ASLConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ASLConfig:
-        """The settings in a JSON file, as `to_dict` makes them and `flexasl calibrate` writes them.
+        """Reads settings from a JSON file, as `to_dict` makes them and `flexasl calibrate` writes them.
 
-        Raises `ConfigError` where the file holds something else, FileNotFoundError where there is none.
+        Args:
+            path: The file.
+
+        Raises:
+            ConfigError: The file holds something else.
+            FileNotFoundError: There is no such file.
         """
         path = checks.path("path", path)
         try:

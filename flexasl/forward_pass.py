@@ -32,19 +32,28 @@ NO_ATTENTION = "layer {} ran without LayerStep.attention; call it in the place o
 
 
 class ForwardPass:
-    """State of one forward pass, made anew for each, so that no prompt leaves a trace on the next. `begin` makes it.
+    """State of one forward pass. `begin` makes a new one for each call of the model, so that no prompt affects the
+    next.
 
-    For each layer in turn call `before_layer` with its input; run the layer on what that returns, with `table` of its
-    per-token inputs, and with `LayerStep.attention` in the place of attention; then call `after_layer` with its output.
-    Once the model has run, call `close`. Prompts may be pruned, and layers see them as one row without padding
-    [1, T, C] (`PromptPass`); other tokens continue sequences and keep their shape [B, M, C].
+    For each layer in turn, call `before_layer` with its input. Run the layer on what that returns, with `table` of its
+    per-token inputs, and with `LayerStep.attention` in the place of attention. Then call `after_layer` with its
+    output. Once the model has run, call `close`. Prompts may be pruned, and layers see them as one row without padding
+    [1, T, C] (`PromptPass`). Other tokens continue sequences and keep their shape [B, M, C].
 
-    >>> forward_pass = ForwardPass.begin(caches, attention_mask, ASLConfig(select_tokens=1024))
-    >>> for index, block in enumerate(blocks):
-    ...     hidden, step = forward_pass.before_layer(index, block.attention, hidden)
-    ...     hidden = block(hidden, forward_pass.table(cos), forward_pass.table(sin), step)
-    ...     hidden = forward_pass.after_layer(index, step, hidden)
-    >>> report = forward_pass.close()
+    Examples:
+        >>> def block(hidden, step):  # a layer: here attention alone, of one head
+        ...     states = hidden[:, None]  # [B, H, M, D]
+        ...     return hidden + step.attention(states, states, states)[:, 0]
+        >>> attention, config = flexasl.FlexASLAttention(), ASLConfig(select_tokens=48)
+        >>> hidden, mask = torch.randn(1, 100, 16), torch.ones(1, 100, dtype=torch.int64)
+        >>> caches = [flexasl.LayerCache() for layer in range(6)]
+        >>> forward_pass = ForwardPass.begin(caches, mask, config)
+        >>> for layer in range(6):
+        ...     hidden, step = forward_pass.before_layer(layer, attention, hidden)
+        ...     hidden = forward_pass.after_layer(layer, step, block(hidden, step))
+        >>> report = forward_pass.close()
+        >>> report.rows[0].kept_tokens, hidden.shape
+        (48, torch.Size([1, 100, 16]))
     """
 
     prefill: Prefill | None = None
@@ -54,8 +63,8 @@ class ForwardPass:
     step: LayerStep | None = None
     """That of the layer that runs, for adapters whose layers take one object all the way down to attention."""
     blank = float("nan")
-    """What stands at dropped tokens in the end. NaN there becomes the gradients of all weights after the last layer; to
-    train, set 0, and call `blank_out` on what these weights make of it."""
+    """Value of the last layer's output at dropped tokens. NaN there would make the gradients of all later weights NaN.
+    To train, set it to 0 before the model runs, and call `blank_out` on the logits."""
 
     def __init__(
         self,
@@ -94,10 +103,23 @@ class ForwardPass:
         ranking_layers: Sequence[int] | None = None,
         compiled: bool = False,
     ) -> ForwardPass:
-        """The pass over new tokens after those that the caches, one a layer, hold: of prompts, padded on the left,
-        where they hold none, or of a later turn. attention_mask [B, N] is 1 at all tokens of the sequences so far, the
-        new ones at its end, and 0 at padding. ranking_layers: those that see the whole prompt (default: all). Raises
-        `FlexASLError` where these do not belong together."""
+        """The pass over the tokens that come after those in the caches: over prompts where the caches are empty, else
+        over a later turn.
+
+        Args:
+            caches: A `LayerCache` for each layer.
+            attention_mask: [B, N], 1 at all tokens of the sequences so far, the new ones at its end, and 0 at padding,
+                which is on the left.
+            config: The settings. None: `ASLConfig()`.
+            policy: A policy's name, alone or with settings, or an instance.
+            ranking_layers: Layers that see the whole prompt, ascending. None: all.
+            compiled: Whether layers run as compiled graphs. Their inputs then look the same for all lengths.
+
+        Raises:
+            FlexASLError: The arguments do not belong together.
+            UnsupportedError: The caches were left half filled by a pass that failed, or have another number of rows.
+            ConfigError: The settings do not fit the policy or the number of layers.
+        """
         from flexasl.prompt_pass import PromptPass
 
         caches = several("caches", caches, LayerCache, "a LayerCache for each layer")
@@ -130,8 +152,16 @@ class ForwardPass:
         return PromptPass(caches, prefill, positions, valid if past > 0 else None, compiled=compiled)
 
     def before_layer(self, layer: int, attention: FlexASLAttention | None, hidden: Tensor) -> tuple[Tensor, LayerStep]:
-        """The layer's input, made of the model's own [B, M, C] or of what `after_layer` gave, and what its attention
-        needs; None for a layer without attention."""
+        """The layer's input and what its attention needs.
+
+        Args:
+            layer: Index of the layer, from 0.
+            attention: The layer's attention. None: the layer has none.
+            hidden: The model's own states [B, M, C] before the first layer, then what `after_layer` returned.
+
+        Returns:
+            The layer's input, [1, T, C] for prompts and [B, M, C] for other tokens, and its `LayerStep`.
+        """
         if layer == 0:
             self._check_tokens(hidden)
         if attention is None:
@@ -142,7 +172,15 @@ class ForwardPass:
         return hidden, self._lending(layer, self._step(layer, attention))
 
     def table(self, states: Tensor) -> Tensor:
-        """A per-token tensor [B or 1, M, ...], such as a rotary table, for the current layer's tokens; made once."""
+        """A per-token tensor, such as a rotary table, for the tokens of the current layer. It is made once per
+        selection.
+
+        Args:
+            states: [B or 1, M, ...].
+
+        Returns:
+            [1, T, ...] for prompts, [B, M, ...] for other tokens.
+        """
         for known, made in self._tables:
             if known is states:
                 return made
@@ -153,8 +191,19 @@ class ForwardPass:
         return made
 
     def after_layer(self, layer: int, step: LayerStep, hidden: Tensor) -> Tensor:
-        """The layer's output as the next layer takes it; of the last layer [B, M, C] as the model's own, with 0 at
-        padding and `blank` (NaN) at tokens that were dropped, which have none."""
+        """The layer's output as the next layer takes it.
+
+        After a selection it has fewer tokens. Of the last layer it is [B, M, C], as the model's own, with 0 at padding
+        and `blank` (NaN) at dropped tokens, which have no output.
+
+        Args:
+            layer: Index of the layer, from 0.
+            step: What `before_layer` returned for it.
+            hidden: The layer's output.
+
+        Raises:
+            FlexASLError: The layer did not call `LayerStep.attention`.
+        """
         assert self.caches is not None
         cache = self.caches[layer]
         if isinstance(cache, LayerStates):
@@ -175,12 +224,19 @@ class ForwardPass:
         return hidden
 
     def blank_out(self, states: Tensor, positions: slice | Tensor = slice(None)) -> None:
-        """Writes NaN, at tokens that were dropped, into what was made of the last layer's output, or of some positions
-        of it: [B, positions, ...]."""
+        """Writes NaN at dropped tokens, in place, into what was made of the last layer's output.
+
+        Args:
+            states: [B, positions, ...], such as logits.
+            positions: The positions that `states` has, where these are not all.
+        """
 
     def close(self) -> Report | None:
-        """After the model has run, outside any graph. Returns what was decided about prompts and saved; None where
-        there were none."""
+        """Ends the pass, after the model has run and outside any graph.
+
+        Returns:
+            The report of prompts; None where there were none.
+        """
         self.forget_old()
         if self.caches:
             self.caches[0].unfinished = False

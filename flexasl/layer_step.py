@@ -72,8 +72,17 @@ class LayerStep:
         return self._lender is not None
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """The layer's attention: query [B, H, M, D] of its tokens over their key and value [B, G, M, D], rotary
-        applied, and over all that they may see besides → [B, H, M, D]. sinks [H]: logits of a key that is no token."""
+        """The layer's attention, over its own tokens and over what the cache holds.
+
+        Args:
+            query: [B, H, M, D] of the layer's tokens, rotary applied.
+            key: [B, G, M, D], likewise.
+            value: [B, G, M, D].
+            sinks: [H] logits of a key that is not a token. None: no such key.
+
+        Returns:
+            [B, H, M, D].
+        """
         return self.attend(query, *self.update(key, value), sinks)
 
     def update(self, key: Tensor, value: Tensor, *ignored: object, **also: object) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class Visibility:
 
     @classmethod
     def last(cls, queries: int, keys: int, device: torch.device | str = "cpu") -> Visibility:
-        """Without padding or gaps: the queries are the last of so many keys."""
+        """Visibility without padding or gaps: the queries are the last of so many keys."""
         at = torch.arange(keys, dtype=torch.int64, device=device)[None]
         return cls(at[:, keys - queries :], at)
 

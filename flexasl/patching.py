@@ -37,32 +37,50 @@ def patch(
 ) -> BasePatch:
     """Makes `model` prune its prompts while it reads them, until `remove()` or the end of the `with` block.
 
-    model: a causal decoder in eval mode, of transformers (or a PEFT model around one), torchtune or torchtitan. config:
-    the settings (default `ASLConfig()`). policy: a name from `flexasl.policies.POLICIES` or `paper`, alone or with
-    settings (`"fixed_layer:layer=9"`, `"asl:tau=0.3,min_layer=10"`), or an instance. kernel: what computes attention,
-    see `FlexASLAttention`. compile: run a transformers model's layers as compiled graphs, made on the first prompt and
-    the first new token, good for all lengths and batches; later turns run uncompiled, and a backward pass through such
-    a model raises `UnsupportedError`.
+    Args:
+        model: A causal decoder in eval mode, of transformers (or a PEFT model around one), torchtune or torchtitan.
+        config: The settings. None: `ASLConfig()`.
+        policy: A name from `flexasl.policies.POLICIES` or `paper`, alone or with settings (`"fixed_layer:layer=9"`,
+            `"asl:tau=0.3,min_layer=10"`), or an instance of a policy.
+        kernel: What computes attention, see `FlexASLAttention`.
+        compile: Whether the layers of a transformers model run as compiled graphs. These are made on the first prompt
+            and the first new token, and serve all lengths and batches. Later turns run uncompiled. A backward pass
+            through such a model raises `UnsupportedError`.
+        foreign_hooks: What happens to hooks that other code has put on decoder layers or inside of them, before or
+            after patching. On a layer they see and return hidden states [B, N, C] as unpatched, with 0 at padding, as
+            long as no token was dropped. `"refuse"`: a prompt that a hook would see otherwise is refused. `"packed"`:
+            hooks see prompts as they run, [1, tokens that are left of all rows, C]. See docs/loading.md.
+        tokenizer: The model's tokenizer. With it, prompts are ranked by the queries of their question, which is looked
+            for in the user's last turn, and the question is kept. See docs/question.md.
+        question: The question, where it is known: a text of the prompt, a span (start, stop) of positions (0 is the
+            prompt's first token), a list of these for each row, or None. It can be set later on the patch, or given to
+            one call of `generate`. Without `tokenizer` and `question`, and where no question is found, the last
+            `window` tokens rank.
+        profile: A file of settings that calibration found for the model. It fills in what the config leaves open.
+            None: a profile that comes with the library or was stored on this machine is looked for. False: none is
+            used.
+        calibrate: Whether settings are found now where no profile is found. This takes minutes, shows its progress,
+            needs the tokenizer, and stores the profile for the next time. True, or a dict of arguments of
+            `flexasl.calibrate`. See docs/calibration.md.
 
-    foreign_hooks: what becomes of hooks that others have on decoder layers or inside of them, before or after patching.
-    On a layer they see and give hidden states [B, N, C] as unpatched, with 0 at padding, as long as no token was
-    dropped. `"refuse"`: a prompt that a hook would see otherwise is refused; `"packed"`: hooks see prompts as they run,
-    [1, tokens that are left of all rows, C]. See docs/loading.md.
+    Returns:
+        The patch. Its `report` describes the last prompt, and `remove()` restores the model.
 
-    tokenizer: the model's; with it, prompts are ranked by the queries of their question, which is looked for in the
-    user's last turn, and the question is kept. question: which it is, where that is known: a text of the prompt, a span
-    (start, stop) of positions (0 is the prompt's first token), a list of these for each row, or None; it can be set
-    later on the patch, or given to one call of `generate`. Without both, and where nothing is found, the last `window`
-    tokens rank. See docs/question.md.
+    Raises:
+        UnsupportedError: The model cannot be patched. It is then unchanged.
+        ConfigError: Settings do not fit the model, have no effect under the policy, or were calibrated for another
+            model. The model is then unchanged.
 
-    profile: a file of settings that calibration found for the model, which fills in what the config leaves open; None:
-    one that comes with the library or was stored on this machine is looked for; False: none. calibrate: where none is
-    found, find settings now, which takes minutes and shows its progress, and store them for the next time; True, or
-    arguments of `flexasl.calibrate`. It needs the tokenizer. See docs/calibration.md.
-
-    Returns the patch, whose `report` tells of the last prompt. Raises `UnsupportedError` for a model that cannot be
-    patched and `ConfigError` for settings that do not fit it, that the policy would ignore, or that were calibrated for
-    another model; the model is then untouched.
+    Examples:
+        >>> import flexasl, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 100}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+        >>> prompt = torch.arange(90)[None]
+        >>> with flexasl.patch(model, flexasl.ASLConfig(select_tokens=40)) as patch:
+        ...     out = model.generate(prompt, max_new_tokens=3, do_sample=False)
+        >>> patch.report.rows[0].kept_tokens
+        40
     """
     chosen, settings = choose(policy, config)
     instance("compile", compile, bool, "True or False")
@@ -174,12 +192,35 @@ def _is_a(model: Any, module: str, name: str) -> bool:
 
 
 def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
-    """A cache that `save` wrote, for `model`, which must be patched and be the one that read the prompt.
+    """Loads a cache that `save` wrote.
 
-    Give it on as `past_key_values` (`cache` in transformers 6.0), with the new ids behind `cache.token_ids` and, in a
-    padded batch, ones behind `cache.attention_mask`. On a CPU its tensors are mapped from the file: replace the file,
-    but never write into it, while the cache is in use. Raises `FlexASLError`, and builds nothing, where the file is not
-    an unchanged cache of this format version or belongs to another model, FileNotFoundError where there is none.
+    Pass it to the model as `past_key_values` (`cache` in transformers 6.0), with the new ids behind `cache.token_ids`
+    and, in a padded batch, ones behind `cache.attention_mask`. On a CPU its tensors are mapped from the file: you may
+    replace the file while the cache is in use, but must not write into it.
+
+    Args:
+        path: The file.
+        model: The model that read the prompt, patched.
+
+    Returns:
+        The cache.
+
+    Raises:
+        FlexASLError: The file is not an unchanged cache of this format version, or belongs to another model. Nothing
+            is built then.
+        FileNotFoundError: There is no such file.
+
+    Examples:
+        With the model and the prompt of the example of `patch`:
+
+        >>> with tempfile.TemporaryDirectory() as folder, flexasl.patch(model):
+        ...     read = model(prompt, use_cache=True).past_key_values
+        ...     read.save(f"{folder}/prompt.safetensors")
+        ...     cache = flexasl.load_cache(f"{folder}/prompt.safetensors", model)
+        ...     ids = torch.cat([cache.token_ids, torch.tensor([[1, 2]])], 1)
+        ...     out = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        >>> out.shape  # 90 tokens of the prompt, two of the question, three new ones
+        torch.Size([1, 95])
     """
     path, model = checks.path("path", path), without_peft(model)
     if not _is_a(model, "transformers", "PreTrainedModel"):

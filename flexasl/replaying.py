@@ -29,7 +29,10 @@ from flexasl.selectors.staged import StagedSelector
 
 @dataclass
 class Replay:
-    """Every decision of one row; also readable as a mapping, `row["selected"]`. Layers count from 0, ranks from 1."""
+    """Every decision about one row, as `replay` returns it; also readable as a mapping, `row["selected"]`.
+
+    Layers count from 0, ranks from 1.
+    """
 
     scored_layers: list[int] = field(default_factory=list)
     """Layers whose ranking the rule could use: all up to the selection; with a fixed layer, that one."""
@@ -69,15 +72,38 @@ def replay(
     question: Sequence[Tensor | None] | None = None,
     ranking_layers: Sequence[int] | None = None,
 ) -> list[Replay]:
-    """Runs the rule over recorded states, and returns its decisions, one entry per batch row.
+    """Runs the rule over recorded states, and returns its decisions.
 
-    query [L, B, H, N, D] and key [L, B, G, N, D] are the states of all N prompt tokens at every layer, after rotary;
-    attention_mask [B, N] is 0 at padding, which must be on the left; scale defaults to D ** -0.5; question holds, of
-    each row, the padded positions [W], ascending, of the tokens that ask (None: the window ranks); ranking_layers are
-    those whose ranks count (default: all): where others of a hybrid have no states, give zeros. The rule also runs
-    where the prompt is too short to lose a token, and every layer up to the selection is scored. Settings that do not
-    count under the policy are passed over, so that one config can be replayed under several. Raises FlexASLError for
-    tensors that do not belong together and settings that the policy cannot run with.
+    The rule also runs where the prompt is too short to lose a token, and every layer up to the selection is scored.
+    Settings that have no effect under the policy are passed over, so that one config can be replayed under several
+    policies.
+
+    Args:
+        query: Queries [L, B, H, N, D] of all N prompt tokens at every layer, after rotary, of a float dtype.
+        key: Keys [L, B, G, N, D], likewise.
+        config: The settings. None: `ASLConfig()`.
+        policy: A policy's name, alone or with settings, or an instance.
+        attention_mask: [B, N], 0 at padding, which must be on the left. None: there is no padding.
+        scale: Factor of the attention logits. None: D ** -0.5.
+        question: Of each row, the padded positions [W] int64, ascending, of the tokens of its question, or None: the
+            window ranks.
+        ranking_layers: Layers whose ranks count, ascending. None: all. Where the other layers of a hybrid have no
+            states, give zeros.
+
+    Returns:
+        A `Replay` for each row.
+
+    Raises:
+        FlexASLError: The tensors do not belong together.
+        ConfigError: The policy cannot run with the settings.
+
+    Examples:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> query = torch.randn(12, 1, 4, 100, 16, generator=generator)
+        >>> key = torch.randn(12, 1, 2, 100, 16, generator=generator)
+        >>> row = flexasl.replay(query, key, flexasl.ASLConfig(select_tokens=48))[0]
+        >>> len(row.selected)  # after the layer row.selected_layer
+        48
     """
     _check_states(query, key, attention_mask)
     layers, batch, _, tokens, _ = query.shape
@@ -129,12 +155,21 @@ def replay_scores(
     ranking_layers: Sequence[int] | None = None,
     question: Sequence[int] | None = None,
 ) -> Replay:
-    """As `replay`, of one prompt, from its token scores [L, P] float32 at every layer, pooled and summed over heads, as
-    a read without pruning gives them.
+    """Runs the rule over recorded token scores of one prompt, as a read without pruning gives them.
 
-    ranking_layers are the layers whose ranks count (default: all); question the positions, ascending, of the tokens
-    that ask. `scored_layers` are those that the decision rests on; `kept_indices` stays empty, because what a cache
+    `scored_layers` of the result are those that the decision rests on. `kept_indices` is empty, because what a cache
     keeps rests on each head's scores.
+
+    Args:
+        scores: [L, P] float32, the scores of the P tokens before the window at every layer, pooled and summed over
+            heads.
+        config: The settings. None: `ASLConfig()`.
+        ranking_layers: Layers whose ranks count, ascending. None: all.
+        question: Positions, ascending, of the tokens of the question. None: the window ranked.
+
+    Raises:
+        FlexASLError: `scores` or `question` has another shape or type.
+        ConfigError: The settings do not fit so many layers.
     """
     if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point() or not scores.numel():
         given = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else article(scores)

@@ -24,7 +24,7 @@ such a row; None: it keeps all."""
 
 @dataclass(frozen=True)
 class Retention:
-    """By default every entry."""
+    """Which cache entries a layer keeps. By default it keeps all."""
 
     limit: Limit = lambda layer, prompt_tokens: None
     keep: Callable[[Any, Tensor, int, Rows], Tensor] | None = None

@@ -24,18 +24,25 @@ def threshold(tau: float, first: int, layer: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Stage:
-    """A loose selection: so many tokens go on from the layer at which it is made.
-
-    tokens: A count, never less than `select_tokens`, or a share in (0, 1] of the prompt, never less than one and a half
-        times as many.
-    tau: As `ASLConfig.tau`, for this stage. None: 0.4, or 0.95 where scores are not those of a phrase.
-    min_layer: First layer at which it can be made. None: `score_from`.
-    max_layer: Layer at which it is made at the latest. None: a quarter of the layers.
+    """A loose selection before the final one: after its layer, the model runs on `tokens` tokens.
 
     A stage may be written as a text, `"0.5"`, `"0.5@7"` or `"0.5@5-9"`: tokens, and from which layer to which.
 
-    >>> Stage.of("0.5@5-9")
-    Stage(tokens=0.5, min_layer=5, max_layer=9)
+    Args:
+        tokens: A count, never less than `select_tokens`, or a share in (0, 1] of the prompt, never less than one and a
+            half times `select_tokens`.
+        tau: As `ASLConfig.tau`, for this stage. None: 0.4, or 0.95 with another pooling than `"phrase"`.
+        min_layer: First layer at which it can be made. None: `score_from`.
+        max_layer: Layer at which it is made at the latest. None: a quarter of the layers.
+
+    Raises:
+        ConfigError: A value is out of range, or `max_layer` comes before `min_layer`.
+
+    Examples:
+        >>> Stage.of("0.5@5-9")
+        Stage(tokens=0.5, min_layer=5, max_layer=9)
+        >>> ASLConfig(stages="0.5@5-9").stages
+        (Stage(tokens=0.5, min_layer=5, max_layer=9),)
     """
 
     tokens: int | float

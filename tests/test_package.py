@@ -118,7 +118,7 @@ def test_what_prunes_imports_no_tool():
 
 def test_help_tells_of_every_setting():
     for field in dataclasses.fields(flexasl.ASLConfig):
-        assert re.search(rf"^{field.name}: [A-Z]", inspect.getdoc(flexasl.ASLConfig), re.MULTILINE), field.name
+        assert re.search(rf"^ +{field.name}: [A-Z]", inspect.getdoc(flexasl.ASLConfig), re.MULTILINE), field.name
 
 
 def ends(*arguments):

@@ -442,9 +442,9 @@ def test_words_and_settings_go_together_or_are_refused():
 
 
 def documented(heading):
-    """What the code under a heading of docs/policies.md defines."""
-    page = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
-    code = page.partition(f"### {heading}")[2].partition("```python\n")[2].partition("```")[0]
+    """What the code under a heading of docs/own-policy.md defines."""
+    page = (Path(__file__).parents[1] / "docs" / "own-policy.md").read_text()
+    code = page.partition(f"## {heading}")[2].partition("```python\n")[2].partition("```")[0]
     names = {}
     exec("\n".join(line for line in code.splitlines() if not line.startswith("flexasl.patch(")), names)
     return names
@@ -697,7 +697,7 @@ def test_retentions_are_checked():
 
 
 def test_other_tokens_can_score():
-    """As docs/policies.md shows it; tokens are ranked by what these queries attend to."""
+    """As docs/own-policy.md shows it; tokens are ranked by what these queries attend to."""
     names = documented("Other queries")
     policy = next(kind for kind in names.values() if isinstance(kind, type) and kind.__module__ != "flexasl.policies")()
     model, rows = tiny("llama", torch.float64), prompts(90, 20, 61)

@@ -41,7 +41,8 @@ SLACK = 128
 
 
 class BasePatch:
-    """A patched model: `report` on the last prompt, `remove` to undo. Also a context manager that removes itself.
+    """A patched model: `report` describes the last prompt, `remove` restores the model. As a context manager it removes
+    itself at the end of the block.
 
     An adapter's `_enter`, a hook before the decoder, makes the forward pass with `begin` and hands it down by a
     keyword that reaches attention, where `ForwardPass.step` attends.
@@ -158,7 +159,7 @@ class BasePatch:
             layer.forward = own
 
     def remove(self) -> None:
-        """Makes the model exactly what it was; a second call does nothing."""
+        """Restores the model to exactly what it was; a second call does nothing."""
         if not self._handles:
             return
         for handle in self._handles:

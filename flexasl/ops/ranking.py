@@ -13,8 +13,16 @@ from torch import Tensor
 def token_ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """Rank of each prefix token, 1 = highest score; ties go to the earlier token.
 
-    scores [B, P] of a float dtype, where NaN and -inf rank alike; valid [B, P] bool is False at padding, which ranks
-    behind every token. → int32 [B, P].
+    Args:
+        scores: [B, P] of a float dtype. NaN and -inf rank alike.
+        valid: [B, P] bool, False at padding, which ranks behind every token. None: there is none.
+
+    Returns:
+        [B, P] int32.
+
+    Examples:
+        >>> flexasl.ops.token_ranks(torch.tensor([[0.1, 0.4, 0.1]]))
+        tensor([[2, 1, 3]], dtype=torch.int32)
     """
     scores = finite(scores)
     scores = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
@@ -30,10 +38,16 @@ def _(scores: Tensor, valid: Tensor | None = None) -> Tensor:
 def rank_variance(ranks: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over layers and tokens of the squared distance of a token's rank from its mean rank over the layers.
 
-    ranks [O, B, P] int32; budget [B] int: the union is taken of the tokens ranked within it in any layer, and padding
-    must rank beyond it. → variance [B] float64, size of the union [B] int64. Sums are whole numbers, so the result
-    depends neither on their order nor on the rest of the batch, and is rounded twice, at the end: as long as layers
-    times tokens is below 2^31. Equation of section 3.2 of arXiv 2601.07667.
+    Sums are whole numbers, so the result depends neither on their order nor on the rest of the batch, and is rounded
+    twice, at the end, as long as layers times tokens is below 2^31. Equation of section 3.2 of arXiv 2601.07667.
+
+    Args:
+        ranks: [O, B, P] int32, of O layers.
+        budget: [B] int: the union is taken of the tokens ranked within it in any layer, and padding must rank beyond
+            it.
+
+    Returns:
+        Variance [B] float64, in squared ranks, and the size of the union [B] int64.
     """
     layers = ranks.shape[0]
     union = (ranks <= budget[None, :, None]).any(0)

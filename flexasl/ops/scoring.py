@@ -33,21 +33,33 @@ def window_scores(
     power: float = 1.0,
     controls: int = 0,
 ) -> Tensor:
-    """Score of each scored token at each KV head: the attention that it gets from the scoring queries, each weight to
-    this power, pooled over neighbouring tokens per query head, and summed over the head's queries; with power infinity
-    the highest weight.
+    """Score of each token at each KV head: the attention that it gets from the scoring queries.
 
-    query [B, H, W, D], key [B, G, N, D], of any float dtype. query_at [B, W] int64 says which keys' queries these are,
-    and then all N keys are scored; by default they are the last W, and the N - W before them are scored. A query sees
-    the keys up to its own. spec is the `text` of an `AttentionSpec`. valid [B, N] bool is False at padding, which
-    neither gives nor gets, whatever it holds. positions [B, N] int (default 0..N-1) matter where the specification asks
-    for them. sinks [H] are logits of a key that is no token and takes its share of each query's attention. pooling is
-    `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or `"phrase"`: the average
-    over 7 tokens, of which the highest of `kernel_size` then goes on to twice as many tokens behind, 5 percent less
-    with each. → [B, G, P] float32, without gradients. A real token that is not finite makes the scores of its KV head
-    NaN, in its row.
+    Each weight is raised to a power, pooled over neighbouring tokens per query head, and summed over the head's
+    queries; with power infinity the highest weight counts. Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
+    Gradients do not flow through scores. A real token that is not finite makes the scores of its KV head NaN, in its
+    row.
 
-    Section 3 of arXiv 2601.07667; SnapKV, arXiv 2404.14469.
+    Args:
+        query: [B, H, W, D] of a float dtype. A query sees the keys up to its own.
+        key: [B, G, N, D] of the same dtype.
+        kernel_size: Tokens that each score is pooled over; odd.
+        pooling: `"avgpool"`, which pads with zeros and divides by `kernel_size` everywhere, `"maxpool"`, or
+            `"phrase"`: the average over 7 tokens, of which the highest of `kernel_size` then also counts for twice as
+            many tokens behind, 5 percent less with each.
+        spec: The `text` of an `AttentionSpec`.
+        valid: [B, N] bool, False at padding, which neither gives nor gets attention, whatever it holds. None: there is
+            none.
+        positions: [B, N] int, which matter where the specification asks for them. None: 0 to N - 1.
+        sinks: [H] logits of a key that is not a token and takes its share of each query's attention. None: no such
+            key.
+        query_at: [B, W] int64, which keys' queries these are; all N keys are then scored. None: the last W, and the N
+            - W keys before them are scored.
+        power: Exponent of each weight; infinity takes the highest weight.
+        controls: How many of the first queries are controls, whose weights are subtracted.
+
+    Returns:
+        [B, G, P] float32.
     """
     mass = window_mass(query, key, spec, valid, positions, sinks, query_at, power, controls)
     return _pooled(mass, query, key, kernel_size, pooling, query_at, power)
@@ -67,8 +79,15 @@ def window_scores_and_mass(
     power: float = 1.0,
     controls: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`window_scores` [B, G, P] float32, and the attention that each of the N keys gets from the queries that are no
-    controls, not pooled and to the power of one: [B, G, N] float32. Where that is all, from the same pass."""
+    """`window_scores`, and the attention that each key gets, from one pass.
+
+    Args:
+        query: As for `window_scores`, like all other arguments.
+
+    Returns:
+        The scores [B, G, P] float32, and the attention [B, G, N] float32 that each of the N keys gets from the queries
+        that are not controls, not pooled and to the power of one.
+    """
     marks = valid, positions, sinks
     at = query_at if query_at is None else query_at[:, controls:]
     mass = window_mass(query[:, :, controls:], key, spec, *marks, at)
@@ -90,11 +109,17 @@ def window_mass(
     power: float = 1.0,
     controls: int = 0,
 ) -> Tensor:
-    """Each key's attention from each query head, to this power, summed over the scoring queries, or with power infinity
-    the highest, without what it gets from controls: [B, H, N] float32. Weights whose power would be below 1e-36 count
-    as 0.
+    """Each key's attention from each query head, summed over the scoring queries.
 
-    KV heads are never expanded, and the logits of one at a time are held.
+    Weights are raised to `power`, or the highest is taken with infinity; what a key gets from controls is subtracted.
+    Weights whose power would be below 1e-36 count as 0. KV heads are never expanded, and the logits of one at a time
+    are held.
+
+    Args:
+        query: As for `window_scores`, like all other arguments.
+
+    Returns:
+        [B, H, N] float32.
     """
     rule, groups = AttentionSpec.from_text(spec), key.shape[1]
     mask = window_mask(query, key, rule, valid, positions, query_at)
@@ -224,5 +249,11 @@ def of_queries(
 
 
 def over_heads(scores: Tensor, dim: int, power: float = 1.0) -> Tensor:
-    """Scores of several heads, or queries, as those of all: their sum, or with power infinity the highest."""
+    """Scores of several heads, or queries, as those of all: their sum, or with power infinity the highest.
+
+    Args:
+        scores: Of any shape.
+        dim: The dimension of heads.
+        power: As for `window_scores`.
+    """
     return scores.amax(dim) if power == math.inf else scores.sum(dim)

@@ -15,8 +15,19 @@ from torch import Tensor
 def select_tokens(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
     """Tokens that are kept: those ranked within the budget, and the window.
 
-    ranks [B, P] int32; budget [B] int counts prefix tokens; valid [B, P + window] bool is False at padding, which is
-    never kept. → keep [B, P + window] bool.
+    Args:
+        ranks: [B, P] int32.
+        budget: [B] int, counts prefix tokens.
+        window: Last tokens, which are always kept.
+        valid: [B, P + window] bool, False at padding, which is never kept. None: there is none.
+
+    Returns:
+        [B, P + window] bool.
+
+    Examples:
+        >>> ranks = torch.tensor([[3, 1, 2]], dtype=torch.int32)
+        >>> flexasl.ops.select_tokens(ranks, budget=torch.tensor([1]), window=2)
+        tensor([[False,  True, False,  True,  True]])
     """
     best = ranks <= budget[:, None]
     keep = torch.cat([best, best.new_ones(best.shape[0], window)], 1)
@@ -30,10 +41,14 @@ def _(ranks: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -
 
 @torch.library.custom_op("flexasl::gather_tokens", mutates_args=())
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
-    """The tokens at these indices of each row, in memory of their own: states [B or 1, N, ...], indices [B, K] int64
-    → [B, K, ...].
+    """The tokens at these indices of each row, in memory of their own. Rows are copied whole, near the speed of memory.
 
-    Rows are copied whole, near the speed of memory.
+    Args:
+        states: [B or 1, N, ...].
+        indices: [B, K] int64.
+
+    Returns:
+        [B, K, ...].
     """
     rows = _count(indices.shape[0], indices)[:, None]
     return states[rows if states.shape[0] > 1 else 0, indices]
@@ -62,8 +77,16 @@ gather_tokens.register_autograd(_scatter_tokens, setup_context=_remember_states)
 
 @torch.library.custom_op("flexasl::compact_kv", mutates_args=())
 def compact_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries at these indices of each row and KV head, in memory of their own: keys [B or 1, G, N, D], values
-    [B or 1, G, N, E], indices [B, G, K] int64 → [B, G, K, D], [B, G, K, E]."""
+    """The cache entries at these indices of each row and KV head, in memory of their own.
+
+    Args:
+        keys: [B or 1, G, N, D].
+        values: [B or 1, G, N, E].
+        indices: [B, G, K] int64.
+
+    Returns:
+        Keys [B, G, K, D] and values [B, G, K, E].
+    """
     rows, heads = _count(keys.shape[0], indices)[:, None, None], _count(indices.shape[1], indices)[:, None]
     return keys[rows, heads, indices], values[rows, heads, indices]
 
@@ -108,8 +131,13 @@ def _count(count: int, like: Tensor) -> Tensor:
 def kept_indices(keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices of the kept tokens, ascending, at the right end of `count` places.
 
-    keep [..., N] bool with at most `count` True in any row → indices [..., count] int64 and valid [..., count] bool,
-    which is False in the places that a row with fewer does not need; those hold indices that are not kept.
+    Args:
+        keep: [..., N] bool with at most `count` True in any row.
+        count: Places of each row.
+
+    Returns:
+        Indices [..., count] int64, and valid [..., count] bool, which is False in the places that a row with fewer
+        does not need; those hold indices that are not kept.
     """
     order = keep.to(torch.uint8).argsort(dim=-1, stable=True)
     indices = order[..., order.shape[-1] - count :]

@@ -13,10 +13,17 @@ from flexasl.ops.selection import select_tokens
 
 
 def top_k_entries(scores: Tensor, budget: Tensor, window: int, valid: Tensor | None = None) -> Tensor:
-    """Entries that each KV head keeps: the best of the prefix, and the window (SnapKV, arXiv 2404.14469).
+    """Entries that each KV head keeps: the best of the prefix, and the window (SnapKV, arXiv 2404.14469). Ties go to
+    the earlier token.
 
-    scores [B, G, P] float32, pooled and summed over the head's queries; budget [B] int counts prefix entries;
-    valid [B, P] bool is False at padding. Ties go to the earlier token. → keep [B, G, P + window] bool.
+    Args:
+        scores: [B, G, P] float32, pooled and summed over the head's queries.
+        budget: [B] int, counts prefix entries.
+        window: Last entries, which are always kept.
+        valid: [B, P] bool, False at padding. None: there is none.
+
+    Returns:
+        [B, G, P + window] bool.
     """
     batch, groups, _ = scores.shape
     valid = None if valid is None else valid[:, None].expand_as(scores).flatten(0, 1)
@@ -28,8 +35,14 @@ def top_p_entries(share: Tensor, top_p: float, window: int, valid: Tensor | None
     """Entries that each KV head keeps by attention mass: the fewest that reach `top_p`, rounded down to a multiple of
     eight, with the first token and the window.
 
-    share [B, G, N] float32 is each entry's share of the head's attention, not pooled; valid [B, N] bool is False at
-    padding. → keep [B, G, N] bool.
+    Args:
+        share: [B, G, N] float32, each entry's share of the head's attention, not pooled.
+        top_p: Share of the attention, in (0, 1].
+        window: Last entries, which are always kept.
+        valid: [B, N] bool, False at padding. None: there is none.
+
+    Returns:
+        [B, G, N] bool.
     """
     batch, groups, tokens = share.shape
     # Padding comes after real entries without attention.

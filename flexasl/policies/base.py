@@ -41,8 +41,21 @@ CACHE = frozenset(("kv_budget", "kv_top_p", "kv_dtype"))
 
 
 class Policy:
-    """A method of pruning: the settings it runs with, a selector of tokens, a retention of cache entries and, if it
-    likes, a score of its own."""
+    """A method of pruning: the settings that it runs with, a selector of tokens, a retention of cache entries and, if
+    needed, a score of its own.
+
+    Every part has a default, so that a policy states only what is different. See docs/own-policy.md.
+
+    Examples:
+        >>> from flexasl import policies
+        >>> class Middle(policies.FixedLayer):
+        ...     name = "middle"
+        >>> chosen, config = policies.choose("fixed_layer:layer=9,select_tokens=512")
+        >>> chosen.layer, config.select_tokens
+        (9, 512)
+        >>> Middle().resolve(config, num_layers=30).max_layer
+        14
+    """
 
     name: ClassVar[str]
     prunes_tokens: ClassVar[bool] = True

@@ -47,8 +47,13 @@ class Named(NamedTuple):
 def choose(policy: str | Policy, config: ASLConfig | None = None) -> tuple[Policy, ASLConfig]:
     """The policy of that name, or the instance itself, and the config with the settings that came with the name.
 
-    Raises `FlexASLError` for a name that is not known and `ConfigError` for settings that cannot be, also where the
-    config and the policy give the same one differently.
+    Args:
+        policy: A name of `POLICIES` or `paper`, alone or with settings, or an instance.
+        config: The settings. None: `ASLConfig()`.
+
+    Raises:
+        FlexASLError: The name is not known.
+        ConfigError: A setting has a value that it cannot have, or config and policy give the same setting differently.
     """
     config = instance("config", ASLConfig() if config is None else config, ASLConfig, "an ASLConfig or None")
     if isinstance(policy, Policy):
@@ -59,7 +64,11 @@ def choose(policy: str | Policy, config: ASLConfig | None = None) -> tuple[Polic
 
 
 def find_policy(policy: str | Policy) -> Policy:
-    """The policy of that name, with settings of its own where they come with the name, or the instance itself."""
+    """The policy of that name, with its own settings where they come with the name, or the instance itself.
+
+    Raises:
+        FlexASLError: The name is not known, or comes with settings of `ASLConfig`.
+    """
     if isinstance(policy, Policy):
         return policy
     named = parse(policy)

@@ -42,8 +42,8 @@ class LayerSelector(Selector):
     2601.07667).
 
     Give it the token scores of the layers for which `needs` is true, in order. Rows decide independently, and leave
-    `rows` when they have selected. Only the ranks (and, unless `select_on="last"`, the scores) of the last
-    `observe_layers` layers are held.
+    `rows` when they have selected. It holds only the ranks (and, unless `select_on="last"`, the scores) of the last
+    `observe_layers` layers.
     """
 
     once = True

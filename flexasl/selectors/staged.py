@@ -37,15 +37,17 @@ class _Stage(NamedTuple):
 
 
 class StagedSelector(Selector):
-    """Selects from every row of a left-padded batch in stages: in each at the first layer of its range at which a far
-    token has a score of at least `tau`, by the scores of all layers up to there; at the end of the range in any case,
-    or, with `if_never="keep"`, not at all. The threshold falls by 15 percent with every layer of the range, a little
-    slower than scores fade.
+    """Selects from every row of a left-padded batch in stages, each at the first layer of its range where a far token
+    has a score of at least `tau`, by the scores of all layers up to there.
+
+    Where no token reaches `tau`, a stage selects at the end of its range, or with `if_never="keep"` not at all. The
+    threshold falls by 15 percent with every layer of the range, a little slower than scores fade.
 
     A row makes one selection a layer at most. At `max_layer` it makes the final one, whatever stages are left. A stage
-    that would drop nothing, or as much as the final one, is passed over. Tokens with a score of infinity are kept; they
-    and those beside them are no far tokens. A row of which it is not known what it asks is ranked less well: its final
-    selection is not made before `min_layer_unasked`, and where that comes after `min_layer`, half of it goes on before.
+    that would drop nothing, or as much as the final one, is skipped. Tokens with a score of infinity are kept; they
+    and their neighbours do not count as far tokens. The final selection of a row whose question is not known, which is
+    ranked less well, is not made before `min_layer_unasked`; where that comes after `min_layer`, half of the row goes
+    on before.
     """
 
     masks = True

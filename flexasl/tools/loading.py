@@ -29,13 +29,15 @@ NAMES = "give a folder with a model, a file that ends in .gguf, or a hub id such
 def load_model(
     name: str | None, dtype: str | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, and its tokenizer: from a folder, a hub id or a GGUF file, or the embedded
-    one for None.
+    """A causal language model in eval mode, and its tokenizer. Code that comes with a model is not run.
 
-    `dtype` is a name such as "bfloat16"; None keeps that of the stored weights, and makes float32 of a GGUF
-    file's. Code that comes with a model is not run.
+    Args:
+        name: A folder, a hub id or a GGUF file. None: the embedded model.
+        dtype: A name such as `"bfloat16"`. None: that of the stored weights, float32 for a GGUF file.
+        device: A name such as `"cpu"` or `"cuda:1"`.
 
-    Raises FlexASLError where the device, the folder, the file or the model cannot be used, or weights are missing.
+    Raises:
+        FlexASLError: The device, the folder, the file or the model cannot be used, or weights are missing.
     """
     from flexasl.tools import embedded
 

@@ -37,8 +37,11 @@ class Answer:
     """What a model said, and what it cost."""
 
     text: str
+    """The answer, without special tokens."""
     prompt_tokens: int
+    """Tokens of the prompt."""
     new_tokens: int
+    """Tokens of the answer."""
     first_token_seconds: float
     """Wall time from the call of `generate` until its first token is there: the prefill and one choice of a token."""
     total_seconds: float
@@ -55,15 +58,26 @@ class Answer:
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
-    """Token ids of a text and a question about it, through the chat template if there is one."""
+    """Token ids of a text and a question about it, through the chat template where the tokenizer has one.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+        question: The question, which stands behind the text.
+    """
     return prompt_ids(tokenizer, _asking(tokenizer, text, question))
 
 
 def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], dict[str, str]]:
     """Token ids of a prompt up to its question, which is not known yet, and the notes that `closing_ids` needs.
 
-    about: what will be asked, in any words, to stand between the text and the question. The prompt ends with the
-    question as that of `question_ids` does, token for token where the tokenizer has a word end between them.
+    The prompt ends with the question as that of `question_ids` does, token for token where the tokenizer has a word
+    end between them.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+        about: What will be asked, in any words, to stand between the text and the question.
     """
     mark = "[question]"
     while mark in text + about:
@@ -126,11 +140,24 @@ def answer(
     on_text: Callable[[str], None] = _nothing,
     on_layer: Callable[[], None] = _nothing,
 ) -> Answer:
-    """Greedy answer to a prompt, pruned by the policy, or not pruned where it is None.
+    """Greedy answer to a prompt, pruned by a policy, or not pruned.
 
-    question: the text of the prompt whose queries rank the others; find_question: with None, it is looked for in the
-    prompt. Without either, or where the prompt does not have it, the last tokens rank. profile: as for `flexasl.patch`.
-    `on_text` gets the answer piece by piece, `on_layer` is called after each decoder layer of the prefill.
+    Args:
+        model: A transformers model in eval mode.
+        tokenizer: Its tokenizer.
+        ids: Token ids of the prompt, as `question_ids` makes them.
+        max_new_tokens: Longest answer, in tokens.
+        config: The settings. None: `ASLConfig()`.
+        policy: A policy's name, alone or with settings, or an instance. None: nothing is pruned.
+        question: The text of the prompt whose queries rank the others.
+        find_question: Whether a question is looked for in the prompt where none is given. Where there is none, the
+            last tokens rank.
+        profile: As for `flexasl.patch`.
+        on_text: Called with each piece of the answer.
+        on_layer: Called after each decoder layer of the prefill.
+
+    Returns:
+        The answer, with times, bytes and the report.
     """
     if policy is None:
         return _generate(model, tokenizer, ids, max_new_tokens, on_text, on_layer)
@@ -157,9 +184,19 @@ def prefill(
     question: str | None = None,
     on_layer: Callable[[], None] = _nothing,
 ) -> Any:
-    """Reads a prompt, pruned by the policy: the cache, whose last report tells what was pruned, to be saved.
+    """Reads a prompt, pruned by the policy, and returns its cache, to be saved.
 
-    question: as in `answer`, to be found with the tokenizer.
+    Args:
+        model: A transformers model in eval mode.
+        ids: Token ids of the prompt, as `opening_ids` makes them.
+        config: The settings. None: `ASLConfig()`.
+        policy: A policy's name, alone or with settings, or an instance.
+        tokenizer: The model's tokenizer, which finds `question` in the prompt.
+        question: The text of the prompt whose queries rank the others. None: the last tokens rank.
+        on_layer: Called after each decoder layer.
+
+    Returns:
+        The cache. Its last report says what was pruned.
     """
     asking = _ranking(tokenizer, ids, question)
     prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
@@ -181,8 +218,20 @@ def answer_saved(
 ) -> Answer:
     """Greedy answer to a question about a prompt that was read before, from the file of its cache.
 
-    Times are of the question alone; the report is that of the prefill. Raises FlexASLError where the file is not one
-    that `flexasl prefill` wrote with this model.
+    Times are of the question alone; the report is that of the prefill.
+
+    Args:
+        model: The model that read the prompt.
+        tokenizer: Its tokenizer.
+        path: The file, as `flexasl prefill` writes it.
+        question: The question.
+        max_new_tokens: Longest answer, in tokens.
+        answer_prefix: Start of the answer, which the model continues.
+        on_text: Called with each piece of the answer.
+        on_layer: Called after each decoder layer, while the question is read.
+
+    Raises:
+        FlexASLError: The file is not one that `flexasl prefill` wrote with this model.
     """
     # The question itself is not pruned, under any policy.
     with flexasl.patch(model, policy="full"):

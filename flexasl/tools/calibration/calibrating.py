@@ -55,19 +55,36 @@ def calibrate(
     sources: Sources | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Calibration:
-    """Finds the settings of adaptive layer selection that hold the answer's tokens at the least prefill cost, and
-    checks them by answers.
+    """Finds the settings of adaptive layer selection that keep the answer's tokens at the least prefill cost, and
+    checks them by answers to other prompts.
 
-    model is a transformers model, tokenizer a fast one. config says what is not looked for, above all `select_tokens`
-    (default: 256); what is looked for in it is ignored. tasks are those of `flexasl.evaluation` whose answers stand in
-    the prompt. The choice is made on so many samples of each, of at most `length` tokens, by replaying the rule on one
-    read of each; half of the prompts have rules for the answer behind the question. Then the model answers half as many
-    others, and as many of the task `unseen` (None: no such task), with its full cache, by the default and by the chosen
-    settings; where the chosen ones lose answers that the default does not lose, the default is kept. on_progress gets a
-    stage, how much of it is done, and how much there is.
+    The choice is made by replaying the rule on one read of each prompt; half of the prompts have rules for the answer
+    behind the question. Then the model answers half as many other prompts, with its full cache, by the default and by
+    the chosen settings. Where the chosen settings lose answers that the default does not lose, the default is kept.
 
-    Raises FlexASLError, before the model runs, for a model that cannot be patched, too few samples, and prompts that
-    do not fit the context or lose no token to the budget.
+    Args:
+        model: A transformers model in eval mode.
+        tokenizer: Its tokenizer, a fast one.
+        config: Settings that are not searched for, above all `select_tokens`. What is searched for is ignored in it.
+            None: `ASLConfig(select_tokens=256)`.
+        tasks: Tasks of `flexasl.evaluation` whose answers stand in the prompt.
+        unseen: A task that is only answered, as many prompts as of each of the others. None: no such task.
+        samples: Prompts of each task to choose on.
+        length: Most tokens of a prompt.
+        seed: Chooses the prompts.
+        sources: Files that tasks need. None: none.
+        on_progress: Called with a stage, how much of it is done, and how much there is.
+
+    Returns:
+        The settings with their evidence; `calibration.config` is for `flexasl.patch`.
+
+    Raises:
+        FlexASLError: Before the model runs: the model cannot be patched, there are too few samples, or prompts do not
+            fit the context or lose no token to the budget.
+
+    Examples:
+        >>> calibration = flexasl.calibrate(model, tokenizer, length=4096)  # doctest: +SKIP
+        >>> patch = flexasl.patch(model, calibration.config, tokenizer=tokenizer)  # doctest: +SKIP
     """
     from flexasl.integrations.transformers.fingerprint import calibrated_for
     from flexasl.tools import run
@@ -120,7 +137,13 @@ def calibrate(
 
 
 def calibrate_visibly(model: Any, tokenizer: Any, **arguments: Any) -> Calibration:
-    """`calibrate` with a bar for each stage on standard error, where that is a terminal."""
+    """`calibrate` with a bar for each stage on standard error, where that is a terminal.
+
+    Args:
+        model: As for `calibrate`.
+        tokenizer: As for `calibrate`.
+        arguments: All other arguments of `calibrate` but `on_progress`.
+    """
     from flexasl.tools.cli.terminal import counted_progress
 
     with counted_progress(hidden=False) as advance:

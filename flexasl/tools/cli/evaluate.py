@@ -56,7 +56,9 @@ def evaluate(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Prompts per task and length.", show_default=OF_SUITE)] = None,
     config: ConfigFile = None,
-    out: Annotated[Path | None, path_option("Folder for results, gone on with.", show_default="out/SUITE")] = None,
+    out: Annotated[
+        Path | None, path_option("Folder of results; a stopped run continues.", show_default="out/SUITE")
+    ] = None,
     seed: Seed = 0,
     haystack: Haystack = None,
     depths: Annotated[
@@ -104,7 +106,7 @@ def evaluate(
 ) -> None:
     """Score policies on long-context tasks against the full cache, and draw accuracy over prefill cost.
 
-    Stopped, the same command goes on where it was. Under torchrun, processes share the prompts.
+    Run the same command again to continue a stopped run. Under torchrun, processes share the prompts.
     """
     need("flexasl eval", "eval", "matplotlib", "numpy", "rouge_score", "wonderwords")
     from flexasl.tools import evaluation

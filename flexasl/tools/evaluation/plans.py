@@ -108,23 +108,41 @@ def plan(
     answer_prefix: bool = True,
     question_first: bool = False,
 ) -> Plan:
-    """A checked plan. What is None comes from the suite; `tasks` may name any task, not only the suite's.
+    """What is to be evaluated, checked. What is None comes from the suite.
 
-    answer_tokens cuts answers that would be longer, as the quick suite's own tasks are cut. A policy is a name of
-    `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with settings:
-    `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`. A budget is what `select_tokens` of `ASLConfig` is: tokens, or
-    a share of the prompt. The unpatched model is always in the plan; `full` names it. `asl` and `asl_two_pass` start
-    from config, where it is given; their own settings and the budget win over it.
+    The unpatched model is always in the plan; `full` names it.
 
-    rank_by: what ranks the tokens of a prompt. `"policy"`: the question where adaptive selection starts from config,
-    the window under `paper` and the other policies, as their papers have it; or one of both under all of them.
-    profile: whether settings that are left open are those of the model's profile, where there is one.
-    after_question: text that stands behind the question of every prompt: rules of how to answer, some 60 tokens of them
-        (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`).
-    answer_prefix: whether prompts end with the start of the answer; without it an answer gets some more tokens.
-    question_first: whether the question stands before the text, which tasks that come from a user's file do not take.
+    Args:
+        suite: `"quick"`, `"niah"`, `"recall"`, `"ruler"` or `"infinitebench"`.
+        tasks: Names of tasks, of any suite.
+        lengths: Lengths of prompts, in tokens.
+        samples: Prompts of each task and length.
+        policies: Names of `flexasl.policies.POLICIES`, or `paper` for the published rule of ASL, alone or with
+            settings: `fixed_layer:layer=15`, `asl:tau=0.3,min_layer=10`.
+        budgets: Values of `ASLConfig.select_tokens`: tokens, or shares of the prompt.
+        seed: Chooses the prompts.
+        config: Settings that `asl` and `asl_two_pass` start from; their own settings and the budget win over it.
+        sources: Files that tasks need. None: none.
+        answer_tokens: Most tokens of an answer; it cuts answers that would be longer, as the quick suite's own tasks
+            are cut.
+        rank_by: What ranks the tokens of a prompt: `"question"`, `"window"`, or `"policy"`: the question where
+            adaptive selection starts from `config`, the window under `paper` and the other policies, as in their
+            papers.
+        profile: Whether settings that are left open come from the model's profile, where there is one.
+        after_question: Text behind the question of every prompt: rules for the answer, some 60 tokens of them
+            (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`). None: none.
+        answer_prefix: Whether prompts end with the start of the answer. Without it an answer gets some more tokens.
+        question_first: Whether the question stands before the text. Tasks that come from a user's file do not take it.
 
-    Raises FlexASLError, which names the argument, what was given and what is allowed.
+    Raises:
+        FlexASLError: An argument has a value that it cannot have; the message names it and what is allowed.
+
+    Examples:
+        >>> made = plan("ruler", lengths=[4096], policies=["asl", "fixed_layer:layer=15"], budgets=[512], samples=2)
+        >>> [setting.label for setting in made.settings]
+        ['full', 'asl@512', 'fixed_layer:layer=15@512']
+        >>> len(made.items()), made.items()[0].length  # prompts: two of each task of the suite
+        (22, 4096)
     """
     instance("config", config, (ASLConfig, type(None)), "an ASLConfig or None")
     sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()

@@ -21,12 +21,16 @@ RANKED = {
 
 
 def report(out: str | Path) -> Path:
-    """Make the report of a folder that `evaluate` has written to, finished or not, and return its path.
+    """Makes the report of a folder that `evaluate` has written to, finished or not, and returns its path.
 
-    Writes `results.jsonl` (all answers, sorted), `scores.md`, `times.md` where seconds were measured, the pictures and
-    `report.md`. `scores.md` does not depend on how long anything took.
+    It writes `results.jsonl` (all answers, sorted), `scores.md`, `times.md` where seconds were measured, the pictures
+    and `report.md`. `scores.md` does not depend on how long anything took.
 
-    Raises FlexASLError where the folder holds no answers.
+    Args:
+        out: The folder.
+
+    Raises:
+        FlexASLError: The folder holds no answers.
     """
     out = path("out", out)
     run = read_run(out)

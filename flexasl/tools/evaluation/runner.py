@@ -43,15 +43,28 @@ def evaluate(
     together: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> bool:
-    """Answer what the folder `out` does not hold yet, and return whether the whole plan is answered now.
+    """Answers what the folder `out` does not hold yet.
 
-    Of several processes, each with its `rank`, every one answers its share; the whole plan is done when the last is.
-    With `together`, all answers to a prompt are made at once: several times faster, the same but for rounding, and
-    without measured seconds. A folder's answers are all made one way or the other.
-    `on_progress` gets the stage, "prompts" or "answers", how many of this process's are done, and how many there are.
+    The same call continues a stopped run. A folder's answers are all made together or all one by one.
 
-    Raises FlexASLError, before the model runs, where a policy does not fit the model, a prompt and its answer do not
-    fit the context, a length is too short for a task, or `out` holds results of something else.
+    Args:
+        plan: What is to be evaluated.
+        model: A transformers model in eval mode, not patched.
+        tokenizer: Its tokenizer.
+        out: Folder for prompts and answers.
+        rank: Of several processes, the index of this one; every process answers its share of the prompts.
+        world_size: How many processes there are.
+        together: Whether all answers to a prompt are made at once: several times faster, the same but for rounding,
+            and without measured seconds.
+        on_progress: Called with the stage, "prompts" or "answers", how many of this process's are done, and how many
+            there are.
+
+    Returns:
+        Whether the whole plan is answered now.
+
+    Raises:
+        FlexASLError: Before the model runs: a policy does not fit the model, a prompt and its answer do not fit the
+            context, a length is too short for a task, or `out` holds results of something else.
     """
     instance("plan", plan, Plan, "what flexasl.evaluation.plan returns")
     checks.transformers_model(model)

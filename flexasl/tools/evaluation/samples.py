@@ -104,7 +104,9 @@ class Sample:
     prompt_tokens: Count
     """Tokens that it has: at most `length`."""
     references: Annotated[tuple[str, ...], AtLeast(1)]
+    """What a right answer contains."""
     max_new_tokens: Annotated[int, Range(1)]
+    """Most tokens of the answer."""
     depth: Share | None = field(default=None)
     """Place of the one needle, 0 start to 1 end; None where there is not exactly one."""
 

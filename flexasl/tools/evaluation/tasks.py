@@ -41,7 +41,9 @@ class Task:
     """One task of a benchmark."""
 
     name: str
+    """Its name, as `--tasks` takes it."""
     about: str
+    """What it asks, in a few words."""
     max_new_tokens: int
     """Tokens that an answer gets, as its benchmark has it."""
     score: scoring.Score
@@ -65,7 +67,17 @@ class Suite(NamedTuple):
 
 
 def tasks(suite: str | None = None) -> dict[str, Task]:
-    """Every task by its name, or those of a suite. Raises FlexASLError for a suite that is not known."""
+    """Every task by its name, or those of a suite.
+
+    Raises:
+        FlexASLError: The suite is not known.
+
+    Examples:
+        >>> len(tasks()), list(tasks("niah"))
+        (28, ['needle'])
+        >>> tasks("ruler")["vt"].score("ABCDE", ("ABCDE", "FGHIJ"))
+        0.5
+    """
     if suite is None:
         return dict(TASKS)
     return {name: TASKS[name] for name in find_suite(suite).tasks}
@@ -94,11 +106,22 @@ def build(
     sources: Sources | None = None,
     wording: Wording = USUAL,
 ) -> Sample:
-    """Sample `index` of a task: the longest prompt of at most `length` tokens, chat template and start of the answer
-    included. The same arguments give the same sample.
+    """One prompt of a task: the longest of at most `length` tokens, chat template and start of the answer included.
 
-    Raises FlexASLError for an unknown task, a length that is too short for it, and a file that it needs and `sources`
-    lacks or that has too few records.
+    The same arguments give the same sample.
+
+    Args:
+        task: Name of a task, see `tasks`.
+        tokenizer: The tokenizer of the model that will read the prompt.
+        length: Most tokens of the prompt.
+        seed: Chooses the samples.
+        index: Which sample, from 0.
+        sources: Files that tasks need. None: none.
+        wording: How the prompt ends.
+
+    Raises:
+        FlexASLError: The task is not known, `length` is too short for it, or it needs a file that `sources` lacks or
+            that has too few records.
     """
     sources = instance("sources", sources, (Sources, type(None)), "a flexasl.evaluation.Sources or None") or Sources()
     chosen, tokenizer = find_task(task), checks.tokenizer(tokenizer)
