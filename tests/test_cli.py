@@ -242,6 +242,19 @@ def test_options_reach_the_configuration(ask) -> None:
     assert data["report"]["rows"][0]["kept_tokens"] == data["prompt_tokens"] // 2
 
 
+@pytest.mark.parametrize("least", [64, 256])
+def test_a_quarter_of_the_prompt_is_kept_where_nothing_is_said(
+    flexasl_main, model, tmp_path, monkeypatch, least
+) -> None:
+    monkeypatch.setattr("flexasl.tools.cli.ask.LEAST", least)
+    file = tmp_path / "text.txt"
+    file.write_text(prose(700, tiny_tokenizer()))
+    out = flexasl_main("ask", "-f", str(file), "-q", "Why?", "--model", model, "--max-new-tokens", "1", "--json").out
+    report = json.loads(out)["report"]
+    (row,) = report["rows"]
+    assert report["config"]["select_tokens"] == row["kept_tokens"] == max(least, row["prompt_tokens"] // 4)
+
+
 def test_thousands_of_tokens(ask) -> None:
     config = json.loads(ask("--json", "--select-tokens", "4k", "--kv-budget", "0.5K").out)["report"]["config"]
     assert (config["select_tokens"], config["kv_budget"]) == (4096, 512)

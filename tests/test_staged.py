@@ -210,7 +210,7 @@ def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypat
         assert [(one.layer, one.count) for one in made] == [(layer, 5)], (token, weight)
         assert made[0].keep.nonzero().flatten().tolist() == [0, 1, 2, token, 99]
         reason = selector.reason(0, made[0])
-        wanted = "a far token scored 0.50" if layer == 1 else "no far token scored enough"
+        wanted = "the question found a far token: score 0.50" if layer == 1 else "no far token scored enough"
         assert wanted in reason
 
 
@@ -227,7 +227,7 @@ def test_the_reason_names_the_stage_that_selected():
             selector.observe(layer, scores)
             made += selector.select(layer)
     assert [(one.layer, one.count) for one in made] == [(2, 9)]
-    assert selector.reason(0, made[0]).endswith("a far token scored 0.50, at least 0.30")
+    assert selector.reason(0, made[0]).endswith("the question found a far token: score 0.50, threshold 0.30")
 
 
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
@@ -271,7 +271,7 @@ def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_ne
         made = selector.select(at)
         assert bool(made) == (at == 4)
     assert (made[0].layer, made[0].count, selector.rows) == (4, 40, []) and not selector.needs(5)
-    assert re.search("a far token scored 0.35, at least 0.30$", selector.reason(0, made[0]))
+    assert re.search("the question found a far token: score 0.35, threshold 0.30$", selector.reason(0, made[0]))
 
 
 @pytest.mark.parametrize(("budget", "loose"), [(10, 30), (20, 30), (30, 45), (60, 90), (70, None)])

@@ -173,4 +173,6 @@ def budget_of(config: ASLConfig, prompt_tokens: int) -> int:
 
 def within_budget(config: ASLConfig, prompt_tokens: int) -> str:
     """The reason of a row that is too short to lose a token."""
-    return f"the prompt's {prompt_tokens} tokens are within the budget of {config.token_budget(prompt_tokens)}"
+    budget = config.token_budget(prompt_tokens)
+    told = f"the prompt's {prompt_tokens} tokens are within the budget of {budget}"
+    return told if prompt_tokens <= config.window + 1 else f"{told}; a select_tokens below {prompt_tokens} prunes it"

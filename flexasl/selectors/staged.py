@@ -193,8 +193,8 @@ class StagedSelector(Selector):
         stage = self._of(row)[-1] if final else next(fits)
         least = stage.threshold(selection.layer)
         if weight >= least:
-            fallen = "" if selection.layer <= stage.first else f", to which tau={stage.tau} has fallen"
-            return f"a far token scored {weight:.2f}, at least {least:.2f}{fallen}"
+            lowered = "" if selection.layer <= stage.first else f" (tau={stage.tau}, lowered with depth)"
+            return f"the question found a far token: score {weight:.2f}, threshold {least:.2f}{lowered}"
         if not final:
             return f"{never}; if_never='keep' keeps what is left"
         if stage.first == stage.last:

@@ -9,6 +9,7 @@ import typer
 from flexasl.errors import FlexASLError
 from flexasl.tools.cli.answering import answered, load, print_comparison
 from flexasl.tools.cli.options import (
+    AMOUNT,
     MOST_TOKENS,
     AsJson,
     ConfigFile,
@@ -18,7 +19,6 @@ from flexasl.tools.cli.options import (
     KVDtypeName,
     Model,
     PolicyName,
-    SelectTokens,
     Tau,
     TextFile,
     chosen,
@@ -29,6 +29,8 @@ from flexasl.tools.cli.options import (
 from flexasl.tools.cli.plotting import Html, Plot, check_html, check_plot, draw, write_page
 from flexasl.tools.cli.terminal import progress_bar, streamed
 
+LEAST = 256
+"""Tokens that go on at least where nothing is said of how many."""
 OF_PREFILL = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy")
 """Options that say how a text is read, and so go with --file and not with --cache; `flexasl prefill` has them too."""
 OF_A_PROMPT = {"compare": "--compare", "rank_by_question": "--no-rank-by-question"}
@@ -43,7 +45,12 @@ def ask(
     file: TextFile = None,
     cache: Annotated[Path | None, path_option("Text read before, by flexasl prefill with this model.")] = None,
     model: Model = None,
-    select_tokens: SelectTokens = None,
+    select_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Tokens for the deeper layers: {AMOUNT}.", show_default=f"a quarter of the prompt, {LEAST} to 2048"
+        ),
+    ] = None,
     kv_budget: KVBudget = None,
     kv_dtype: KVDtypeName = None,
     tau: Tau = None,
@@ -79,6 +86,9 @@ def ask(
 
     ids = run.question_ids(tokenizer, text, question)
     run.check_fits(loaded, len(ids), max_new_tokens)
+    if select_tokens is None and config is None and "select_tokens" in rule.takes:
+        settings = settings.replace(select_tokens=min(settings.select_tokens, max(LEAST, len(ids) // 4)))
+        rule.check(settings)
     if compare:
         with progress_bar("warming up"):
             run.warm_up(loaded, tokenizer, ids, config=settings, policy=rule)
