@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +25,13 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype 
     if len(runs) > FEW:
         pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         return pinned.to(device, non_blocking=True)
-    how: dict[str, Any] = {"dtype": dtype, "device": device}
     parts = [
-        torch.arange(first, first + count, **how) if step else torch.full((count,), first, **how)
+        torch.arange(first, first + count, dtype=dtype, device=device)
+        if step
+        else torch.full((count,), first, dtype=dtype, device=device)
         for first, count, step in runs
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0, **how)])
+    return parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0, dtype=dtype, device=device)])
 
 
 def _runs(values: Sequence[float], whole: bool) -> list[tuple[float, int, int]]:

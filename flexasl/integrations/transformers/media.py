@@ -93,7 +93,7 @@ class Given:
         does. Raises `UnsupportedError` where they are of a later turn."""
         if self._types is None:
             return {}
-        kinds = torch.tensor(self._kinds, device=self._types.device)
+        kinds = torch.tensor(self._kinds, dtype=self._types.dtype, device=self._types.device)
         marked = torch.isin(self._types[:, -count:], kinds)
         at = torch.arange(count, dtype=torch.int64, device=marked.device)
         others = at.masked_fill(marked, count)
