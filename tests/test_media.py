@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import GREEDY, LAYERS, MOE, SHAPE, SLIDING, SMALL
+from models import GREEDY, LAYERS, MOE, SHAPE, SLIDING, SMALL, STAGED
+from tiny_chat import tiny_tokenizer
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -50,6 +51,7 @@ from flexasl import ASLConfig, Report, UnsupportedError
 from flexasl.integrations.transformers import media
 from flexasl.report import ImageReport
 from flexasl.selectors import ScheduledSelector, Selection
+from flexasl.tools.text import prose
 
 IMAGE = 190
 TOKENS = {"llava_next": 14, "llava_onevision": 14}
@@ -294,6 +296,28 @@ def test_text_alone(kind):
         for row, length in enumerate((90, 61)):
             _, alone = answer(model, input_ids=batch["input_ids"][row : row + 1, -length:])
             torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "gemma4", "qwen2_5_vl"])
+def test_the_question_about_an_image_ranks(kind, monkeypatch, tmp_path):
+    """A model that reads images gives its decoder features; its ids have the question, and are saved with the cache."""
+    monkeypatch.setitem(SHAPE, "vocab_size", 1000)
+    monkeypatch.setitem(QWEN["text_config"], "vocab_size", 1000)
+    model, tokenizer, asked = made(kind), tiny_tokenizer(), "Which animal do you see in the picture?"
+    text = f"{' '.join(prose().split()[:60])}\n\n{asked}"
+    message = [{"role": "user", "content": text}]
+    said = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = said["input_ids"].masked_fill(said["input_ids"] == IMAGE, 5)
+    batch = {"input_ids": torch.cat([ids[:, :3], torch.full((1, 4), IMAGE), ids[:, 3:]], 1)}
+    images = pictures(kind, batch["input_ids"])
+    with flexasl.patch(model, STAGED.replace(select_tokens=64), tokenizer=tokenizer) as patch:
+        cache = model(**batch, **images, use_cache=True).past_key_values
+        assert patch.report.rows[0].ranked_by.startswith(asked) and patch.report.rows[0].kept_tokens == 64
+        cache.save(tmp_path / "a")
+        assert torch.equal(flexasl.load_cache(tmp_path / "a", model).token_ids, batch["input_ids"])
+        patch.question = "do you see in the picture"
+        model(**batch, **images)
+        assert patch.report.rows[0].ranked_by == "do you see in the picture"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,10 +6,14 @@ import functools
 import pytest
 import torch
 from models import GREEDY, SHAPE, STAGED, VOCAB, counting, left_padded, prefills, prompts, recompute, selected
+from tiny_chat import tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import flexasl
-from flexasl import ConfigError, UnsupportedError
+from flexasl import ConfigError, UnsupportedError, evaluation
+from flexasl.tools.evaluation import runner
+from flexasl.tools.evaluation.records import ANSWERS
+from flexasl.tools.evaluation.storage import read_all
 
 LAYERS, LENDERS = 9, {5: 3, 6: 4, 7: 3, 8: 4}
 KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -176,6 +180,27 @@ def test_caches_are_saved_copied_cropped_and_chosen_from(family, tmp_path):
         beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
         alone = [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
         assert torch.equal(beams, torch.cat(alone))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "gemma4_unshared"])
+def test_calibration_and_evaluation_know_them(family, tmp_path):
+    settings, tokenizer = dict(FAMILIES[family]), tiny_tokenizer()
+    kind = settings.pop("model_type", family)
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    torch.manual_seed(0)
+    shape = SHAPE | settings | {"vocab_size": 1000, "vocab_size_per_layer_input": 1000, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval().requires_grad_(False)
+    config = flexasl.ASLConfig(select_tokens=64, window=16)
+    made = flexasl.calibrate(model, tokenizer, config, tasks=["needle"], unseen=None, samples=2, length=300)
+    assert made.config.min_layer in (1, 2, 4)
+    plan = evaluation.plan(tasks=["needle"], lengths=[300], samples=1, policies=["asl", "snapkv"], budgets=[64])
+    said = []
+    for together in (False, True):
+        folder = tmp_path / str(together)
+        assert runner.evaluate(plan, model, tokenizer, folder, together=together)
+        said.append({one["setting"]: one["answer"] for one in read_all(folder, ANSWERS, runner.answer_key)})
+    assert said[0] == said[1]
 
 
 def test_what_sharing_cannot_honour_is_refused():

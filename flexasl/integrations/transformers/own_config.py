@@ -54,3 +54,9 @@ def _exchange(places: list[tuple[nn.Module, str, Any]], pairs: list[tuple[Any, A
         for old, new in pairs:
             if held is old:
                 setattr(module, name, new)
+
+
+def of_layer(config: Any, layer: int) -> Any:
+    """A decoder layer's configuration, where a model's has one for each, as Gemma 4's has; else the model's."""
+    own = getattr(config, "per_layer_config", None)
+    return own[layer] if own else config

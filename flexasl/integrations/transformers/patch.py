@@ -220,7 +220,7 @@ class Patch(BasePatch):
         valid, padded = padding_of_turn(mask, batch, past, past + count, device, self.MASK)
         self._refuse_turn(valid, padded and past > 0, past, count, kwargs.get("position_ids"))
         kwargs[PASS] = forward_pass = self.begin(
-            caches, valid, batch, count, tokens.device, None if embeds is not None else tokens, whole=added, **further
+            caches, valid, batch, count, tokens.device, _ids(kwargs, count), whole=added, **further
         )
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
@@ -243,8 +243,8 @@ class Patch(BasePatch):
             self.report = report = with_images(report, self._model.config, given.ids, forward_pass.prefill.lengths)
         cache = kwargs.get(self._cache_name)
         if cache is not None and forward_pass.caches is not None:
-            ids, count = kwargs.get("input_ids"), forward_pass.positions.shape[1]
-            cache.record(self._model, ids, self._mask(kwargs), count, report)
+            count = forward_pass.positions.shape[1]
+            cache.record(self._model, _ids(kwargs, count), self._mask(kwargs), count, report)
 
     def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
         kwargs[PASS] = kwargs[self._stack.cache_argument] = step
@@ -425,6 +425,14 @@ def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, 
 def _run_head(region: Any, head: nn.Module, hidden: Tensor) -> Any:
     """The head as a compiled region for a single row, whose product is bound by reading its weight."""
     return (region if hidden.shape[:-1].numel() == 1 else run_layer)(head, (hidden,), {})
+
+
+def _ids(kwargs: dict[str, Any], count: int) -> Tensor | None:
+    """The ids [B, count] that the decoder was given, or the whole model, whose features took the places of some; None
+    where neither was."""
+    given: Given | None = kwargs.get(GIVEN)
+    ids: Tensor | None = kwargs.get("input_ids") if given is None else given.ids
+    return None if ids is None or ids.shape[1] != count else ids
 
 
 def _has_read(cache: Any) -> bool:

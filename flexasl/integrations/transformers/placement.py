@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import UnsupportedError
+from flexasl.integrations.transformers.own_config import of_layer
 
 KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
@@ -33,7 +35,11 @@ def refuse_placement(model: Any, compile: bool) -> None:
         return
     if compile:
         raise UnsupportedError(f"compile=True cannot take {kind}, which is split over {ranks} processes; give False")
-    heads = {name: getattr(config, name, None) or ranks for name in ("num_attention_heads", "num_key_value_heads")}
+    layers = [of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+    heads = {
+        name: math.gcd(*(getattr(layer, name, None) or ranks for layer in layers))
+        for name in ("num_attention_heads", "num_key_value_heads")
+    }
     splits_heads = any(
         style == "colwise" and name.rpartition(".")[2] in KEY_PROJECTIONS for name, style in model.tp_plan.items()
     )

@@ -37,14 +37,16 @@ class LayerCost:
 def layer_costs(model: Any) -> list[LayerCost]:
     """The cost of each decoder layer of a transformers model. Of a mixture of experts, those that a token meets."""
     from flexasl.integrations.transformers.models import decoder_layers
+    from flexasl.integrations.transformers.own_config import of_layer
 
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_dim, value_dim = (getattr(config, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim"))
-    experts = getattr(config, "num_experts_per_tok", None) or 1
+    experts = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
     costs = []
     for index, layer in enumerate(decoder_layers(model)):
+        own = of_layer(config, index)
+        heads = own.num_attention_heads
+        head_dim = getattr(own, "head_dim", None) or config.hidden_size // heads
+        key_dim, value_dim = (getattr(own, name, None) or head_dim for name in ("qk_head_dim", "v_head_dim"))
         weights = 0
         for weight in layer.parameters():
             if weight.dim() == 2:
