@@ -84,7 +84,12 @@ def test_without_a_gpu_it_says_so_in_one_line(bare):
     said = run(bare, ROOT / "bench" / "gpu.py", "--tests")
     assert said == "no GPU to measure on; --quick runs tiny shapes on the CPU\n"
     made = subprocess.run(
-        ["make", "gpu", f"PYTHON={sys.executable}"], env=bare, cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"],
+        env=bare,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert made.stdout == said and not made.stderr
 

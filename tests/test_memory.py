@@ -76,4 +76,5 @@ def test_what_a_decision_holds_grows_with_the_tokens_and_no_faster(tmp_path):
     for few, many in zip(cases[::2], cases[1::2], strict=True):
         assert few["part"] == many["part"] and many["tokens"] == 8 * few["tokens"]
         assert many["peak"] < most[few["part"]] * many["tokens"], few["part"]
-        assert many["peak"] < 8 * few["peak"] + 4 * 2**20, few["part"]
+        # Of few tokens, up to a MiB may find room in memory that was there before.
+        assert many["peak"] < 8 * (few["peak"] + 2**20) + 4 * 2**20, few["part"]
