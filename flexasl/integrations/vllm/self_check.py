@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 from flexasl.errors import UnsupportedError
+from flexasl.report import Report, RowReport
 
 CHECKED = "FLEXASL_VLLM_CHECKED"
 """The environment variable that names the release that was checked; vLLM's processes inherit it."""
@@ -63,9 +64,18 @@ def check() -> None:
 
     import flexasl
 
-    stage = flexasl.Stage(tokens=0.5, tau=0.25, min_layer=1, max_layer=2)
-    own = {"min_layer": 2, "min_layer_unasked": 2, "max_layer": 4, "tau": 0.2}
-    config = flexasl.ASLConfig(select_tokens=24, kv_budget=24, window=8, kernel_size=3, stages=stage, **own)
+    stages = (flexasl.Stage(tokens=0.5, tau=0.25, min_layer=1, max_layer=2),)
+    config = flexasl.ASLConfig(
+        select_tokens=24,
+        kv_budget=24,
+        window=8,
+        kernel_size=3,
+        stages=stages,
+        min_layer=2,
+        min_layer_unasked=2,
+        max_layer=4,
+        tau=0.2,
+    )
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, SHAPE["vocab_size"], (1, length), generator=generator) for length in LENGTHS]
     with tempfile.TemporaryDirectory(prefix="flexasl-") as folder:
@@ -73,22 +83,23 @@ def check() -> None:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float32)
         model.eval().save_pretrained(folder)
-        wanted = []
+        wanted: list[tuple[list[int], flexasl.RowReport]] = []
         with flexasl.patch(model, config, profile=False) as patch:
             for ids in prompts:
-                how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+                how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-                wanted.append((out[0, ids.shape[1] :].tolist(), patch.report.to_dict()["rows"][0]))
+                assert patch.report is not None
+                wanted.append((out[0, ids.shape[1] :].tolist(), patch.report.rows[0]))
         found = _answers(folder, config, [ids[0].tolist() for ids in prompts])
     for length, (tokens, row), (own_tokens, own_row) in zip(LENGTHS, wanted, found, strict=True):
         for what in ("selections", "kept_positions"):
-            if row[what] != own_row[what]:
-                raise UnsupportedError(f"{what} of {length} tokens are {own_row[what]}, in transformers {row[what]}")
+            if getattr(row, what) != getattr(own_row, what):
+                raise UnsupportedError(f"{what} of {length} tokens differ from those in transformers")
         if tokens != own_tokens:
             raise UnsupportedError(f"{length} tokens are answered by {own_tokens}, in transformers by {tokens}")
 
 
-def _answers(folder: str, config: Any, prompts: list[list[int]]) -> list[tuple[list[int], dict[str, Any]]]:
+def _answers(folder: str, config: Any, prompts: list[list[int]]) -> list[tuple[list[int], RowReport]]:
     """By vLLM: tokens and the report of each prompt."""
     from vllm import LLM, SamplingParams
 
@@ -100,8 +111,8 @@ def _answers(folder: str, config: Any, prompts: list[list[int]]) -> list[tuple[l
     sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, detokenize=False)
     out = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     reports, *_ = llm.collective_rpc("flexasl_reports")
-    by_request = {name.split("-")[0]: report for name, report in reports.items()}
-    return [(list(one.outputs[0].token_ids), by_request[one.request_id]["rows"][0]) for one in out]
+    by_request = {name.split("-")[0]: Report.from_dict(report) for name, report in reports.items()}
+    return [(list(one.outputs[0].token_ids), by_request[one.request_id].rows[0]) for one in out]
 
 
 if __name__ == "__main__":
