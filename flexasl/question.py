@@ -3,13 +3,16 @@ task, near the end of the user's last turn, or else near its beginning.
 
 The rules, in order: the last turn is found by the chat template. Of its sentences, what says how to answer ("Answer in
 one short sentence.") does not ask. The last sentence that asks is taken, with those that ask right before it, where at
-most `NEAR` words of other text stand behind it; one in the middle of a line that is not at the very end, as a document
-may have it, gives way to one at the beginning. A question that is there at both ends counts at both.
+most `NEAR` words of other text stand behind it. It may be a document's where it stands in the middle of a line, or has
+no question mark and opens like a question, like two other lines of the turn ("Return …" in a reference) or like a task
+that other text follows: then one at the beginning is taken, where it surely is no document's. A question that is there
+at both ends counts at both.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +26,7 @@ EDGE = 6000
 """Characters at either end of the turn in which a question is looked for."""
 
 Kind = Literal["asks", "may ask", "label", "rule", "text"]
+Form = Literal["marked", "task", "open"]
 
 _QUOTES = "\"'“”‘’«»「」『』"
 _CLOSING = r"[\"'”’»」』)\]*_]"
@@ -34,6 +38,8 @@ _BREAK = re.compile(
 _ABBREVIATED = re.compile(
     r"(?:^|[\s(])(?:\d{1,2}|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|No|Nos|Fig|Figs|Art|Sec|Eq|Vol|vs|cf|e\.g|i\.e|approx|[A-Z])\.$"
 )
+_ITEM = re.compile(r"\s*[#>*\-•–]\s")
+_FIRST_WORD = re.compile(r"^[^\w\n]*([^\W\d_]+)", re.MULTILINE)
 _MARKUP = re.compile(rf"^[\s>#*_\-•–{_QUOTES}(\[]*(?:(?:\d{{1,2}}|[a-hA-H])[.)]\s+)?[*_]*")
 _LABEL = re.compile(
     r"^(?:the |my |user |your )?(?:questions?|query|q|task|request|problem|frage|aufgabe|pregunta|问题|問題|质问)"
@@ -63,8 +69,9 @@ _TASK = re.compile(
     r"(?:can|could|would|will) you\b|let me know\b|help me\b)\b",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"[{}=;\[\]\\]|\w\(|\w_\w|^(?://|#)|^[a-z]+ (?:[\w.]+$|[(\"'])")
-"""In a sentence that begins with a small letter: a line of a program, or a comment."""
+_COMMENT = re.compile(r"(?://|#)\s*(?:[a-z]|\W*$)")
+_CODE = re.compile(r"[{}=;\[\]\\]|\w\(|\w_\w|^[a-z]+(?: [\w.]+)?$|^[a-z]+ [(\"']|^return \w+,|\n[ \t]{4,}")
+"""In a sentence that begins with a small letter: a line of a program."""
 _FORMAT = re.compile(
     r"\b(?:only|alone|nothing else|no other|letter of|format(?:ted)?|json|markdown|bullet|comma|separated|digits|"
     r"(?:one|a single|two|three|\d+) (?:short )?(?:word|sentence|line|paragraph|phrase)s?|briefly|concise(?:ly)?|"
@@ -93,6 +100,8 @@ class _Sentence(NamedTuple):
     """Those of it that are other text."""
     opens: bool
     """Whether it begins a line."""
+    form: Form
+    """Whether it has a question mark or a label, or opens like a task; open where it is a heading, or a list has it."""
 
 
 def find_question(tokenizer: Any, ids: Sequence[int]) -> tuple[Span, ...]:
@@ -126,8 +135,11 @@ def asking(turn: str) -> list[tuple[int, int]]:
     late = [one._replace(start=one.start + tail, stop=one.stop + tail) for one in late]
     kinds: tuple[Kind, ...] = ("asks", "may ask")
     for kind in kinds:
-        before, (found, sure) = _early(early, kind), _late(late, kind)
-        if not found or (before and not sure):
+        before, (found, behind) = _early(early, kind), _late(late, kind)
+        usual = _usual(turn, [*before, *found])
+        before, found = ([one for one in group if one not in usual] or group for group in (before, found))
+        inline = found and behind and not found[0].opens
+        if not found or (before and inline) or (_sure(before, usual) and not _sure(found, usual, behind)):
             found = before
         elif before and before[-1].stop < found[0].start:
             one, other = _plain(turn, before), _plain(turn, found)
@@ -137,18 +149,31 @@ def asking(turn: str) -> list[tuple[int, int]]:
     return []
 
 
-def _late(sentences: list[_Sentence], kind: Kind) -> tuple[list[_Sentence], bool]:
-    """The sentences near the end of this kind, and whether they surely are no part of a document."""
+def _usual(turn: str, sentences: list[_Sentence]) -> list[_Sentence]:
+    """Tasks that open like two other lines of the turn, as in a reference whose entries begin with "Return"."""
+    words = Counter(word.lower() for word in _FIRST_WORD.findall(turn))
+    found = [(one, _FIRST_WORD.match(turn[one.start : one.stop])) for one in sentences if one.form == "task"]
+    opening = [(one, word[1].lower()) for one, word in found if word]
+    own = Counter(word for _, word in opening)
+    return [one for one, word in opening if words[word] - own[word] >= 2]
+
+
+def _sure(sentences: list[_Sentence], usual: list[_Sentence], behind: int = 0) -> bool:
+    """Whether some of them are surely no part of a document. behind: words of other text behind them."""
+    return any(one.form == "marked" or (one.form == "task" and not behind and one not in usual) for one in sentences)
+
+
+def _late(sentences: list[_Sentence], kind: Kind) -> tuple[list[_Sentence], int]:
+    """The sentences near the end of this kind, and how many words of other text stand behind them."""
     words = 0
     for place in range(len(sentences) - 1, -1, -1):
         one = sentences[place]
         if one.kind == kind:
-            found = _with_those_before(sentences, place)
-            return found, words == 0 or found[0].opens
+            return _with_those_before(sentences, place), words
         words += one.words
         if words > NEAR:
             break
-    return [], False
+    return [], 0
 
 
 def _with_those_before(sentences: list[_Sentence], place: int) -> list[_Sentence]:
@@ -186,37 +211,38 @@ def _sentences(text: str) -> list[_Sentence]:
         words = text[start:stop].strip()
         if words:
             first = start + text[start:stop].index(words[0])
-            kind = _kind(words)
+            kind, form = _kind(words)
             if labelled and kind in ("text", "may ask"):
-                kind = "asks"
+                kind, form = "asks", "marked"
             labelled = kind == "label"
             count = len(words.split()) if kind == "text" else 0
-            made.append(_Sentence(first, first + len(words), kind, count, opens))
+            made.append(_Sentence(first, first + len(words), kind, count, opens, form))
             opens = False
         opens = opens or "\n" in text[stop:after]
         start = after
     return made
 
 
-def _kind(sentence: str) -> Kind:
-    bare = sentence[_MARKUP.match(sentence).end() :]  # type: ignore[union-attr]
+def _kind(sentence: str) -> tuple[Kind, Form]:
+    markup = _MARKUP.match(sentence)[0]  # type: ignore[index]
+    bare = sentence[len(markup) :]
     label = _LABEL.match(bare) or _LABEL.fullmatch(f"{bare.rstrip('*_ ')}:")
     if label is not None:
-        return "asks" if bare[label.end() :].strip(" *_") else "label"
+        return "asks" if bare[label.end() :].strip(" *_") else "label", "marked"
     quoted = sentence[0] in _QUOTES and sentence[-1] in _QUOTES
-    if re.search(rf"[?？؟]{_CLOSING}*$", sentence):
-        return "text" if quoted else "asks"
-    if quoted:
-        return "text"
-    if sentence.startswith(('"""', "'''")) or (bare[:1].islower() and _CODE.search(sentence)):
-        return "text"
+    if _COMMENT.match(sentence):
+        return "text", "open"
+    if not quoted and re.search(rf"[?？؟]{_CLOSING}*$", sentence):
+        return "asks", "open" if sentence.startswith("#") else "marked"
+    if quoted or sentence.startswith(('"""', "'''")) or (bare[:1].islower() and _CODE.search(sentence)):
+        return "text", "open"
     while (opening := _OPENING.match(bare)) is not None:
         bare = bare[opening.end() :]
     if _TASK.match(bare):
-        return "may ask" if _FORMAT.search(bare) else "asks"
+        return "may ask" if _FORMAT.search(bare) else "asks", "open" if _ITEM.match(markup) else "task"
     if _RULE.match(bare) or _RULE.match(sentence):
-        return "rule"
-    return "asks" if _QUESTION.match(bare) else "text"
+        return "rule", "open"
+    return "asks" if _QUESTION.match(bare) else "text", "open"
 
 
 def _plain(turn: str, sentences: list[_Sentence]) -> str:

@@ -1,6 +1,8 @@
 """Which tokens of a prompt ask, found by its text."""
 
 import copy
+import enum
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,13 @@ RULES = (
     "facts that the text does not state."
 )
 Q = "What is the special magic number for the red fox?"
+REFERENCE = (
+    "Return True if all characters in the string are digits, False otherwise.\n\nReturn a copy of the string.\n\n" * 9
+)
+PROGRAM = (
+    "def first(items, test):\n    for item in items:\n        if test(item):\n            return item\n"
+    "        continue\n    return items, test\n"
+)
 
 TEXTS = {
     "at the end": (f"Some numbers are hidden below.\n\n{DOCUMENT}\n\n{Q}", [Q]),
@@ -44,6 +53,26 @@ TEXTS = {
         f"Return the keys of the dictionary. {DOCUMENT}\n\nWhose mat is it? Give the name of the person.\n\n"
         f"Rely on the text above and on nothing else. {RULES}",
         ["Whose mat is it?", "Give the name of the person."],
+    ),
+    "before a reference": (f"{Q}\n\n{REFERENCE}", [Q]),
+    "before a reference, rules behind": (f"{Q}\n\n{REFERENCE}{RULES}", [Q]),
+    "behind a reference": (f"{REFERENCE}{Q}", [Q]),
+    "behind a reference, with a task": (
+        f"{REFERENCE}{Q}\n\nExplain how it was found.",
+        [Q, "Explain how it was found."],
+    ),
+    "a task behind a reference": (f"{REFERENCE}Explain what is returned.", ["Explain what is returned."]),
+    "before a program": (f"{Q}\n\n{PROGRAM}", [Q]),
+    "behind a program": (f"{PROGRAM}\n{Q}", [Q]),
+    "a task before a manual": (
+        f"Explain the second step.\n\n{DOCUMENT}\n\nCreate a mask. It is of zeros.",
+        ["Explain the second step."],
+    ),
+    "before a text that states when": (f"{Q}\n\n{DOCUMENT}\n\nWhen it is over, the cat is fed.", [Q]),
+    "before a list of changes": (f"{Q}\n\n{DOCUMENT}\n\n* Fix a bug of the mat.", [Q]),
+    "a greeting that asks, a task behind": (
+        f"Can you help me?\n\n{DOCUMENT}\n\nSummarise the text.",
+        ["Summarise the text."],
     ),
     "over two lines": (f"{DOCUMENT}\n\nBased on the text, which animal sat on\nthe mat?", None),
     "of a doctor": (f"{DOCUMENT}\n\nWhen did Dr. Smith go home? {RULES}", ["When did Dr. Smith go home?"]),
@@ -83,7 +112,25 @@ def test_sentences_that_ask(name):
     turn, want = TEXTS[name]
     if want is None:  # the last paragraph
         want = [turn.split("\n\n")[-1]]
-    assert [turn[start:stop] for start, stop in asking(turn)] == want
+    assert sentences(turn) == want
+
+
+def test_questions_around_programs():
+    """Of Python's library: what opens like a task or a question there is taken for one in few modules."""
+    modules = sorted(Path(enum.__file__).parent.glob("*.py"))
+    texts = [text for text in (path.read_text("utf-8", "ignore") for path in modules) if len(text) > 12_000]
+    texts = [text[start : text.index("\n", start + 7000)] for text in texts for start in [text.index("\n", 3000)]]
+    assert len(texts) > 50
+    for rules in ("", f"\n\n{RULES}"):
+        behind = [sentences(f"{text}\n\n{Q}{rules}") for text in texts]
+        assert all(Q in asked for asked in behind)
+        assert sum(asked == [Q] for asked in behind) >= 0.95 * len(texts)
+        before = [sentences(f"{Q}\n\n{text}{rules}") for text in texts]
+        assert sum(Q in asked for asked in before) >= 0.95 * len(texts)
+
+
+def sentences(turn):
+    return [turn[start:stop] for start, stop in asking(turn)]
 
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
