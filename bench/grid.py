@@ -71,10 +71,13 @@ class Cell:
     budget: int = BUDGET
     options: dict[str, Any] = field(default_factory=dict)
     """Of `flexasl.evaluation.plan`."""
+    together: bool = True
+    """Whether settings share the layers in which they agree, which holds their states in memory."""
 
     def command(self) -> str:
         """What `flexasl eval` answers the same with."""
-        told = ["flexasl", "eval", "--together", "--tasks", ",".join(self.tasks), "--lengths", str(self.length)]
+        told = ["flexasl", "eval", *(["--together"] if self.together else [])]
+        told += ["--tasks", ",".join(self.tasks), "--lengths", str(self.length)]
         told += ["--samples", str(self.samples), "--budget", str(self.budget), "--answer-tokens", "48"]
         told += ["--seed", str(SEED)]
         told += ["--policies", ",".join(self.policies)]
@@ -149,7 +152,11 @@ CELLS = {
     **_cells("smollm2", EMBEDDED, 3, (10, 17), 7),
     **_longer("smollm2", EMBEDDED, {"4k": (4096, BUDGET), "8k": (8000, BUDGET)}),
     **_cells("qwen-0.5b", "qwen2.5-coder-0.5b", 2, (8, 14), 3),
-    **_longer("qwen-0.5b", "qwen2.5-coder-0.5b", {"4k": (4096, BUDGET), "8k": (8192, BUDGET), "16k": (16384, 1024)}),
+    **_longer("qwen-0.5b", "qwen2.5-coder-0.5b", {"4k": (4096, BUDGET), "8k": (8192, BUDGET)}),
+    # One method alone: 14 GiB would hold the states of three, and their prefills take an hour.
+    "qwen-0.5b-16k": Cell(
+        "qwen2.5-coder-0.5b", ("asl",), 1, (*FEW_TASKS, "niah_multivalue"), 16384, 1024, BY_QUESTION, together=False
+    ),
     **_few("qwen-1.5b", "qwen2.5-coder-1.5b", 1),
     **_few("gemma", "gemma3-270m", 2),
 }
@@ -203,7 +210,7 @@ def run(name: str, models: Path, out: Path) -> None:
             model,
             tokenizer,
             folder,
-            together=True,
+            together=cell.together,
             on_progress=lambda *told: print(name, *told, flush=True),
         )
 

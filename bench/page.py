@@ -183,11 +183,14 @@ def _times_part(kinds: dict[str, list[Record]], times: Times) -> list[str]:
 
 
 def _columns_part(title: str, kinds: Mapping[str, list[Record]], names: Mapping[str, str], least: int = 2) -> list[str]:
-    """Cells of several kinds, where so many are there, on the prompts that all of them have."""
+    """Cells of several kinds, where so many are there, on the prompts that all of them have; methods that at least two
+    of them have."""
     columns = side_by_side(kinds, names, least)
     own = [kind for kind in names if any(kind in rows for rows in columns.values())]
     lines = [
-        [name, *(rows[kind].told() for kind in own)] for name, rows in columns.items() if len(rows) == len(own) and own
+        [name, *(rows[kind].told() if kind in rows else "–" for kind in own)]
+        for name, rows in columns.items()
+        if len(rows) >= min(2, len(own))
     ]
     if not lines:
         return []

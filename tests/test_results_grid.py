@@ -157,7 +157,9 @@ def test_every_cell_is_a_plan_that_flexasl_eval_takes(bench, tmp_path):
         }
         plan = evaluation.plan(**how, budgets=[cell.budget], seed=grid.SEED, **cell.options)
         assert len(plan.settings) == 1 + len(cell.policies)
-        assert cell.command().startswith("flexasl eval --together --tasks ")
+        assert cell.command().startswith(
+            "flexasl eval --together --tasks " if cell.together else "flexasl eval --tasks "
+        )
 
 
 def test_questions_that_we_write_are_of_squads_format(bench, tmp_path):
