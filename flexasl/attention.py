@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flexasl import kernels
 from flexasl.attention_spec import AttentionSpec, Kernel
 from flexasl.errors import ConfigError
+from flexasl.kernels.alibi import with_alibi
 from flexasl.masks import Visibility
 from flexasl.ops import window_scores, window_scores_and_mass
 
@@ -56,7 +57,10 @@ class FlexASLAttention(nn.Module):
     Args:
         scale: Factor of the logits. None: D ** -0.5.
         sliding_window: Positions that a query sees, its own included. None: all before it.
+        chunked: Whether a query sees only those in its own chunk of `sliding_window` positions, counted from 0.
         softcap: Bound of the logits, softcap * tanh(logits / softcap). None: none.
+        alibi: A slope for each query head of a bias by distance, ALiBi: the slope times the key's position is added to
+            the logits. None: none.
         kernel: What computes attention: `"flex"` (`flex_attention`, always compiled), `"sdpa"`
             (`scaled_dot_product_attention`), `"eager"` (plain tensor operations), or `"auto"`, the fastest that can,
             see `choose`.
@@ -80,11 +84,14 @@ class FlexASLAttention(nn.Module):
         *,
         scale: float | None = None,
         sliding_window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
+        alibi: tuple[float, ...] | None = None,
         kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
-        self._set(AttentionSpec(scale=scale, sliding_window=sliding_window, softcap=softcap, kernel=kernel))
+        how: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "kernel": kernel}
+        self._set(AttentionSpec(**how, chunked=chunked, alibi=alibi))
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> FlexASLAttention:
@@ -155,6 +162,10 @@ class FlexASLAttention(nn.Module):
         specification, or with mass both results of `window_scores_and_mass`. valid, positions [B, N] and query_at [B,
         W] may differ by KV head: [B, G, N or W]."""
         positions = positions if self.spec.needs_positions() else None
+        if self.spec.alibi is not None:
+            rest, query, key = with_alibi(self.spec, query, key, positions)
+            given: dict[str, Any] = {"valid": valid, "positions": positions, "sinks": sinks, "query_at": query_at}
+            return FlexASLAttention.of(rest).scores(query, key, scoring, **given, controls=controls, mass=mass)
         marks = (valid, positions, query_at)
         op: Any = window_scores_and_mass if mass else window_scores
         how = (scoring.kernel_size, scoring.pooling, self.spec.text)
@@ -190,7 +201,7 @@ class FlexASLAttention(nn.Module):
 
     def extra_repr(self) -> str:
         settings = ((part.name, getattr(self.spec, part.name)) for part in fields(self.spec) if part.init)
-        return ", ".join(f"{name}={value!r}" for name, value in settings if value is not None)
+        return ", ".join(f"{name}={value!r}" for name, value in settings if value not in (None, False))
 
 
 def _of_head(marks: Tensor | None, group: int, groups: int) -> Tensor | None:

@@ -27,14 +27,18 @@ KERNELS = ("auto", "flex", "sdpa", "eager")
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """scale multiplies products of queries and keys (default D ** -0.5); sliding_window hides keys that many positions
-    back or more; softcap c turns logits x into c tanh(x / c); kernel is what computes it, `"auto"` the fastest.
+    back or more, or, with chunked, those before the chunk of so many positions, counted from its row's first one, that
+    a query is in; softcap c turns logits x into c tanh(x / c); alibi, a slope for each query head, adds slope times
+    position of the key to logits, a bias by distance; kernel is what computes it, `"auto"` the fastest.
 
     Raises `ConfigError` on a setting that cannot work, and `UnsupportedError` where the kernel cannot honour it.
     """
 
     scale: float | None = None
     sliding_window: int | None = None
+    chunked: bool = False
     softcap: float | None = None
+    alibi: tuple[float, ...] | None = None
     kernel: Kernel = "auto"
     text: str = field(init=False, repr=False, compare=False)
     """The settings that are no defaults, such as `"scale=0.5 kernel='sdpa'"`, to pass through the schema of an op."""
@@ -52,6 +56,14 @@ class AttentionSpec:
                     raise ConfigError(f"{name}={value} is too small; give {allowed}")
         if self.sliding_window is not None:
             numbers["sliding_window"] = integer("sliding_window", self.sliding_window, error=ConfigError)
+        if self.chunked and self.sliding_window is None:
+            raise ConfigError("chunked=True needs sliding_window, the size of a chunk")
+        if self.alibi is not None:
+            numbers["alibi"] = tuple(
+                real("alibi", slope, "a number for each head", error=ConfigError) for slope in self.alibi
+            )
+            if self.softcap is not None:
+                raise UnsupportedError(f"alibi has no soft-cap (softcap={self.softcap}); give one of them")
         if self.kernel == "sdpa" and self.softcap is not None:
             raise UnsupportedError(
                 f"kernel='sdpa' has no soft-cap (softcap={self.softcap}); give kernel='auto', 'flex' or 'eager'"
@@ -59,7 +71,11 @@ class AttentionSpec:
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
         settings = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
-        given = [f"{name}={value!r}" for name, value in settings.items() if value != getattr(type(self), name)]
+        given = [
+            f"{name}={value!r}".replace(" ", "")
+            for name, value in settings.items()
+            if value != getattr(type(self), name)
+        ]
         object.__setattr__(self, "text", " ".join(given))
 
     @classmethod
@@ -72,15 +88,22 @@ class AttentionSpec:
     @property
     def is_plain(self) -> bool:
         """Whether logits are scaled products under a mask of bool, which is all that fused kernels know."""
-        return self.softcap is None
+        return self.softcap is None and self.alibi is None
+
+    @property
+    def counts_from_start(self) -> bool:
+        """Whether logits depend on how far a token is from its row's first one, not on distances alone."""
+        return self.chunked
 
     def needs_positions(self, neighbours: int | None = None) -> bool:
         """Whether logits depend on positions; with neighbours, among so many keys at consecutive positions."""
+        if self.alibi is not None:
+            return True
         return self.sliding_window is not None and (neighbours is None or self.sliding_window < neighbours)
 
     def without_positions(self) -> AttentionSpec:
         """The same for keys, or under a mask, that what depends on positions has been applied to."""
-        return replace(self, sliding_window=None)
+        return replace(self, sliding_window=None, chunked=False)
 
     def factor(self, dim: int) -> float:
         """What queries of head dim `dim` are multiplied by before their products with keys."""
@@ -93,6 +116,9 @@ class AttentionSpec:
             return seen
         key_at = key_at[:, None] if key_at.dim() == 2 else key_at
         near = within(query_at[:, None, :, None], key_at[:, :, None], self.sliding_window)
+        if self.chunked:
+            query_chunk, key_chunk = query_at // self.sliding_window, key_at // self.sliding_window
+            near = near & (query_chunk[:, None, :, None] == key_chunk[:, :, None])
         return near if seen is None else near & seen
 
     def logits(self, products: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,7 +5,8 @@ Shapes: B batch, M new tokens, N tokens so far, T tokens of all prompts at the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +75,15 @@ class ForwardPass:
         *,
         compiled: bool = False,
         lenders: Mapping[int, int] | None = None,
+        last_seen: Tensor | None = None,
+        ahead: int = 0,
+        in_order: Container[int] = (),
     ) -> None:
         """positions [B, M] int64 are those of the new tokens in the padded sequence; valid [B, positions so far] bool
         is False at padding, None where there is none. compiled: layers are graphs, which share what does not differ
-        between them. lenders: of layers that use the keys and values of earlier ones, which those are."""
+        between them. lenders: of layers that use the keys and values of earlier ones, which those are. last_seen [B, M]
+        int64: up to which of the M new tokens each sees, at most so many `ahead`; None where no token sees later ones.
+        in_order: layers where none does, though elsewhere some do."""
         self.lenders = lenders or {}
         self._lent: dict[int, LayerStep] = {}
         self.caches = caches
@@ -87,8 +93,12 @@ class ForwardPass:
         self._past = 0 if not caches else caches[0].seen
         self._tokens = positions.shape[1]
         self._new_valid = None if valid is None else valid.gather(1, positions)
+        self._in_order = in_order
+        self._further: dict[str, Any] = {}
+        if last_seen is not None:
+            self._further = {"last_seen": last_seen + self._past, "ahead": ahead}
         self._tables: list[tuple[Tensor, Tensor]] = []
-        self._masks: dict[int, Visibility] = {}
+        self._masks: dict[tuple[int, bool, bool], Visibility] = {}
         self._old: Retained = []
         """What caches are to keep, of whose older entries the host does not know how many there are."""
 
@@ -169,7 +179,9 @@ class ForwardPass:
         lender = self._lender(layer)
         if lender is not None:
             return hidden, LayerStep(attention, visible=lender.visible, lender=lender)
-        return hidden, self._lending(layer, self._step(layer, attention))
+        step = self._lending(layer, self._step(layer, attention))
+        step.past = self._past
+        return hidden, step
 
     def table(self, states: Tensor) -> Tensor:
         """A per-token tensor, such as a rotary table, for the tokens of the current layer. It is made once per
@@ -259,7 +271,7 @@ class ForwardPass:
         return step
 
     def _check_tokens(self, hidden: Tensor) -> None:
-        if hidden.shape[-3:-1] != self.positions.shape:
+        if self.positions.shape not in (hidden.shape[-3:-1], hidden.shape[:2]):  # streams may come first or last
             raise UnsupportedError(
                 f"hidden states are {list(hidden.shape)} where {list(self.positions.shape)} tokens came in; a hook on "
                 "a patched model must leave their number as it is"
@@ -277,10 +289,11 @@ class ForwardPass:
             held = cache.tight
             if held is not None:  # the new token sees all of it, and joining tensors is all there is to do
                 return LayerStep(attention, keys=held[0], values=held[1], room=False)
-        cut = self._compiled and self._tokens == 1 and attention.kernel != "flex"
+        cut = self._compiled and self._tokens == 1 and attention.kernel != "flex" and attention.spec.alibi is None
         keys, values = cache.extend(self.positions, self._new_valid, self._tokens, window, whole=cut)
         count = min(window, keys.shape[2]) if cut and window is not None else keys.shape[2]
-        visible = self._visible(cache, count, attention.spec)
+        further = {} if layer in self._in_order else self._further
+        visible = self._visible(cache, count, attention.spec, further)
         if not cut:
             if self._compiled and visible is not None:
                 attention.prepare(visible, self.positions)
@@ -292,20 +305,42 @@ class ForwardPass:
         reach = None if window is None else count
         return LayerStep(attention, visible=visible, keys=bare(keys), values=bare(values), cut=True, reach=reach)
 
-    def _visible(self, cache: LayerCache, count: int, spec: AttentionSpec) -> Visibility | None:
+    def _visible(
+        self, cache: LayerCache, count: int, spec: AttentionSpec, further: dict[str, Any]
+    ) -> Visibility | None:
         """Who sees whom among the last `count` entries of a cache that has room for the new ones; None where one new
         token sees them all."""
         if cache.is_aligned(count) and (self._valid is not None or not cache.is_padded):
-            return None if self._tokens == 1 and self._valid is None else self._aligned(cache, count)
+            sees_all = (
+                self._tokens == 1
+                and self._valid is None
+                and not (spec.chunked and spec.needs_positions(cache.seen + 1))
+            )
+            return None if sees_all else self._aligned(cache, count, spec, further)
         positions, valid = cache.marks(count)
         valid = still_valid(self._valid, positions, valid)
         if self._tokens == 1 and valid is None and not spec.needs_positions(cache.seen + self._tokens):
             return None
-        return Visibility(self.positions, positions, valid)
+        return Visibility(self._counted(spec, self.positions), self._counted(spec, positions), valid, **further)
 
-    def _aligned(self, cache: LayerCache, count: int) -> Visibility:
+    @functools.cached_property
+    def _firsts(self) -> Tensor | None:
+        """[B] int64: the position of each row's first token; None where all rows begin at 0."""
+        return self._row_beginnings()
+
+    def _row_beginnings(self) -> Tensor | None:
+        return None if self._valid is None else self._valid.to(torch.uint8).argmax(1)
+
+    def _counted(self, spec: AttentionSpec, positions: Tensor) -> Tensor:
+        """Positions [B, N] or [B, G, N] as attention counts them."""
+        if not spec.counts_from_start or self._firsts is None:
+            return positions
+        return positions - self._firsts.view(-1, *[1] * (positions.dim() - 1))
+
+    def _aligned(self, cache: LayerCache, count: int, spec: AttentionSpec, further: dict[str, Any]) -> Visibility:
         """Who sees whom where the entries are those of the last `count` positions: the same for all such layers."""
-        made = self._masks.get(count)
+        key = count, spec.counts_from_start, bool(further)
+        made = self._masks.get(key)
         if made is None:
             stop = self._past + self._tokens
             at = torch.arange(stop - count, stop, dtype=torch.int64, device=self.positions.device)
@@ -314,7 +349,9 @@ class ForwardPass:
             known = cache.marks(count)[1]
             if valid is not None and known is not None:
                 valid = valid & (known if known.dim() == 2 else known[:, 0])
-            made = self._masks[count] = Visibility(self.positions, at, valid)
+            made = self._masks[key] = Visibility(
+                self._counted(spec, self.positions), self._counted(spec, at), valid, **further
+            )
         return made
 
 

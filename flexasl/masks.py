@@ -51,6 +51,7 @@ class Visibility:
         self.ahead = ahead
         self._dense: dict[int | None, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
+        self._chunked: dict[int, Visibility] = {}
         self._blocks: dict[tuple[int | None, int], BlockMask] = {}
 
     @classmethod
@@ -58,6 +59,17 @@ class Visibility:
         """Visibility without padding or gaps: the queries are the last of so many keys."""
         at = torch.arange(keys, dtype=torch.int64, device=device)[None]
         return cls(at[:, keys - queries :], at)
+
+    def in_chunks(self, size: int) -> Visibility:
+        """The same, where a query sees nothing before its own chunk of so many positions."""
+        made = self._chunked.get(size)
+        if made is None:
+            base = 0 if self.first_seen is None else self.first_seen
+            first = base + (self.query_positions - base) // size * size
+            further: dict[str, Any] = {"last_seen": self.last_seen, "ahead": self.ahead}
+            made = Visibility(self.query_positions, self.key_positions, self.key_valid, first_seen=first, **further)
+            self._chunked[size] = made
+        return made
 
     def dense(self, sliding_window: int | None = None) -> Tensor:
         """bool [B, 1 or G, M, N], True where a query sees a key."""

@@ -52,7 +52,7 @@ class PromptPass(ForwardPass):
         """valid, of a later turn [B, positions so far] bool, is False at padding, None where there is none. rerun: what
         policies with a second pass need. unpacks: as long as no token was dropped, layers give their outputs in the
         prompt's own shape. in_order: layers where no token sees later ones, though elsewhere some do."""
-        super().__init__(caches, positions, valid, compiled=compiled, lenders=lenders)
+        super().__init__(caches, positions, valid, compiled=compiled, lenders=lenders, in_order=in_order)
         if prefill.rows.batch_rows is None:
             refuse_second_pass(prefill, rerun)
         if self._past == 0:
@@ -61,7 +61,6 @@ class PromptPass(ForwardPass):
         self.prefill = prefill
         self._unpacks = unpacks
         self._unpacked = True
-        self._in_order = in_order
         self.rerun = rerun
         self._windows: dict[int, int] = {}
         self._clock = Clock(positions.device)
@@ -77,12 +76,15 @@ class PromptPass(ForwardPass):
         # A graph leaves queries behind in any case, so that layers that need none are no other graph.
         scored = self.prefill.config.window if self._compiled or self.prefill.needs(layer) else 0
         rows = self.prefill.rows.in_order if layer in self._in_order else self.prefill.rows
+        firsts = self._firsts if attention.spec.counts_from_start else None
         if self._past == 0:
+            rows = rows if firsts is None else rows.counted_from(firsts)
             return hidden, self._lending(layer, LayerStep(attention, rows=rows, scored=scored))
         assert self.caches is not None
         cache = self.caches[layer]
         assert isinstance(cache, LayerCache) and cache.positions is not None
         rows = rows.after(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
+        rows = rows if firsts is None else rows.counted_from(firsts)
         step = LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
         return hidden, self._lending(layer, step)
 
@@ -174,6 +176,11 @@ class PromptPass(ForwardPass):
         if not cache.record_past:
             self._windows[layer] = sliding_window
         cache.forget(sliding_window, later=self._old)
+
+    def _row_beginnings(self) -> Tensor | None:
+        if self._past > 0:
+            return super()._row_beginnings()
+        return self.prefill.rows.numbers([self._tokens - length for length in self.prefill.lengths])
 
     def _pack_all(self, hidden: Tensor) -> Tensor:
         self._check_tokens(hidden)

@@ -84,6 +84,8 @@ class Rows:
         self.last_seen: Tensor | None = None
         """[T] int64: up to which position a token sees others, where some see later ones; see `Visibility`."""
         self.ahead = 0
+        self.firsts: Tensor | None = None
+        """[B] int64: the position of each row's first token, where attention counts from there."""
         self.starts = [sum(self.lengths[:row]) for row in range(len(self.lengths))]
         self.total = sum(self.lengths)
         self.width = max(self.lengths)
@@ -93,6 +95,7 @@ class Rows:
         self._groups: list[tuple[slice, Rows]] = []
         self._singles: list[tuple[slice, Rows]] = []
         self._in_order: Rows | None = None
+        self._counted: Rows | None = None
         self._made: dict[Any, Any] = {}
         """What depends on lengths and positions alone, shared by `Rows` that differ in anything else."""
         self.parts = _equal(self.lengths, self.starts)
@@ -118,13 +121,20 @@ class Rows:
             self._in_order = self.masked(self.kept).seeing(None, 0)
         return self._in_order
 
+    def counted_from(self, firsts: Tensor) -> Rows:
+        """The same tokens, whose attention counts positions from these [B] int64, each row's first one."""
+        if self._counted is None:
+            self._counted = self.masked(self.kept)
+            self._counted.past, self._counted.firsts = self.past, firsts
+        return self._counted
+
     def masked(self, kept: Tensor | None) -> Rows:
         """The same tokens, of which some are masked out."""
         return self._alike(kept).seeing(self.last_seen, self.ahead)
 
     def after(self, positions: Tensor, valid: Tensor | None, seen: int) -> Rows:
         """The same tokens after what a cache holds."""
-        made = self._alike(None)
+        made = self._alike(None).seeing(None if self.last_seen is None else self.last_seen + seen, self.ahead)
         made.past = positions, valid, seen
         return made
 
@@ -239,8 +249,10 @@ class Rows:
         """Who sees whom among the tokens of all rows as one sequence [1, T]: nobody beyond the own row."""
         if self._together is None:
             rows = self.numbers(range(len(self.lengths)))
-            first = rows.repeat_interleave(self.lengths_on_device, output_size=self.total)[None] * APART
-            at, kept = self.positions[None] + first, None if self.kept is None else self.kept[None]
+            rows_of = rows.repeat_interleave(self.lengths_on_device, output_size=self.total)
+            first = rows_of[None] * APART
+            own = self.positions if self.firsts is None else self.positions - self.firsts[rows_of]
+            at, kept = own[None] + first, None if self.kept is None else self.kept[None]
             last = None if self.last_seen is None else self.last_seen[None] + first
             self._together = Visibility(at, at, kept, first_seen=first, last_seen=last, ahead=self.ahead)
         return self._together
@@ -253,10 +265,15 @@ class Rows:
     def view(self, part: EqualRows) -> tuple[Tensor, Tensor | None]:
         """Positions and validity of the past and of the rows' own tokens: [number, E + M] or [number, G, E + M]."""
         new = part.of(self.positions[None], 1)
+        if self.firsts is not None:
+            firsts = self.firsts[part.first : part.first + part.number, None]
+            new = new - firsts
         if self.past is None:
             return new, None if self.kept is None else part.of(self.kept[None], 1)
         (held, valid, seen), some = self.past, slice(part.first, part.first + part.number)
         held, new, valid = held[some], new + seen, None if valid is None else valid[some]
+        if self.firsts is not None:
+            held = held - (firsts[:, None] if held.dim() == 3 else firsts)
         if held.dim() == 3:
             new = new[:, None].expand(-1, held.shape[1], -1)
         if valid is not None:
@@ -279,6 +296,7 @@ class Rows:
         if self.past is not None:
             held, valid, seen = self.past
             made.past = held[first:stop], None if valid is None else valid[first:stop], seen
+        made.firsts = None if self.firsts is None else self.firsts[first:stop]
         return tokens, made.seeing(None if self.last_seen is None else self.last_seen[tokens].clone(), self.ahead)
 
     def has_mask(self, spec: AttentionSpec, part: EqualRows) -> bool:

@@ -183,7 +183,8 @@ def _gathering(before: torch.Tensor, fresh: torch.Tensor | None, masks, index: i
         total = max(int(before[-1]) + 1, hidden.shape[1])
         own = {name: gather(value, total, name == "hidden_states") for name, value in kwargs.items()}
         if masks is not None and own.get("attention_mask") is not None:
-            own["attention_mask"] = masks[index][:, :, left][..., left]
+            mask, given = masks[index][:, :, left][..., left], own["attention_mask"]
+            own["attention_mask"] = mask == 0 if given.dtype == torch.bool else mask.to(given.dtype)
         return tuple(gather(value, total, place == 0) for place, value in enumerate(args)), own
 
     return hook

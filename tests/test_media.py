@@ -237,7 +237,7 @@ def test_keep_all_is_identity_with_images(kind):
     ids = torch.cat([first.sequences, more["input_ids"]], 1)
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 35, dtype=torch.long)], 1)
     turn = {"input_ids": ids, "attention_mask": mask, **pictures(kind, ids)}
-    if kind.startswith("qwen") or kind in BOTH_WAYS:  # another question about the same image
+    if kind.startswith("qwen") or kind == "paligemma":  # another question about the same image
         ids[:, first.sequences.shape[1] :].masked_fill_(more["input_ids"] == IMAGE, 5)
         turn = {"input_ids": ids, "attention_mask": mask}
         if kind.startswith("qwen"):  # whose place gives positions
@@ -415,15 +415,46 @@ def test_layers_that_features_are_added_to_keep_all_tokens(kind):
         assert patch.report.rows[0].kept_tokens == 24
 
 
-@pytest.mark.parametrize("kind", BOTH_WAYS)
-def test_what_tokens_that_see_each_other_cannot_honour_is_refused(kind):
-    model, batch = made(kind), prompts(60, 60)
-    images = pictures(kind, batch["input_ids"])
-    with flexasl.patch(model, settings(kind)):
+def test_what_tokens_that_see_each_other_cannot_honour_is_refused():
+    model, batch = made("paligemma"), prompts(60, 60)
+    images = pictures("paligemma", batch["input_ids"])
+    with flexasl.patch(model, settings("paligemma")):
         cache = model(**batch, **images, use_cache=True).past_key_values
         turn = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(2, 120, dtype=torch.long)}
-        with pytest.raises(UnsupportedError, match="a later turn has an image whose tokens see each other"):
+        with pytest.raises(
+            UnsupportedError, match="a later turn of a model of type 'paligemma' has tokens that see each"
+        ):
             model(**turn, **images, past_key_values=cache)
+
+
+@pytest.mark.parametrize("later", ["keep", "prune"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_tokens_of_a_later_turns_image_see_each_other(kind, later):
+    """Unpatched, they do so too; and while tokens are dropped, each row is as alone."""
+    model, first, more = made(kind), prompts(70, 70), prompts(60, 60, image_at=9)
+    ids = torch.cat([first["input_ids"], more["input_ids"]], 1)
+    images, after = pictures(kind, first["input_ids"]), pictures(kind, ids)
+
+    def two_turns(rows):
+        part = {name: value.chunk(2)[rows] if isinstance(rows, int) else value for name, value in images.items()}
+        cache = model(first["input_ids"][_span(rows)], **part, use_cache=True).past_key_values
+        part = {name: value.chunk(2)[rows] if isinstance(rows, int) else value for name, value in after.items()}
+        return answer(model, input_ids=ids[_span(rows)], past_key_values=cache, **part)[1]
+
+    plain = two_turns(None)
+    with flexasl.patch(model, settings(kind, select_tokens=1.0, later_turns=later)):
+        torch.testing.assert_close(two_turns(None), plain, rtol=0, atol=1e-4)
+    with flexasl.patch(model, settings(kind, later_turns=later)) as patch:
+        together = two_turns(None)
+        assert [row.kept_tokens for row in patch.report.rows] == [24, 24]
+        torch.testing.assert_close(torch.cat([two_turns(0), two_turns(1)]), together, rtol=0, atol=1e-4)
+    marked = next(name for name in after if "token_type" in name)
+    after[marked] = torch.zeros_like(after[marked])
+    assert not torch.allclose(two_turns(None), plain), "the marks matter"
+
+
+def _span(row):
+    return slice(None) if row is None else slice(row, row + 1)
 
 
 @pytest.mark.parametrize("kind", BOTH_WAYS)

@@ -28,6 +28,7 @@ TRIED: dict[str, dict] = {
     "biogpt": {},
     "bitnet": {},
     "bloom": {"n_layer": LAYERS, "n_head": 4},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 16},
     "codegen": {**GPT, "rotary_dim": 8},
     "cohere": {},
     "diffllama": {},
@@ -41,12 +42,14 @@ TRIED: dict[str, dict] = {
     "glm4": {},
     "glm4_moe": {},
     "gpt_bigcode": GPT,
+    "gpt_neox_japanese": {},
     "gptj": {**GPT, "rotary_dim": 8},
     "granitemoe": {},
-    "llama4_text": {},
+    "llama4_text": {"no_rope_layers": [1, 0, 0, 0, 1, 1], "intermediate_size_mlp": 96},
     "mamba": {},
     "minimax": {},
     "ministral3": {},
+    "modernbert-decoder": {},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS},
     "nanochat": {},
     "nemotron": {},
@@ -148,8 +151,13 @@ self-test at patching does so too, on every second token.
 In half precision the self-test of such a model sees only what is grossly wrong: rounding goes on from token to token.
 
 In a batch such layers run row by row, so that each row is as alone; `compile=True` is refused, and so is a padded
-later turn of several rows. `kv_budget` trims layers with keys alone; `Report.state_bytes` counts the states, which
-have the same size whatever is pruned. Saved prompts hold them. `crop` is refused before anything is lost where states
+later turn of several rows. Kernels that keep rows of one sequence apart would not do. transformers hands `cu_seqlens`
+to the delta rule of Qwen 3-Next, Qwen 3.5 and OLMo hybrid alone, for flash-linear-attention's kernel; its PyTorch code
+raises an error where it is given any. And its cache takes the last tokens of the sequence as a convolution's state,
+which are those of the last row.
+
+`kv_budget` trims layers with keys alone; `Report.state_bytes` counts the states, which have the same size whatever is
+pruned. Saved prompts hold them. `crop` is refused before anything is lost where states
 cannot go back: recurrent ones never, those of convolutions from `cache.activate_past_recording()` on. Where several
 tokens follow a cache, Jamba and Zamba begin with new states, patched or not.
 
@@ -179,6 +187,49 @@ them. Patched, they run on the kept tokens. Counted costs compare with all token
 unpatched model does, a model of 35 layers of which 20 share runs .60 of the layers times tokens where half of the
 tokens go on after layer 4 and a sixteenth after layer 9. `compile=True` is refused.
 
+Tokens are not dropped behind a lender, as nothing is to be gained there. Behind the last one all layers share: they
+have no entries, and what they make of any token but the last is read by nobody. Behind the first of two lenders there
+are as many layers with entries of their own as a pattern of sliding and full layers is long, less one; and the lender
+would still hold the tokens that were dropped, as its own new tokens see them, so that those that share its entries
+would read them under a mask.
+
+## ALiBi
+
+BLOOM and MPT have no rotary positions, but a bias by distance: a slope for each head, times how far back a key is. It
+is computed from true positions, as a number more of each key and each query, so that scores, masks, caches and all
+kernels know it: `FlexASLAttention(alibi=)`. It is exact in half precision. Unpatched, BLOOM rounds logits to that,
+with the bias in them, to the next 4 at position 900: a tiny random model in bfloat16 is .12 to .15 from what float32
+makes of it there, and patched .01. Falcon models with ALiBi are refused; those with rotary positions work.
+
+BLOOM, CodeGen, Falcon, GPT-J, GPT-NeoX Japanese and MPT attend without transformers' interface, and are patched at
+their attention modules; `compile=True` is refused.
+
+## Keys chosen by an indexer
+
+In DeepSeek V3.2 and models like it (`glm_moe_dsa`, `axk2`, `hy_v4`) each query attends to no more than `index_topk`
+keys, chosen by scores of keys of another kind. Dropping tokens goes together with that: the best of the tokens that are
+left are what masking the others out leaves to choose, and what a run on the tokens that are left chooses. Keys of the
+indexer are cached beside the values of their tokens, and dropped with them. Prompts run row by row, with a mask of all
+pairs, as in the models' own PyTorch code; `compile=True` is refused.
+
+Tokens are ranked by attention to all of them, not to the chosen ones alone, which says nothing of the others. Where
+layers use the choice of an earlier one (`indexer_types`), tokens are dropped before a layer that chooses anew, and
+`kv_budget`, `kv_top_p` and policies that trim caches or read twice are refused, since choices name cache entries.
+Choices are made in float32 whatever the model's dtype, so that in a batch, where sums have another order, near ties
+may go another way; from there on tokens differ. With `kv_dtype` keys of the indexer are in eight bits, too.
+
+These pass keep-all identity through 100 tokens, the recomputation on the kept tokens, gathering against masking,
+batches, later turns, beams, saved, copied and cropped caches: `deepseek_v32`, `glm_moe_dsa` (all its layers choosing,
+and some sharing), `hy_v4`; and `axk2` but for the recomputation, as its unpatched logits differ by .3 between tokens
+read at once and one by one.
+
+## Attention in chunks
+
+Most layers of Llama 4 see the tokens of their own chunk of positions alone, counted from the row's first token. They
+are masked by true positions whatever was dropped, like sliding windows, and neither rank tokens nor select. Text alone;
+images and `compile=True` are refused. Its layers without rotary positions scale queries by their place in the padded
+batch, patched or not: in a batch with more than 8,191 tokens, padding included, rows differ a little from rows alone.
+
 ## Refused
 
 | model type | why |
@@ -199,8 +250,8 @@ layers, by places in the prompt: no token may be dropped before, which is refuse
 models of 24 layers and more.
 
 In Gemma 3, the large sizes of Gemma 4 (in layers with a sliding window) and PaliGemma (the whole prompt), tokens of an
-image see each other in both directions. So they do while patched, in prompts; a later turn over a cache may ask about
-the images of the first one, and is refused where it brings new ones, as is an image with `compile=True`.
+image see each other in both directions. So they do while patched, in a first and in a later turn; but PaliGemma has
+them in a first turn alone, patched or not, where a later one is refused. An image with `compile=True` is refused.
 
 All others can be patched for text alone where the self-test passes, and refuse the first image, video or sound before
 it is read. No real weights were at hand: what pruning does to answers about

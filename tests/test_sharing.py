@@ -10,7 +10,7 @@ from tiny_chat import tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import flexasl
-from flexasl import ConfigError, UnsupportedError, evaluation
+from flexasl import ConfigError, UnsupportedError, evaluation, rows
 from flexasl.tools.evaluation import runner
 from flexasl.tools.evaluation.records import ANSWERS
 from flexasl.tools.evaluation.storage import read_all
@@ -229,3 +229,13 @@ def test_half_precision(family):
     with flexasl.patch(model, FIXED, policy="fixed_layer:layer=1") as patch:
         say(model, 6, **batch)
     assert [row.kept_tokens for row in patch.report.rows] == [24, 24]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_layers_run_one_group_at_a_time(family, monkeypatch):
+    """On CPU a batch of many tokens goes through layers some rows at a time."""
+    model, batch = sharing(family), left_padded(prompts(70, 43, 55))
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=2"):
+        want = say(model, 3, **batch)[1]
+        monkeypatch.setattr(rows, "GROUP", 64)
+        close(say(model, 3, **batch)[1], want)

@@ -113,7 +113,7 @@ def test_cached_entries_are_those_that_replay_keeps(rule, monkeypatch):
 
     original = LayerStep.attend
 
-    def attend(self, query, key, value, sinks):
+    def attend(self, query, key, value, sinks, *chosen):
         seen.append((query, key))
         return original(self, query, key, value, sinks)
 

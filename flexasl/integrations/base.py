@@ -212,7 +212,8 @@ class BasePatch:
         if not is_prompt(self.config, past, count):
             assert caches is not None
             self._foreign.check_decode(self.compiled)
-            return ForwardPass(caches, positions, valid, compiled=self.compiled, lenders=self._lenders)
+            going_on: dict[str, Any] = {"compiled": self.compiled, "lenders": self._lenders, "ahead": ahead}
+            return ForwardPass(caches, positions, valid, **going_on, last_seen=last_seen, in_order=self._in_order)
         lengths = [count] * batch if valid is None else left_padded_lengths(valid[:, past:], self.MASK)
         asked = questions.of_prompts(self, ids, lengths, count)
         prefill = Prefill(
@@ -291,7 +292,8 @@ class BasePatch:
         self._hand_down(forward_pass, step, kwargs)
         output = self._run_groups(index, forward, forward_pass, step, self._spread(given, hidden), kwargs)
         made = output[0] if isinstance(output, tuple) else output
-        hidden = self._spread(made, forward_pass.after_layer(index, step, self._whole(made)))
+        like = made if made.dim() == given.dim() else given  # some rows at a time, outputs come whole
+        hidden = self._spread(like, forward_pass.after_layer(index, step, self._whole(made)))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _run_whole(
@@ -327,8 +329,8 @@ class BasePatch:
         def run(tokens: slice) -> Tensor:
             nonlocal output
             own = {name: rows_of(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
-            output = forward(hidden[:, tokens], **kwargs | own)
-            return output[0] if isinstance(output, tuple) else output
+            output = forward(self._some(hidden, tokens), **kwargs | own)
+            return self._whole(output[0] if isinstance(output, tuple) else output)
 
         joined = step.in_groups(run)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
@@ -341,6 +343,10 @@ class BasePatch:
         """Hidden states whole on this rank."""
         made: Tensor = hidden
         return made
+
+    def _some(self, hidden: Any, tokens: slice) -> Any:
+        """Hidden states of some of all rows' tokens."""
+        return hidden[:, tokens]
 
     def _spread(self, like: Any, hidden: Tensor) -> Any:
         """Hidden states that are whole on this rank, spread over the ranks as those are that they are like."""

@@ -8,6 +8,7 @@ causal order does; sinks [H] are logits of a key that is no token. → [B, H, M,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from flexasl.attention_spec import AttentionSpec
 from flexasl.errors import UnsupportedError
 from flexasl.kernels import eager, flex, sdpa
+from flexasl.kernels.alibi import with_alibi
 from flexasl.kernels.gradients import attention_gradients
 from flexasl.kernels.sdpa import one_token
 from flexasl.kernels.varlen import can_varlen, varlen_attention
@@ -44,6 +46,12 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention by the kernel that `choose` names."""
+    spec, query, key = with_alibi(spec, query, key, visible)
+    if spec.chunked:
+        visible = visible or Visibility.last(query.shape[2], key.shape[2], query.device)
+        assert spec.sliding_window is not None
+        visible = visible.in_chunks(spec.sliding_window)
+        spec = replace(spec, chunked=False)
     kernel = BY_NAME[choose(spec, query, key, visible, sinks)]
     queries, window = query.shape[2], spec.sliding_window
     if visible is None and queries == 1 and window is not None and window < key.shape[2]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexasl.attention_spec import AttentionSpec
+from flexasl.kernels.alibi import with_alibi
 from flexasl.masks import Visibility
 
 PAIRS = 2**22
@@ -26,6 +27,11 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query [B, H, M, D], key [B, G, N, D], value [B, G, N, E] and sinks [H] (0 where there are none), by
     that of the output [B, H, M, E]. Computed in float32 at least, some queries at a time."""
+    if spec.alibi is not None:
+        dim = query.shape[3]
+        rest, query, key = with_alibi(spec, query, key, visible)
+        made = attention_gradients(rest, grad, query, key, value, visible, sinks)
+        return made[0][..., :dim], made[1][..., :dim], made[2], made[3]
     (batch, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
     wide, factor = torch.promote_types(query.dtype, torch.float32), spec.factor(dim)
     key_wide, value_wide = key.to(wide), value.to(wide)

@@ -25,7 +25,7 @@ def can_varlen(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, s
     GPUs from Ampere on, in half precision, and without gradients; and what the installed torch has no argument for it
     does not."""
     dim, dtypes = query.shape[3], (torch.float16, torch.bfloat16)
-    if spec.kernel != "auto" or not spec.is_plain or sinks is not None:
+    if spec.kernel != "auto" or not spec.is_plain or spec.chunked or sinks is not None:
         return False
     if query.dtype not in dtypes or dim > 256 or dim % 8 != 0 or value.shape[3] != dim:
         return False

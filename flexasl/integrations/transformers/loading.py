@@ -10,6 +10,7 @@ import torch
 from flexasl.errors import FlexASLError
 from flexasl.integrations.transformers.cache import PrunedCache, PrunedCacheLayer
 from flexasl.integrations.transformers.fingerprint import refuse_other_model
+from flexasl.integrations.transformers.models import decoder_of
 from flexasl.integrations.transformers.placement import input_device
 from flexasl.saving import SavedCache, SavedLayer, read
 
@@ -81,7 +82,7 @@ def _made_by(model: Any) -> list[SavedLayer]:
     report = patch.report
     try:
         ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        made = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        made = decoder_of(model)(input_ids=ids, use_cache=True).past_key_values
     finally:
         patch.report = report
     found = []

@@ -42,6 +42,8 @@ BOTH_WAYS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 """Of model types whose neighbouring tokens of these kinds see each other in both directions, the argument that tells
 the kinds."""
+ONE_TURN = ("paligemma",)
+"""Those of them that are read in one turn: unpatched, tokens of a later one see none after them."""
 REASONS = {
     "cohere_compass": DEEP,
     "ernie4_5_vl_moe": PARTS,
@@ -86,12 +88,13 @@ class Given:
         """[B, M], placeholder tokens among them."""
         self.mask: Tensor | None = given.get("attention_mask")
         name, self._kinds = BOTH_WAYS.get(config.model_type, ("", ()))
+        self._kind = config.model_type
         self._types: Tensor | None = given.get(name) if _both_ways(config) else None
 
     def see_later_ones(self, count: int, past: int) -> dict[str, Any]:
-        """What `BasePatch.begin` takes of a prompt of so many tokens, some of which see later ones: nothing where none
-        does. Raises `UnsupportedError` where they are of a later turn."""
-        if self._types is None:
+        """What `BasePatch.begin` takes of so many new tokens, some of which see later ones: nothing where none does.
+        Raises `UnsupportedError` where the model cannot have them in a later turn."""
+        if self._types is None or count == 1:
             return {}
         kinds = torch.tensor(self._kinds, dtype=self._types.dtype, device=self._types.device)
         marked = torch.isin(self._types[:, -count:], kinds)
@@ -102,10 +105,10 @@ class Given:
         ahead = int((last_seen - at).max())
         if ahead == 0:
             return {}
-        if past:
+        if past and self._kind in ONE_TURN:
             raise UnsupportedError(
-                "a later turn has an image whose tokens see each other in both directions; give all images in the "
-                "first turn of a cache"
+                f"a later turn of a model of type {self._kind!r} has tokens that see each other in both directions, "
+                "which the model itself has in a first turn alone; give all of them there"
             )
         return {"last_seen": last_seen, "ahead": ahead}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
+from contextvars import ContextVar
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 
 from flexasl.calibrated import CalibratedFor
 from flexasl.compiling import compile_region, kind_of, require_compiler, run_layer
@@ -20,9 +21,11 @@ from flexasl.integrations.base import SLACK, BasePatch, rows_of
 from flexasl.integrations.inputs import padding_of_turn, refuse_training, restart
 from flexasl.integrations.transformers.adapters import forgetting_rows, refuse_adapters
 from flexasl.integrations.transformers.cache import Layer, adopt, new_layers
+from flexasl.integrations.transformers.carrying import carry
 from flexasl.integrations.transformers.checking import check_by_running
 from flexasl.integrations.transformers.fingerprint import calibrated_for
 from flexasl.integrations.transformers.generation import guard_generation
+from flexasl.integrations.transformers.interface import PASS
 from flexasl.integrations.transformers.likelihoods import refuse_likelihoods
 from flexasl.integrations.transformers.media import (
     Given,
@@ -32,7 +35,7 @@ from flexasl.integrations.transformers.media import (
     refuse_parts,
     with_images,
 )
-from flexasl.integrations.transformers.models import CACHES, NAME, find_stack, layers_of
+from flexasl.integrations.transformers.models import CACHES, NAME, decoder_of, find_stack, layers_of
 from flexasl.integrations.transformers.own_config import OwnConfig
 from flexasl.integrations.transformers.placement import input_device, over_ranks
 from flexasl.integrations.transformers.states import RunningCache, StateLayer
@@ -40,12 +43,16 @@ from flexasl.layer_step import LayerStep
 from flexasl.policies import Policy
 from flexasl.profiles import Profile, find
 
-PASS = "flexasl_pass"
-"""The keyword that goes down to attention: the `ForwardPass` first, and inside a layer its `LayerStep`."""
 OUTER = "flexasl_outer"
 """Keyword from model to decoder, which puts the `ForwardPass` there."""
 GIVEN = "flexasl_given"
 """Keyword from a model that reads images to its decoder, with what it was given."""
+RUNNING: ContextVar[ForwardPass | None] = ContextVar("flexasl_running", default=None)
+"""The pass of a decoder that hands no keyword to its layers, as long as it runs."""
+LONG = 2**20
+"""Tokens of a prompt that all limits of caches are below."""
+CHOSEN = "prev_topk_indices"
+"""The keyword by which layers are given what an earlier one chose."""
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "layers after the selection see fewer tokens than those before",
@@ -89,6 +96,7 @@ class Patch(BasePatch):
         self.slack = SLACK if compile else 0
         """Cache entries that room is made for at a time."""
         self._reads_media = model.config is not stack.decoder.config
+        self._streams_first = hasattr(stack.decoder.config, "altup_num_inputs")
         self._in_order = in_order(model.config, len(stack.layers))
         self._arguments = _arguments(stack.decoder)
         self._outer_arguments = _arguments(model)
@@ -110,6 +118,10 @@ class Patch(BasePatch):
         self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(model.register_forward_pre_hook(_begin_pass, with_kwargs=True))
         self._handles.append(model.register_forward_hook(_end_pass, with_kwargs=True))
+        self._handles += carry(
+            stack.carriers, PASS, lambda kwargs: next(kwargs[name] for name in CACHES if name in kwargs)
+        )
+        self._own_modules = [] if stack.own_attention is None else stack.own_attention.install(stack.layers)
         self.hook(stack.decoder)
         if check is not None:
             check(self)
@@ -136,11 +148,22 @@ class Patch(BasePatch):
                 "are masked out; give propagate='gather'"
             )
 
+        if self._stack.reusing:
+            retention = self.policy.retention(config, len(self._layers))
+            trims = any(retention.limit(layer, LONG) is not None for layer in range(len(self._layers)))
+            if trims or self.policy.second_pass:
+                what = "trims caches layer by layer" if trims else "reads tokens twice"
+                raise ConfigError(
+                    f"policy {self.policy.name!r} with these settings {what}, which does not go with a model some of "
+                    "whose layers attend to the keys that an earlier layer chose; give 'asl' without kv_budget and "
+                    "kv_top_p"
+                )
+
     def refuse_calibrated(self, model: CalibratedFor) -> None:
         model.refuse_other(calibrated_for(self._model))
 
     def restore(self) -> None:
-        for module in self._regions:
+        for module in (*self._regions, *self._own_modules):
             del module.forward
         self._own.put_back()
         for config, implementation in self._implementations:
@@ -222,6 +245,8 @@ class Patch(BasePatch):
         kwargs[PASS] = forward_pass = self.begin(
             caches, valid, batch, count, tokens.device, _ids(kwargs, count), whole=added, **further
         )
+        if self._own_modules:
+            RUNNING.set(forward_pass)
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
             outer.forward_pass = forward_pass
@@ -237,6 +262,7 @@ class Patch(BasePatch):
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward_pass: ForwardPass = kwargs[PASS]
+        RUNNING.set(None)
         report = self.end(forward_pass)
         given: Given | None = kwargs.get(GIVEN)
         if report is not None and forward_pass.prefill is not None and given is not None:
@@ -245,6 +271,11 @@ class Patch(BasePatch):
         if cache is not None and forward_pass.caches is not None:
             count = forward_pass.positions.shape[1]
             cache.record(self._model, _ids(kwargs, count), self._mask(kwargs), count, report)
+
+    def _run_layer(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._own_modules and PASS not in kwargs and RUNNING.get() is not None:
+            kwargs[PASS] = RUNNING.get()
+        return super()._run_layer(index, forward, *args, **kwargs)
 
     def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
         kwargs[PASS] = kwargs[self._stack.cache_argument] = step
@@ -257,12 +288,16 @@ class Patch(BasePatch):
         if self._stack.states[index] is not None:
             assert forward_pass.caches is not None
             kwargs[self._stack.cache_argument] = RunningCache(step, _states(forward_pass.caches[index]))
+        if self._stack.indexed[index]:
+            kwargs["attention_mask"] = step.seen(hidden.shape[0], hidden.shape[1], hidden.device)
         return forward(hidden, **kwargs)
 
     def _run_groups(
         self, index: int, forward: Any, forward_pass: ForwardPass, step: LayerStep, hidden: Any, kwargs: Any
     ) -> Any:
         number = self._stack.states[index]
+        if self._stack.indexed[index]:
+            return self._run_choosing(forward, step, hidden, kwargs)
         if index in self._stack.lenders:  # for all rows at once, as keys and values are
             return forward(hidden, **kwargs)
         if number is None:
@@ -290,13 +325,39 @@ class Patch(BasePatch):
             held.join(parts)
         return joined if rest is None else (joined, *rest)
 
+    def _run_choosing(self, forward: Any, step: LayerStep, hidden: Any, kwargs: Any) -> Any:
+        """A layer that chooses keys for each query, on the rows of prompts one by one. What it chose goes on to the
+        layers after it as a tuple of the rows'."""
+        before = kwargs.get(CHOSEN)
+        rest: list[Any] = []
+
+        def run(tokens: slice) -> Tensor:
+            own = {name: rows_of(kwargs[name], tokens) for name in self.TABLES if kwargs.get(name) is not None}
+            if before is not None:
+                own[CHOSEN] = before[len(rest)]
+            own["attention_mask"] = step.seen(1, tokens.stop - tokens.start, hidden.device)
+            output = forward(hidden[:, tokens], **kwargs | own)
+            rest.append(output[1] if isinstance(output, tuple) else None)
+            return output[0] if isinstance(output, tuple) else output
+
+        joined = step.in_groups(run, alone=True)
+        return joined if rest[0] is None else (joined, tuple(rest))
+
     def _whole(self, hidden: Any) -> Tensor:
-        """Streams [streams, B, M, C] of hidden states beside each other."""
-        made: Tensor = hidden.permute(1, 2, 0, 3).flatten(2) if hidden.dim() == 4 else hidden
-        return made
+        """Streams of hidden states [B, M, streams, C], or [streams, B, M, C], beside each other."""
+        if hidden.dim() < 4:
+            made: Tensor = hidden
+            return made
+        return (hidden.permute(1, 2, 0, 3) if self._streams_first else hidden).flatten(2)
+
+    def _some(self, hidden: Any, tokens: slice) -> Any:
+        return hidden[:, :, tokens] if hidden.dim() == 4 and self._streams_first else hidden[:, tokens]
 
     def _spread(self, like: Any, hidden: Tensor) -> Any:
-        return hidden.unflatten(2, (like.shape[0], -1)).permute(2, 0, 1, 3) if like.dim() == 4 else hidden
+        if like.dim() < 4:
+            return hidden
+        streams = hidden.unflatten(2, (-1, like.shape[3]))
+        return streams.permute(2, 0, 1, 3) if self._streams_first else streams
 
     def _cache(self, decoder: Any, kwargs: dict[str, Any]) -> Any:
         """The pass's cache with layers of ours, made or adopted where it is new; None where there is to be none."""
@@ -365,50 +426,12 @@ def _states(layer: Any) -> StateLayer:
     return found
 
 
-def attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, M, D], key and value [B, G, N, D] → [B, M, H, D]."""
-    step: LayerStep | None = kwargs.get(PASS)
-    if step is None:
-        raise UnsupportedError(
-            f"{type(module).__name__} was called outside the patched model; call the model, or patch.remove() first"
-        )
-    mine = step.module
-    if mine is None:
-        raise UnsupportedError(f"{type(module).__name__} attends in a layer that was found to have no attention")
-    if (mine.scale, mine.sliding_window, mine.softcap) != (scaling, sliding_window, softcap):
-        raise UnsupportedError(
-            f"{type(module).__name__} asks for scaling={scaling}, sliding_window={sliding_window}, softcap={softcap}, "
-            f"where its attributes promise {mine.scale}, {mine.sliding_window}, {mine.softcap}; it cannot be patched"
-        )
-    out = step.attend(query, key, value, s_aux)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """transformers' mask interface: every layer's mask is made from its own tokens, in `ForwardPass`."""
-
-
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, no_mask)
-
-
 def _set_attention(model: Any, implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """A patched model's `set_attn_implementation`. transformers 5.17 takes decoder and model to share a configuration,
     and would leave out the decoder."""
     type(model).set_attn_implementation(model, implementation, *args, **kwargs)
     if isinstance(implementation, str):
-        model.get_decoder().config._attn_implementation = implementation
+        decoder_of(model).config._attn_implementation = implementation
 
 
 def _run(regions: dict[Any, Any], layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
