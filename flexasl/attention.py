@@ -189,7 +189,7 @@ class FlexASLAttention(nn.Module):
     def prepare(self, visible: Visibility, queries: Tensor) -> None:
         """Builds the mask that attention of these queries [B, M, ...] under `visible` will need, so that it is made
         once for many layers and outside their graphs."""
-        if kernels.fastest(self.spec, queries.is_cuda, queries.shape[1] > 1) == "flex":
+        if kernels.fastest(self.spec, kernels.flex.is_fast(queries), queries.shape[1] > 1) == "flex":
             visible.block_mask(self.spec.sliding_window)
         else:
             visible.dense(self.spec.sliding_window)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from flexasl.errors import FlexASLError, UnsupportedError
 from flexasl.gradients import refuse_gradients
+from flexasl.kernels import flex
 
 NO_GRADIENTS = "compile=True gives no gradients; patch the model with compile=False"
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -67,7 +68,12 @@ def compile_region(function: Callable[..., Any], backend: Backend | None = None)
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raises `UnsupportedError` where graphs for this device need a C++ compiler and there is none."""
+    """Raises `UnsupportedError` where graphs for this device need a C++ compiler, or Triton, and there is none."""
+    if device.type == "cuda" and not flex.compiles_for(device):
+        raise UnsupportedError(
+            f"compile=True needs Triton on {device.type}, and a GPU that Triton knows; install it, or give "
+            "compile=False"
+        )
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -26,9 +26,10 @@ class Visibility:
     of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, however many
     layers ask for it.
 
-    first_seen [B, M] int: before which position a query sees nothing, as in one sequence of several prompts. last_seen
-    [B, M] int: up to which position it sees keys, where that is further than its own, as for the tokens of an image
-    that see each other; by at most so many tokens `ahead`.
+    query_at [M] int64: which keys are the queries', ascending, where these are not the last ones. first_seen [B, M]
+    int: before which position a query sees nothing, as in one sequence of several prompts. last_seen [B, M] int: up to
+    which position it sees keys, where that is further than its own, as for the tokens of an image that see each other;
+    by at most so many tokens `ahead`.
     """
 
     ahead = 0
@@ -39,6 +40,7 @@ class Visibility:
         key_positions: Tensor,
         key_valid: Tensor | None = None,
         *,
+        query_at: Tensor | None = None,
         first_seen: Tensor | None = None,
         last_seen: Tensor | None = None,
         ahead: int = 0,
@@ -46,6 +48,7 @@ class Visibility:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.key_valid = key_valid
+        self.query_at = query_at
         self.first_seen = first_seen
         self.last_seen = query_positions if last_seen is None else last_seen
         self.ahead = ahead
@@ -66,7 +69,7 @@ class Visibility:
         if made is None:
             base = 0 if self.first_seen is None else self.first_seen
             first = base + (self.query_positions - base) // size * size
-            further: dict[str, Any] = {"last_seen": self.last_seen, "ahead": self.ahead}
+            further: Any = {"query_at": self.query_at, "last_seen": self.last_seen, "ahead": self.ahead}
             made = Visibility(self.query_positions, self.key_positions, self.key_valid, first_seen=first, **further)
             self._chunked[size] = made
         return made
@@ -80,8 +83,6 @@ class Visibility:
 
     def tile(self, queries: slice, keys: slice, sliding_window: int | None = None) -> Tensor:
         """`dense` for some queries and the keys that these need, not stored."""
-        at = torch.arange(self.key_positions.shape[-1], dtype=torch.int64, device=self.key_positions.device)
-        own = at[at.shape[0] - self.query_positions.shape[1] :]
         query = self.query_positions[:, None, queries, None]
         key = _by_head(self.key_positions)[:, :, None, keys]
         allowed = key <= self.last_seen[:, None, queries, None]
@@ -92,13 +93,22 @@ class Visibility:
         if self.key_valid is None:
             return allowed
         allowed = allowed & _by_head(self.key_valid)[:, :, None, keys]
-        return allowed | (own[queries, None] == at[keys])
+        at = torch.arange(self.key_positions.shape[-1], dtype=torch.int64, device=self.key_positions.device)
+        return allowed | (self._own[queries, None] == at[keys])
 
     def mask(self, spec: AttentionSpec, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """What queries see of keys under a specification, [B, 1 or G, M, N], not stored."""
         made = spec.mask(self.query_positions[:, queries], self.key_positions[..., keys], self.tile(queries, keys))
         assert made is not None
         return made
+
+    @property
+    def _own(self) -> Tensor:
+        """Which keys are the queries' own: [M] int64."""
+        if self.query_at is not None:
+            return self.query_at
+        queries, keys = self.query_positions.shape[1], self.key_positions.shape[-1]
+        return torch.arange(keys - queries, keys, dtype=torch.int64, device=self.key_positions.device)
 
     def whole_mask(self, spec: AttentionSpec) -> Tensor:
         """`mask` of all queries and keys, made once."""
@@ -153,7 +163,7 @@ class Visibility:
         key = _by_head(self.key_positions)
         valid = torch.ones_like(key, dtype=torch.bool) if self.key_valid is None else _by_head(self.key_valid)
         queries, keys = self.query_positions.shape[1], key.shape[2]
-        at = torch.arange(max(queries, keys), dtype=torch.int64, device=key.device)
+        at = torch.arange(queries, dtype=torch.int64, device=key.device)
         highest = torch.iinfo(key.dtype).max
         lowest = torch.iinfo(key.dtype).min
         # Heads share their block lists: a block is worth computing where any head sees a pair of it.
@@ -173,9 +183,8 @@ class Visibility:
             some = some & (last >= _blocks(self.first_seen, highest).amin(-1)[:, :, None])
             full = full & (first >= _blocks(self.first_seen, lowest).amax(-1)[:, :, None])
         # The diagonal, on which every query sees itself.
-        ends = (at[:queries] + keys - queries) // BLOCK
         diagonal = torch.zeros(some.shape[1:], dtype=torch.bool, device=key.device)
-        diagonal[at[:queries] // BLOCK, ends] = True
+        diagonal[at // BLOCK, self._own // BLOCK] = True
         full = full & _covered(queries, self.query_positions.device)[None, :, None]
         return BlockMask.from_kv_blocks(
             *_listed((some | diagonal) & ~full),
@@ -198,7 +207,7 @@ class Visibility:
         lowest = torch.iinfo(query.dtype).min
         oldest = torch.full_like(query, lowest) if sliding_window is None else query - sliding_window
         oldest = oldest if self.first_seen is None else torch.maximum(oldest, self.first_seen.flatten() - 1)
-        own = torch.arange(keys - queries, keys, dtype=torch.int64, device=device)
+        own = self._own.clone()
         heads_at = None
         if groups > 1:
             first_keys = torch.arange(0, groups * keys, keys, dtype=torch.int64, device=device)

@@ -132,6 +132,8 @@ class Prefill:
         self.retention = policy.retention(config, num_layers)
         self.limits = contract.limits_of(policy, config, self.retention, num_layers, self.lengths)
         self._device_limits: Tensor | None = None
+        if self._masks and self.device.type != "cpu":
+            self._upload()
 
     def needs(self, layer: int) -> bool:
         """Whether `observe` needs the queries of each row's window at this layer."""
@@ -185,7 +187,12 @@ class Prefill:
             return kept_entries(keep, self._reads.wanted(), self.rows)
         # What a second pass reads again is not known before the selection.
         keep, limits = self._wanted(layer, made, share, groups, key.shape[1]), self._limits(layer)
-        counts = [max(limits), min(limits)] if self.retention.exact else counts_of(keep).tolist()
+        if self.retention.exact:
+            counts = [max(limits), min(limits)]
+        elif self.rows.batch_rows is not None:  # `read_again` frees what is not valid in all layers, by one read
+            counts = [self.rows.width, 0]
+        else:
+            counts = counts_of(keep).tolist()
         return kept_entries(keep, counts, self.rows)
 
     def _wanted(self, layer: int, made: Tensor | None, share: Tensor | None, groups: int, heads: int) -> Tensor:
@@ -257,7 +264,7 @@ class Prefill:
         if kept is None and self.rows.total == sum(self.lengths):
             return None
         kept = torch.ones(self.rows.total, dtype=torch.bool, device=self.device) if kept is None else kept
-        firsts = on_device([self.tokens - n for n in self.lengths], self.device)
+        firsts = self.rows.numbers(self._firsts)
         real = torch.arange(self.tokens, dtype=torch.int64, device=self.device) >= firsts[:, None]
         return real & ~self._padded(kept)
 
@@ -326,16 +333,40 @@ class Prefill:
         if budgets is None or left is None:
             asking = self._of_rows(questions.kept(self.rows), undecided)
         else:
-            stages = range(len(budgets[0]))
-            limits = [[min(of_row[stage], n) for of_row, n in zip(budgets, self.lengths)] for stage in stages]
             cut = None if self.rows.kept is None else self._chosen >= 0
-            by_stage = [questions.kept(self.rows, limits[stage], stage < stages[-1], cut) for stage in stages]
+            by_stage = self._asking_by_stage(questions, budgets, cut)
             rows = self.rows.numbers(undecided)
-            asking = torch.stack(by_stage)[left.clamp(max=stages[-1]), rows]
+            asking = torch.stack(by_stage)[left.clamp(max=len(by_stage) - 1), rows]
         if self.rows.kept is None or not self._packs:
             return asking
         kept = self._of_rows(self._padded(self.rows.kept), undecided)[:, -self.rows.width :]
         return asking.gather(1, kept.to(torch.uint8).argsort(dim=-1, stable=True))
+
+    def _asking_by_stage(
+        self, questions: Questions, budgets: Sequence[Sequence[int]], cut: Tensor | None
+    ) -> list[Tensor]:
+        stages = range(len(budgets[0]))
+        limits = [[min(of_row[stage], n) for of_row, n in zip(budgets, self.lengths)] for stage in stages]
+        return [questions.kept(self.rows, limits[stage], stage < stages[-1], cut) for stage in stages]
+
+    def _upload(self) -> None:
+        """Lets everything be uploaded that layers need where tokens are masked out. A CUDA graph of them may hold no
+        upload: it would copy again, whenever it is replayed, from where the numbers were."""
+        for numbers in (self.lengths, self._firsts, list(self.selector.rows)):
+            self.rows.numbers(numbers)
+        if self.questions is None:
+            return
+        if self.selector.budgets is None or self.selector.stages_left is None:
+            self.questions.kept(self.rows)
+        else:
+            self._asking_by_stage(self.questions, self.selector.budgets, self._chosen >= 0)
+        if self._packs:
+            self.questions.set_scoring_tokens(self.rows.masked(None), self.rows.lengths_on_device)
+
+    @property
+    def _firsts(self) -> list[int]:
+        """Where each row's tokens begin in the padded batch."""
+        return [self.tokens - length for length in self.lengths]
 
     def _decides(self, layer: int) -> bool:
         return bool(self.selector.rows) and self.selector.needs(layer)

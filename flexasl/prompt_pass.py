@@ -63,6 +63,8 @@ class PromptPass(ForwardPass):
         self._unpacked = True
         self.rerun = rerun
         self._windows: dict[int, int] = {}
+        self._later: dict[tuple[Rows, int], Rows] = {}
+        """Of the tokens of layers, these after so many cached entries, the same at all layers."""
         self._clock = Clock(positions.device)
 
     def before_layer(self, layer: int, attention: FlexASLAttention | None, hidden: Tensor) -> tuple[Tensor, LayerStep]:
@@ -83,7 +85,7 @@ class PromptPass(ForwardPass):
         assert self.caches is not None
         cache = self.caches[layer]
         assert isinstance(cache, LayerCache) and cache.positions is not None
-        rows = rows.after(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
+        rows = self._after(cache, rows)
         rows = rows if firsts is None else rows.counted_from(firsts)
         step = LayerStep(attention, rows=rows, scored=scored, keys=cache.keys, values=cache.values)
         return hidden, self._lending(layer, step)
@@ -106,6 +108,7 @@ class PromptPass(ForwardPass):
                 self._forget(cache, layer, step.module.sliding_window)
         if tokens is not None:
             self._tables.clear()
+            self._later.clear()
         if self._unpacks and before.contiguous and not last:
             self._unpacked = True
             return self._unpack(hidden, before)
@@ -168,6 +171,17 @@ class PromptPass(ForwardPass):
             keys, values = compact_kv(keys, values, tokens[:, None].expand(-1, keys.shape[1], -1))
         positions = rows.positions[tokens] + self._past
         cache.append(keys, values, positions, real, self._tokens, aligned=rows.contiguous)
+
+    def _after(self, cache: LayerCache, rows: Rows) -> Rows:
+        """Tokens of a later turn after what a cache holds; made once, with their masks, where caches hold the same."""
+        assert cache.positions is not None
+        count = cache.positions.shape[-1]
+        known = self._later.get((rows, count)) if cache.is_aligned(count) else None
+        if known is None:
+            known = rows.after(cache.positions, still_valid(self._valid, cache.positions, cache.valid), self._past)
+            if cache.is_aligned(count):
+                self._later[rows, count] = known
+        return known
 
     def _forget(self, cache: LayerCache, layer: int, sliding_window: int | None) -> None:
         """Drops the entries that no later token can see through the sliding window."""

@@ -246,16 +246,38 @@ class Rows:
         return made
 
     def together(self) -> Visibility:
-        """Who sees whom among the tokens of all rows as one sequence [1, T]: nobody beyond the own row."""
+        """Who sees whom among the tokens of all rows as one sequence [1, T], over keys as `join` lays them out: nobody
+        beyond the own row."""
         if self._together is None:
-            rows = self.numbers(range(len(self.lengths)))
-            rows_of = rows.repeat_interleave(self.lengths_on_device, output_size=self.total)
-            first = rows_of[None] * APART
-            own = self.positions if self.firsts is None else self.positions - self.firsts[rows_of]
-            at, kept = own[None] + first, None if self.kept is None else self.kept[None]
-            last = None if self.last_seen is None else self.last_seen[None] + first
-            self._together = Visibility(at, at, kept, first_seen=first, last_seen=last, ahead=self.ahead)
+            numbers = self.numbers(range(len(self.lengths)))
+            rows = numbers.repeat_interleave(self.lengths_on_device, output_size=self.total)
+            own, first = self.positions if self.firsts is None else self.positions - self.firsts[rows], rows * APART
+            own, first = (own + first)[None], first[None]
+            further: Any = {"first_seen": first, "ahead": self.ahead}
+            if self.last_seen is not None:
+                further["last_seen"] = self.last_seen[None] + first
+            if self.past is None:
+                made = Visibility(own, own, None if self.kept is None else self.kept[None], **further)
+            else:
+                places = torch.arange(self.total, dtype=torch.int64, device=rows.device) + (rows + 1) * self.entries
+                at, valid = self._joined_view(numbers)
+                made = Visibility(own + self.past[2], at, valid, query_at=places, **further)
+            self._together = made
         return self._together
+
+    def _joined_view(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Positions, those of each row `APART` after the last one's, and validity of all keys as `join` lays them out:
+        [1, N] or [1, G, N]. numbers [B] int64: 0 to B - 1."""
+        found: list[list[Tensor]] = [[], []]
+        for part in self.parts:
+            at, valid = self.view(part)
+            first = numbers[part.first : part.first + part.number] * APART
+            at = at + first.view(-1, *[1] * (at.dim() - 1))
+            for states, kind in zip((at, valid), found):
+                if states is not None:
+                    kind.append(states.movedim(0, -2).flatten(-2)[None])
+        positions, marks = found
+        return torch.cat(positions, -1), torch.cat(marks, -1) if marks else None
 
     @property
     def entries(self) -> int:

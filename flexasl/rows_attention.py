@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flexasl.attention import FlexASLAttention, Scoring
 from flexasl.attention_spec import AttentionSpec
-from flexasl.kernels import attention_gradients, can_varlen, choose_for_rows, varlen_attention
+from flexasl.kernels import attention_gradients, can_varlen, choose_for_rows, flex, varlen_attention
 from flexasl.rows import EqualRows, Rows
 
 
@@ -62,9 +62,8 @@ def attend(
     spec = attention.spec
     how = choose_for_rows(
         spec,
-        query.is_cuda,
+        flex.is_fast(query),
         lengths=len(rows.parts),
-        past=rows.past is not None,
         varlen=lambda: rows.follow_order(spec) and can_varlen(spec, query, key, value, sinks),
     )
     if how == "varlen":

@@ -87,15 +87,16 @@ class Waits(list[Wait]):
 
 
 @contextmanager
-def counted() -> Iterator[Waits]:
-    """What waits inside."""
-    found, compiled = Waits(), flex._compiled
+def counted(triton: bool = True) -> Iterator[Waits]:
+    """What waits inside. triton: whether torch can compile kernels for the device."""
+    found, compiled, compiles_for = Waits(), flex._compiled, flex.compiles_for
     flex._compiled = lambda kind, dynamic: _flex  # type: ignore[assignment]
+    flex.compiles_for = lambda device: triton  # type: ignore[assignment]
     try:
         with _Ops(found), _Calls(found):
             yield found
     finally:
-        flex._compiled = compiled
+        flex._compiled, flex.compiles_for = compiled, compiles_for
 
 
 def away(states: Tensor) -> Tensor:

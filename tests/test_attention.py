@@ -19,6 +19,8 @@ from flexasl import (
     ops,
 )
 from flexasl.attention_spec import AttentionSpec
+from flexasl.compiling import require_compiler
+from flexasl.integrations.inputs import refuse_state
 from flexasl.kernels import eager, flex, sdpa, tiling
 from flexasl.ops import reference
 
@@ -395,3 +397,25 @@ def test_flex_on_a_gpu_is_one_graph_for_many_lengths(given, padded):
         visible = Visibility(at, at, at >= torch.tensor([[0], [140]], device="cuda")) if padded else None
         torch.testing.assert_close(module(*states, visible), exact(*states, visible), rtol=1e-2, atol=1e-3)
     assert counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_what_a_gpu_without_triton_lacks_is_said(monkeypatch):
+    device, model = torch.device("cuda"), torch.nn.Linear(2, 2).eval()
+    monkeypatch.setattr(flex, "compiles_for", lambda device: False)
+    with pytest.raises(UnsupportedError, match=r"^kernel='flex' needs Triton on cuda, and a GPU that Triton knows"):
+        refuse_state(model, "flex", device)
+    with pytest.raises(UnsupportedError, match=r"^compile=True needs Triton on cuda, .* or give compile=False$"):
+        require_compiler(device)
+    monkeypatch.setattr(flex, "compiles_for", lambda device: True)
+    refuse_state(model, "flex", device)
+    require_compiler(device)
+
+
+@pytest.mark.parametrize(("capability", "knows"), [((6, 1), False), ((7, 0), True), ((9, 0), True)])
+def test_which_gpus_torch_compiles_for(capability, knows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for triton in (True, False):
+        monkeypatch.setattr(flex, "TRITON", triton)
+        flex.compiles_for.cache_clear()
+        assert flex.compiles_for(torch.device("cuda")) == (knows and triton)
+    flex.compiles_for.cache_clear()

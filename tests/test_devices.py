@@ -315,16 +315,27 @@ def test_a_saved_cache_answers_on_another_device(family, tmp_path, gpu):
         torch.testing.assert_close(got.cpu(), want.cpu(), **CLOSE)
 
 
+DEFAULTS = {
+    "later turns": SMALL.replace(kv_budget=20, later_turns="prune"),
+    "mask": SMALL.replace(propagate="mask"),
+    "attention": SMALL.replace(kv_top_p=0.7),
+    "stages": STAGED,
+    "masked stages": STAGED.replace(propagate="mask"),
+}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("name", DEFAULTS)
 @featured
-@pytest.mark.parametrize("settings", [{"kv_budget": 20, "later_turns": "prune"}, {"propagate": "mask"}], ids=str)
-def test_the_default_device_changes_nothing(family, settings, device):
+def test_the_default_device_changes_nothing(family, name, asked, device):
     """A model on the device in a process whose default is the CPU, and the other way round."""
     cpu = torch.device("cpu")
     turn = prompts(40, seed=4)[0][None]
     for own, default in ((device, "cpu"), (device, device), (cpu, device)):
         model, batch, found = model_on(own, family), batch_on(own, prompts(90, 61)), []
         for place in ("cpu" if own == cpu else "meta", default):
-            with torch.device(place), flexasl.patch(model, SMALL.replace(**settings)) as patch:
+            question = (25, 36) if asked else None
+            with torch.device(place), flexasl.patch(model, DEFAULTS[name], question=question) as patch:
                 out = model(**batch, use_cache=True)
                 step = model(batch["input_ids"][:, :1], past_key_values=out.past_key_values)
                 one = model(batch["input_ids"][:1], use_cache=True)

@@ -148,7 +148,8 @@ token is not the same as masking it: a state is made of what was read, as if the
 `propagate="mask"` is refused, and the tests compare with a run of the deeper layers on the kept tokens alone. The
 self-test at patching does so too, on every second token.
 
-In half precision the self-test of such a model sees only what is grossly wrong: rounding goes on from token to token.
+In half precision the self-test of such a model sees only what is grossly wrong with all of four pairs of prompts:
+rounding goes on from token to token, and chooses other experts.
 
 In a batch such layers run row by row, so that each row is as alone; `compile=True` is refused, and so is a padded
 later turn of several rows. Kernels that keep rows of one sequence apart would not do. transformers hands `cu_seqlens`

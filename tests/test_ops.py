@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flexasl import ASLConfig, FlexASLAttention, ops
 from flexasl.attention_spec import AttentionSpec
-from flexasl.ops import cpu, reference
+from flexasl.ops import cpu, reference, scoring
 from flexasl.policies import ASL
 from flexasl.prefill import Prefill
 from flexasl.selectors.adaptive import variance_ratio
@@ -83,11 +83,17 @@ def some_controls(share, query):
     return int(share * (query.shape[2] - 1))
 
 
-@given(case=window_cases(), sunk=st.booleans(), kernel=st.sampled_from(sorted(KERNELS)), power=POWERS, share=SHARES)
-def test_window_mass_is_the_summed_softmax(case, sunk, kernel, power, share):
+TILES = st.sampled_from([1, 30, 2**23])
+
+
+@given(window_cases(), st.booleans(), st.sampled_from(sorted(KERNELS)), POWERS, SHARES, TILES)
+def test_window_mass_is_the_summed_softmax(case, sunk, kernel, power, share, tile):
     query, key, spec, valid, positions, query_at = case
     sinks, controls = torch.randn(query.shape[1]) if sunk else None, some_controls(share, query)
-    mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at, power, controls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "TILE", tile)
+        patch.setattr(scoring, "LOGITS", tile)
+        mass = KERNELS[kernel](query, key, *plainest(spec, valid, positions), sinks, query_at, power, controls)
     want = reference.window_mass(query, key, spec, valid, positions, sinks, query_at, power, controls)
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.double(), want, rtol=3e-5, atol=1e-6 if controls else 1e-12)
@@ -123,7 +129,7 @@ def test_powers_keep_what_is_not_a_number_and_drop_what_is_too_small(kernel, pow
     kernel_size=st.sampled_from([1, 3, 5, 7]),
     pooling=st.sampled_from(["avgpool", "maxpool", "phrase"]),
     sunk=st.booleans(),
-    tile=st.sampled_from([1, 30, 2**23]),
+    tile=TILES,
     power=POWERS,
     share=SHARES,
 )
@@ -590,3 +596,16 @@ def test_phrase_pooling_takes_a_run_of_tokens_and_goes_on_behind_it():
     assert weight > 0.99 and (scores > 0.01).nonzero()[:, 0].tolist() == list(range(25, 46))
     torch.testing.assert_close(scores[25:36], torch.full((11,), weight / 7), rtol=1e-6, atol=0)
     torch.testing.assert_close(scores[35:46], weight / 7 * 0.95 ** torch.arange(11), rtol=1e-6, atol=0)
+
+
+def test_logits_of_one_query_head_at_a_time_where_more_are_too_many(monkeypatch):
+    query, key, held = torch.randn(2, 8, 4, 16), torch.randn(2, 2, 40, 16), []
+    want, softmax = ops.window_mass._init_fn(query, key), torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda logits, dim: (held.append(logits.numel()), softmax(logits, dim))[1]
+    )
+    for most, tiles in ((2 * 4 * 40 * 4, 2), (2 * 4 * 40 * 3, 4), (1, 8)):
+        held.clear()
+        monkeypatch.setattr(scoring, "LOGITS", most)
+        torch.testing.assert_close(ops.window_mass._init_fn(query, key), want)
+        assert len(held) == tiles and max(held) <= max(most, 2 * 4 * 40)

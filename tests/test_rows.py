@@ -222,11 +222,70 @@ def test_rows_of_one_sequence_do_not_see_each_other(lengths, window, gaps, maske
             check_blocks(visible.block_mask(window), want, block)
 
 
+def after_a_past(lengths, entries, by_head=False, padded=False, seed=3, past=None):
+    """Rows of these lengths behind cached entries, with gaps between them."""
+    past, generator = past or 2 * entries, torch.Generator().manual_seed(seed)
+    shape = (len(lengths), GROUPS, entries) if by_head else (len(lengths), entries)
+    at = torch.rand(*shape[:-1], past, generator=generator).argsort(-1)[..., :entries].sort(-1).values
+    valid = torch.rand(shape, generator=generator) < 0.7 if padded else None
+    return Rows.left_padded(lengths, max(lengths), torch.device("cpu")).after(at, valid, past)
+
+
+@given(
+    lengths=lengths,
+    entries=st.integers(1, 9),
+    by_head=st.booleans(),
+    padded=st.booleans(),
+    window=st.sampled_from([None, 5]),
+    block=st.sampled_from([2, 4, 16]),
+)
+def test_rows_of_one_sequence_see_their_own_cached_entries_alone(lengths, entries, by_head, padded, window, block):
+    rows = after_a_past(lengths, entries, by_head, padded)
+    held, valid, past = rows.past
+    want = torch.zeros(1, GROUPS if by_head else 1, rows.total, rows.total + len(lengths) * entries, dtype=torch.bool)
+    for row, (start, length) in enumerate(zip(rows.starts, lengths)):
+        new = rows.positions[None, rows.of(row)] + past
+        joined = [held[row : row + 1], new.expand(GROUPS, -1)[None] if by_head else new]
+        at = torch.cat(joined, -1)
+        seen = None if valid is None else torch.cat([valid[row : row + 1], torch.ones_like(joined[1], dtype=bool)], -1)
+        first = start + row * entries
+        want[:, :, rows.of(row), first : first + entries + length] = Visibility(new, at, seen).dense(window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "BLOCK", block)
+        visible = rows.together()
+        assert visible is rows.together() and torch.equal(visible.dense(window), want)
+        assert torch.equal(visible.tile(slice(1, None), slice(2, None), window), want[:, :, 1:, 2:])
+        if rows.total > 1:
+            by_query_head = want.repeat_interleave(HEADS // want.shape[1], 1)
+            check_blocks(visible.block_mask(window, HEADS), by_query_head, block)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+def test_all_rows_at_once_after_cached_entries_are_each_of_them(kernel, by_head, window):
+    rows, (query, key, value) = after_a_past([300, 61, 33], 40, by_head, True), states(394)
+    held = torch.randn(2, 3, GROUPS, 40, DIM, dtype=torch.float64)
+    query, key, value = (one.float() for one in (query, rows.join(held[0], key), rows.join(held[1], value)))
+    want = attend(rows, FlexASLAttention(sliding_window=window, kernel="eager"), query, key, value)
+    module, calls = FlexASLAttention(sliding_window=window, kernel=kernel), []
+    if kernel == "flex":
+        module.register_forward_pre_hook(lambda *given: calls.append(1))
+        got = attend(rows, module, query, key, value)
+        assert len(calls) == 1
+    else:
+        got = module(query, key, value, rows.together())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_of_one_sequence_are_those_of_its_rows():
     rows = Rows.left_padded([512, 256, 1024], 1024, torch.device("cpu"))
     made = rows.together().block_mask()
     # Diagonals of 4, 2 and 8 blocks, and what is before each.
     assert (made.kv_num_blocks.sum(), made.full_kv_num_blocks.sum()) == (14, 6 + 1 + 28)
+    made = after_a_past([512, 256, 1024], 384).together().block_mask()
+    # The same, and the 3 blocks that are cached of each row before its 4, 2 and 8 blocks of queries.
+    assert (made.kv_num_blocks.sum(), made.full_kv_num_blocks.sum()) == (14, 35 + 3 * (4 + 2 + 8))
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -245,11 +304,11 @@ def test_compiled_flex_takes_all_rows_at_once(window, masked):
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("kernel", ["auto", "flex", "sdpa", "eager"])
 def test_how_rows_go_through_attention(kernel, cuda):
-    def chosen(spec, lengths=3, past=False, varlen=False):
-        return choose_for_rows(spec, cuda, lengths=lengths, past=past, varlen=lambda: varlen)
+    def chosen(spec, lengths=3, varlen=False):
+        return choose_for_rows(spec, cuda, lengths=lengths, varlen=lambda: varlen)
 
     spec = AttentionSpec(kernel=kernel)
-    assert chosen(spec, lengths=1) == chosen(spec, lengths=1, past=True) == "batch"
+    assert chosen(spec, lengths=1) == "batch"
     if kernel == "auto":
         assert chosen(spec, varlen=True) == "varlen"
     flexible = kernel == "flex" or (kernel == "auto" and cuda)
@@ -257,7 +316,6 @@ def test_how_rows_go_through_attention(kernel, cuda):
     specs += [] if kernel == "sdpa" else [AttentionSpec(kernel=kernel, softcap=3.0)]
     for one in specs:
         assert chosen(one) == ("flex" if flexible else "each")
-        assert chosen(one, past=True) == "each"
 
 
 def test_last_tokens_of_each_row():

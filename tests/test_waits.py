@@ -20,6 +20,10 @@ import flexasl
 from flexasl import Visibility, clock, kernels, rows_attention
 from flexasl.kernels import varlen
 from flexasl.numbers import FEW, SharedReads, on_device, read_together
+from flexasl.policies import choose
+from flexasl.policies.contract import resolved
+from flexasl.prefill import Prefill
+from flexasl.prompt_pass import PromptPass
 
 ENDS = 4
 """Reads once the layers have run, at most: what masks dropped, old entries, what the rule saw, what was kept."""
@@ -57,14 +61,14 @@ class Run:
         self.model = copy.deepcopy(model_of(depth, family, dtype))
         self.patch = None if config is None else flexasl.patch(self.model, config, policy, **how)
         move(self.model)
-        self.cache = None
+        self.cache, self.triton = None, True
 
     @torch.no_grad()
     def read(self, ids, mask=None):
         """Logits and waits of the next tokens."""
         given = {} if mask is None else {"attention_mask": away(mask)}
         ids = away(ids)
-        with counted() as waits:
+        with counted(self.triton) as waits:
             out = self.model(ids, past_key_values=self.cache, use_cache=True, **given)
         self.cache = out.past_key_values
         return here(out.logits), waits
@@ -72,6 +76,12 @@ class Run:
     def prompt(self, lengths):
         batch = left_padded(prompts(*lengths))
         self.mask = batch["attention_mask"] if len(set(lengths)) > 1 else None
+        return self.read(batch["input_ids"], self.mask)
+
+    def turn(self, lengths):
+        """A later turn of a padded batch, of unlike lengths."""
+        batch = left_padded(prompts(*lengths, seed=5))
+        self.mask = torch.cat([self.mask, batch["attention_mask"]], 1)
         return self.read(batch["input_ids"], self.mask)
 
     def more(self, rows, count=1):
@@ -173,23 +183,38 @@ def test_the_device_that_is_not_there_computes_what_the_cpu_does(name, rows):
     torch.testing.assert_close(after, step.logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+UNEVEN = (90, 20, 61, 21, 33, 22, 47, 90, 23, 44, 41, 24, 52, 19, 66, 18, 58, 17, 77, 16, 49, 15, 36)
+"""Lengths of which every other one is within the budget."""
+
+
+@pytest.mark.parametrize("lengths", [*ROWS.values(), UNEVEN], ids=len)
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("name", ["mask", "mask and stages"])
 @torch.no_grad()
-def test_between_begin_and_close_a_masked_prefill_can_be_captured_whole(name, rows):
+def test_between_begin_and_close_a_masked_prefill_can_be_captured_whole(name, asked, lengths):
     """A CUDA graph takes neither reads nor uploads; what the numbers are, the host learns at the end."""
     torch.manual_seed(0)
     decoder = move(plain.Decoder(layers=6).eval())
-    batch = left_padded(prompts(*ROWS[rows]))
+    batch = left_padded(prompts(*lengths))
     caches, tokens = [flexasl.LayerCache() for _ in decoder.blocks], away(batch["input_ids"])
+    policy = choose("asl")[0]
+    config = resolved(policy, SETTINGS[name], 6)
+    width, at = max(lengths), (1, 3, 4, 6, 7, 10, 12, 14)
+    asks = [torch.tensor([width - 1 - back for back in reversed(at) if back < length]) for length in lengths]
     with counted():
-        passing = flexasl.ForwardPass.begin(caches, away(batch["attention_mask"]), SETTINGS[name])
+        if asked:
+            where = {"tokens": width, "device": AWAY, "question": asks}
+            prefill = Prefill(policy, config, 6, lengths, **where)
+            passing = PromptPass(caches, prefill, torch.arange(width, device=AWAY).expand(len(lengths), -1))
+        else:
+            passing = flexasl.ForwardPass.begin(caches, away(batch["attention_mask"]), SETTINGS[name])
     with counted() as waits:
         decoder(tokens, passing)
     assert not waits, waits.told()
     with counted() as waits:
         report = passing.close()
-    assert 0 < waits.count("read") <= ENDS and all(row.kept_tokens == 24 for row in report.rows)
+    assert 0 < waits.count("read") <= ENDS
+    assert all(row.kept_tokens == min(24, row.prompt_tokens) for row in report.rows)
 
 
 # ---------------------------------------------------------------- new tokens
@@ -259,6 +284,56 @@ def test_prompts_of_different_lengths_are_one_call_of_varlen_attn_where_it_can(c
     run = Run(SMALL.replace(propagate="mask"), dtype=torch.bfloat16)
     run.prompt(ROWS[3])
     assert calls["varlen"] == 5 + 2 and calls["flex"] == LAYERS - 2, "from layer 2 on tokens may be masked out"
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["variance", "stages", "kv_budget", "kv_top_p"])
+@torch.no_grad()
+def test_rows_of_a_later_turn_are_one_call_a_layer_and_what_each_call_gave(name, family, calls):
+    """Behind caches of unequal lengths, by KV head where a budget keeps entries."""
+    config, turn = SETTINGS[name].replace(later_turns="prune"), (70, 41, 55)
+    run = Run(config, family=family)
+    run.prompt(ROWS[3])
+    alike = sum(cache.is_aligned(cache.positions.shape[-1]) for cache in run.cache.layers)
+    calls.update(flex=0, attend=0, blocks=0)
+    logits, waits = run.turn(turn)
+    check_prefill(waits, run.patch, 3)
+    assert calls["attend"] == LAYERS
+    # Masks are made once for the layers whose caches hold the same, and once more where tokens were dropped.
+    cuts = {one.layer for row in run.patch.report.rows for one in row.selections if one.layer < alike}
+    assert 0 < calls["blocks"] <= LAYERS - alike + 1 + len(cuts)
+    assert alike > 2 or "kv" in name
+    model, batches = copy.deepcopy(model_of(family=family)), [ROWS[3], turn]
+    batches = [left_padded(prompts(*lengths, seed=seed)) for lengths, seed in zip(batches, (0, 5))]
+    with flexasl.patch(model, config) as patch:
+        cache = model(**batches[0], use_cache=True).past_key_values
+        calls.update(attend=0)
+        mask = torch.cat([one["attention_mask"] for one in batches], 1)
+        want = model(batches[1]["input_ids"], attention_mask=mask, past_key_values=cache).logits
+        assert calls["attend"] > LAYERS, "on a CPU row by row"
+    assert [row.kept_positions for row in run.patch.report.rows] == [row.kept_positions for row in patch.report.rows]
+    assert run.patch.report.kv_tokens == patch.report.kv_tokens
+    torch.testing.assert_close(logits, want, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_without_triton_rows_go_one_by_one_as_on_a_cpu(family, calls):
+    found = []
+    for triton in (True, False):
+        run = Run(SETTINGS["kv_budget"], family=family)
+        run.triton = triton
+        calls.update(flex=0, attend=0)
+        logits = run.prompt(ROWS[3])[0], run.more(3)[0]
+        assert bool(calls["flex"]) == triton and (calls["attend"] == 2 * LAYERS) == triton
+        found.append((run.patch.report.rows, *logits))
+    (rows, *logits), (same, *others) = found
+    assert [row.kept_positions for row in rows] == [row.kept_positions for row in same]
+    torch.testing.assert_close(others, logits, rtol=0, atol=1e-4, equal_nan=True)
+    with pytest.raises(flexasl.UnsupportedError, match="kernel='flex' needs Triton on meta, and a GPU"):
+        run = Run(SETTINGS["variance"], kernel="sdpa")
+        states, run.triton = away(torch.randn(1, 2, 9, 16)), False
+        with counted(triton=False):
+            flexasl.FlexASLAttention(kernel="flex")(states, states, states)
 
 
 @pytest.mark.parametrize("name", ["variance", "kv_budget", "kv_top_p"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexasl.errors import UnsupportedError
+from flexasl.kernels import flex
 
 
 def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "patch it before") -> None:
@@ -20,6 +21,8 @@ def refuse_state(model: Any, kernel: str, device: torch.device, instead: str = "
         raise UnsupportedError(f"{kind} is in training mode; call model.eval() first")
     if kernel == "flex" and device.type == "cpu":
         raise UnsupportedError("kernel='flex' would compile a graph for every new token on cpu; give kernel='auto'")
+    if kernel == "flex" and device.type == "cuda":
+        flex.require_triton(device)
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedError(f"{kind} is compiled already (its compile() was called); {instead}")
 

@@ -67,6 +67,8 @@ def choose(
 ) -> Name:
     """The kernel that will run. `"auto"` goes by this table; `bench/attention.py` measures it, on CPU so far:
 
+    CUDA is a GPU that torch compiles kernels for, with Triton; others are as CPU.
+
     ================================  ==================  =====
     what is asked for                 CPU                 CUDA
     ================================  ==================  =====
@@ -85,13 +87,13 @@ def choose(
         )
     unequal = visible is not None and visible.key_valid is not None
     masked = visible is not None or spec.needs_positions(key.shape[2])
-    chosen = fastest(spec, query.is_cuda, unequal if query.shape[2] == 1 else masked, sinks is not None)
+    chosen = fastest(spec, flex.is_fast(query), unequal if query.shape[2] == 1 else masked, sinks is not None)
     return "eager" if chosen == "flex" and isinstance(visible, FixedMask) else chosen
 
 
 def fastest(spec: AttentionSpec, cuda: bool, masked: bool, sinks: bool = False) -> Name:
-    """`choose` by its table alone; masked: whether several queries have a mask beyond causal order, or one query rows
-    of unequal length."""
+    """`choose` by its table alone; cuda: whether its last column counts; masked: whether several queries have a mask
+    beyond causal order, or one query rows of unequal length."""
     if spec.kernel != "auto":
         return spec.kernel
     featured = sinks or not spec.is_plain
@@ -101,7 +103,7 @@ def fastest(spec: AttentionSpec, cuda: bool, masked: bool, sinks: bool = False) 
 
 
 def choose_for_rows(
-    spec: AttentionSpec, cuda: bool, *, lengths: int, past: bool, varlen: Callable[[], bool]
+    spec: AttentionSpec, cuda: bool, *, lengths: int, varlen: Callable[[], bool]
 ) -> Literal["batch", "varlen", "flex", "each"]:
     """How prompts of so many lengths, one after another in one sequence, go through attention:
 
@@ -111,7 +113,8 @@ def choose_for_rows(
     all of one length                                      batch   batch
     causal order and sliding window, where `varlen` can    each    varlen
     any other mask, soft-cap, sinks, float32               each    flex
-    after cached entries, or `kernel="sdpa"`, `"eager"`    each    each
+    after cached entries                                   each    flex
+    `kernel="sdpa"`, `"eager"`                             each    each
     =====================================================  ======  ==================
 
     batch: one call, of the kernel that `choose` names. varlen: one call of `varlen_attn`. flex: one of flex_attention,
@@ -121,6 +124,4 @@ def choose_for_rows(
         return "batch"
     if varlen():
         return "varlen"
-    if past or spec.kernel not in ("auto", "flex"):
-        return "each"
-    return "flex" if cuda or spec.kernel == "flex" else "each"
+    return "flex" if spec.kernel == "flex" or (cuda and spec.kernel == "auto") else "each"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import types
 from collections.abc import Hashable
 from typing import Any
@@ -15,6 +16,9 @@ from flexasl.attention_spec import AttentionSpec
 from flexasl.errors import UnsupportedError
 from flexasl.masks import BLOCK, Visibility
 
+TRITON = importlib.util.find_spec("triton") is not None
+"""Whether there is what torch compiles kernels of a GPU with."""
+
 
 def attend(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, visible: Visibility | None, sinks: Tensor | None
@@ -26,6 +30,7 @@ def attend(
         visible = Visibility.last(queries, keys, query.device)
     settings = spec.flex(visible, query.shape[1], query.shape[3])
     if query.is_cuda:
+        require_triton(query.device)
         if queries > 1:
             # For fewer than 128 queries torch would take its decoding kernel, which has no tile for more than 128 rows
             # of queries times heads: NoValidChoicesError in torch 2.11 to 2.13.
@@ -44,6 +49,27 @@ def attend(
         return run(query, key, value, **settings, enable_gqa=True)
     out, logsumexp = run(query, key, value, **settings, enable_gqa=True, return_lse=True)
     return (out * (logsumexp - sinks[:, None].to(logsumexp)).sigmoid()[..., None]).to(query.dtype)
+
+
+def is_fast(states: Tensor) -> bool:
+    """Whether it is compiled where these are, for any length."""
+    # What a compiler is at work on runs where that compiles for.
+    return states.is_cuda and (torch.compiler.is_compiling() or compiles_for(states.device))
+
+
+@functools.lru_cache(maxsize=8)
+def compiles_for(device: torch.device) -> bool:
+    """Whether torch compiles kernels for this GPU: Triton is there, which knows NVIDIA's from Volta on."""
+    return TRITON and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0))
+
+
+def require_triton(device: torch.device) -> None:
+    """Raises `UnsupportedError` where this GPU is none that torch compiles kernels for."""
+    if not torch.compiler.is_compiling() and not compiles_for(device):
+        raise UnsupportedError(
+            f"kernel='flex' needs Triton on {device.type}, and a GPU that Triton knows; install it, or give "
+            "kernel='auto'"
+        )
 
 
 def _kind(

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from flexasl.attention_spec import AttentionSpec
 
+LOGITS = 2**27
+"""Logits held at once, 512 MiB in float32, unless one query head alone has more."""
 LEAST = 1e-36
 """Powers of weights below it count as 0."""
 PHRASE, FADING = 7, 0.95
@@ -112,8 +114,8 @@ def window_mass(
     """Each key's attention from each query head, summed over the scoring queries.
 
     Weights are raised to `power`, or the highest is taken with infinity; what a key gets from controls is subtracted.
-    Weights whose power would be below 1e-36 count as 0. KV heads are never expanded, and the logits of one at a time
-    are held.
+    Weights whose power would be below 1e-36 count as 0. KV heads are never expanded, and at most `LOGITS` logits of one
+    are held, or those of one of its query heads.
 
     Args:
         query: As for `window_scores`, like all other arguments.
@@ -124,15 +126,17 @@ def window_mass(
     rule, groups = AttentionSpec.from_text(spec), key.shape[1]
     mask = window_mask(query, key, rule, valid, positions, query_at)
     scaled, mass = query.float() * rule.factor(query.shape[3]), []
+    most = max(1, LOGITS // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
     for group, queries in enumerate(scaled.chunk(groups, 1)):
-        products = queries.flatten(1, 2) @ key[:, group].float().mT
-        logits = rule.logits(products.unflatten(1, queries.shape[1:3]), mask)
-        weights = logits.softmax(-1)
-        if sinks is not None:
-            own = sinks.float().chunk(groups)[group][:, None]
-            weights *= (logits.logsumexp(-1) - own).sigmoid()[..., None]
-        weights = powers_of(without_padding(weights, valid, query_at), power)
-        mass.append(of_queries(weights, power, controls, giving(valid, query_at, query.shape[2])))
+        keys, own = key[:, group].float().mT, None if sinks is None else sinks.float().chunk(groups)[group].split(most)
+        for tile, some in enumerate(queries.split(most, 1)):
+            products = some.flatten(1, 2) @ keys
+            logits = rule.logits(products.unflatten(1, some.shape[1:3]), mask)
+            weights = logits.softmax(-1)
+            if own is not None:
+                weights *= (logits.logsumexp(-1) - own[tile][:, None]).sigmoid()[..., None]
+            weights = powers_of(without_padding(weights, valid, query_at), power)
+            mass.append(of_queries(weights, power, controls, giving(valid, query_at, query.shape[2])))
     return torch.cat(mass, 1)
 
 
@@ -157,10 +161,13 @@ def window_mask(
     query: Tensor, key: Tensor, rule: AttentionSpec, valid: Tensor | None, positions: Tensor | None, at: Tensor | None
 ) -> Tensor:
     """What the scoring queries, which are those of the keys `at`, see of all keys, bool [B or 1, 1, W, N]; or of the
-    last ones, [1, 1, W, W], where they see all before these."""
+    last ones, where they see all before these."""
     window, tokens = query.shape[2], key.shape[2]
-    if at is None and valid is None and not rule.needs_positions(tokens if positions is None else None):
-        return torch.ones(1, 1, window, window, dtype=torch.bool, device=key.device).tril()
+    if valid is None and not rule.needs_positions(tokens if positions is None else None):
+        if at is None:
+            return torch.ones(1, 1, window, window, dtype=torch.bool, device=key.device).tril()
+        if at.is_cpu:  # elsewhere the host would wait for it
+            return (torch.arange(int(at.min()), tokens, dtype=torch.int64, device="cpu") <= at[..., None])[:, None]
     index = torch.arange(tokens, dtype=torch.int64, device=key.device)[None]
     at = index[:, tokens - window :] if at is None else at
     positions = index if positions is None else positions
@@ -197,11 +204,14 @@ def pool(mass: Tensor, kernel_size: int, pooling: str) -> Tensor:
 
 
 def _forward(scores: Tensor, reach: int) -> Tensor:
-    """The highest of each token's score and those of so many tokens before it, each of which has faded on its way."""
-    covered = 0
-    while covered < reach:
+    """The highest of each token's score and those of so many tokens before it, each of which has faded on its way;
+    written over the scores."""
+    covered, room = 0, torch.empty_like(scores)
+    while covered < min(reach, scores.shape[-1] - 1):
         step = min(covered + 1, reach - covered)
-        scores = torch.maximum(scores, F.pad(scores, (step, 0))[..., : scores.shape[-1]] * FADING**step)
+        later, faded = scores[..., step:], room[..., step:]
+        torch.mul(scores[..., : later.shape[-1]], FADING**step, out=faded)
+        torch.maximum(later, faded, out=later)
         covered += step
     return scores
 

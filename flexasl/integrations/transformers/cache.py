@@ -5,6 +5,7 @@ Shapes: B batch, M new tokens, S positions of the sequence so far.
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -173,7 +174,8 @@ class PrunedCache(DynamicCache):
         """The rows of several caches that have read prompts of one length, as a batch to decode, with room for `slack`
         new tokens. Each was filled by one prefill of the model, patched or not."""
         made = cls()
-        layers = zip(*(cache.layers for cache in caches), strict=True)
+        # In older transformers a cache of its own has no layers for the last ones, which use earlier ones' entries.
+        layers = itertools.zip_longest(*(cache.layers for cache in caches), fillvalue=PassiveLayer())
         made.begin([_stacked([_ours(layer) for layer in rows], slack) for rows in layers])
         for layer in made.layers:
             layer.seen = made.entries.seen
