@@ -77,7 +77,7 @@ bench-quantized: $(INSTALLED)
 	$(BIN)/python bench/quantized.py --out docs/benchmarks/quantized
 
 # The tests of a GPU, then docs/benchmarks/gpu.md, in under ten minutes, with the Python of a GPU image: torch,
-# transformers, pytest, hypothesis, safetensors, rich and matplotlib. Run again, it goes on where it stopped.
+# transformers, pytest, hypothesis, safetensors, rich and matplotlib. Run again, it continues where it stopped.
 gpu:
 	@PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu.py --tests --out docs/benchmarks/gpu
 

@@ -20,7 +20,7 @@ class CustomMetadataHook(MetadataHookInterface):
 
 def without_relative_links(markdown: str) -> str:
     """Links to files of the repository become their text, with the file's name where the text is another; those to
-    places on the same page become their text alone."""
+    places on the same page become their text alone. Pictures become a line that names the file."""
 
     def plain(link: re.Match[str]) -> str:
         text, path = link.groups()
@@ -28,4 +28,5 @@ def without_relative_links(markdown: str) -> str:
             return text
         return f"`{path}`" if path.startswith(text) else f"{text} (`{path}`)"
 
+    markdown = re.sub(r"!\[([^\]]*)\]\((?!https?:)([^)]+)\)", r"Picture (`\2`): \1", markdown)
     return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)#]*)[^)]*\)", plain, markdown)

@@ -87,7 +87,7 @@ def _clocks(pairs: list[tuple[Seconds, Seconds]]) -> list[tuple[list[float], lis
 
 
 def _same(model: Any, prompts: list[torch.Tensor], batch: dict[str, torch.Tensor], count: int) -> int:
-    """Rows that go on alone as they do in the batch."""
+    """Rows whose answers alone are those in the batch."""
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     many = model.generate(**batch, **settings)[:, -count:]
     alone = [model.generate(ids[None], **settings)[0, -count:] for ids in prompts]

@@ -75,7 +75,7 @@ def picture_of_stages(report: flexasl.Report) -> Figure:
         axes.plot(layers, asked, "--", color=color, label=f"{name} threshold")
     for height, made, color in zip((0.97, 0.88), row.selections, (QUESTION, FACT), strict=True):
         axes.axvline(made.layer, color=color, linewidth=1)
-        axes.annotate(f" {made.kept_tokens} tokens go on", (made.layer, height), color=color, va="top")
+        axes.annotate(f" {made.kept_tokens} tokens kept", (made.layer, height), color=color, va="top")
     axes.set(xlabel="layer", ylabel="share of attention", xlim=(0, report.num_layers), ylim=(0, 1))
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=10)
     return figure

@@ -6,8 +6,8 @@ the layers leave, and for a new token the time in which the GPU reads weights an
 which the host stops until the device has caught up; where they happen is in the JSON. Scoring and decision are timed in
 a run of their own.
 
-Results are written after each round. The same command goes on where it stopped, on the same card, versions and commit,
-and no round begins after `--seconds`. `--tests` runs the tests of a GPU first. Without a GPU nothing is done.
+Results are written after each round. The same command continues where it stopped, on the same card, versions and
+commit, and no round begins after `--seconds`. `--tests` runs the tests of a GPU first. Without a GPU nothing is done.
 
 New tokens run eagerly, compiled, and as a CUDA graph of the compiled step, which is replayed at one length. cuDNN's
 attention is left out there, which torch prefers on some GPUs: it plans anew for every length, which takes 45 ms of an
@@ -411,7 +411,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager new tokens alone")
     parser.add_argument("--tests", action="store_true", help="run the tests of a GPU first")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU too: whether it runs at all")
-    parser.add_argument("--out", type=Path, help="where to write the table, without ending, and where to go on")
+    parser.add_argument("--out", type=Path, help="where to write the table, without ending, and where to continue from")
     args = parser.parse_args()
     if args.quick:
         args.models, args.tokens, args.batches, args.select_tokens = ["tiny"], [256, 512], [1, 2], 64

@@ -10,7 +10,7 @@ from setting import table, write
 
 EARLY = "⅛ to a half, ⅓"
 LATE = "¼ to a half, ½"
-"""Two cuts: how much of the depth comes before each, and what goes on from the first."""
+"""Two cuts: how much of the depth comes before each, and what the first keeps."""
 GOALS = [("prefill", LATE, 1 / 2.2), ("prefill", EARLY, 1 / 3.5), ("prefill", "keep all", 1.01)]
 """What time as a share of the unpatched model's is to be at most, for the longest prompt."""
 SCORING, DECODE = 0.01, 1.3

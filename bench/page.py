@@ -62,14 +62,20 @@ def results_page(cells: Cells, times: Times) -> str:
     """The page of all results."""
     parts = [
         "# Results",
-        "Made of the answers in [grid](grid) by `python bench/grid.py page`. Greedy answers to prompts that no setting "
-        "was chosen on. Scores are means over tasks, with 95 % bootstrap intervals by prompt; behind each stands the "
-        "counted cost of the prefill, as a share of the full one. Every method runs at its paper's settings, scaled to "
-        "the model's depth, with our pooling (`kernel_size=17`, `phrase`), and with our ranking (the question's "
-        "queries, their highest weights less what the same head gives the text before it, and our pooling). FlexASL "
-        "is [the default rule](../defaults.md); results of the former one are [here](variance.md). SnapKV and "
-        "StreamingLLM here keep the entries, and give the answers, that [kvpress's own code](../benchmarks/peers.md) "
-        "does. Summaries and code, by likelihood: [here](../benchmarks/likelihood-smollm2.md).",
+        "Scores of every method at its counted cost, on prompts that no setting was chosen on. `python bench/grid.py "
+        "page` makes this page from the answers in [grid](grid).",
+        "- Answers are greedy. A score is a mean over tasks, with a 95 % bootstrap interval over prompts.\n"
+        '- A cell reads "score [interval] at cost". The cost is the counted operations of the prefill, as a share of '
+        "the full prefill.\n"
+        "- **Its paper's settings**: those of the method's paper, scaled to the model's depth.\n"
+        '- **With our pooling**: the same with `kernel_size=17`, `pooling="phrase"`.\n'
+        "- **With our ranking**: the same with our pooling, and with scores by the question's queries: their highest "
+        "weights, less what the same head gives from the text before the question.\n"
+        "- **FlexASL** is [the default rule](../defaults.md). [Rank variance](variance.md) has results of the former "
+        "rule.\n"
+        "- SnapKV and StreamingLLM keep the same entries, and give the same answers, as [kvpress's own "
+        "code](../benchmarks/peers.md).\n"
+        "- [Likelihoods](../benchmarks/likelihood-smollm2.md) of summaries and code are on a page of their own.",
         "![Accuracy against the cost of the prefill](grid.png)",
     ]
     models = by_model(cells)
@@ -79,7 +85,7 @@ def results_page(cells: Cells, times: Times) -> str:
         own = {name: times[name] for name, (_, told, _) in cells.items() if name in times and _model(told) == model}
         parts += [*_model_part(model, kinds), *_times_part(kinds, own)]
     if picture_of_endings(models) is not None:
-        parts.append("![What text behind the question does to each method](behind.png)")
+        parts.append("![The effect of text after the question on each method](behind.png)")
     parts += ["## Commands", *(_command(name, cell, told) for name, (cell, told, _) in cells.items())]
     return "\n\n".join(parts) + "\n"
 
@@ -127,7 +133,7 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
     parts.append(f"Prompts: {counted}.")
     if lost:
         named = ", ".join(f"`{task}` ({mean:.2f})" for task, mean in lost.items())
-        parts.append(f"Beyond this model, whose full cache scores under {FLOOR}, and left out of means: {named}.")
+        parts.append(f"Too hard for this model (its full cache scores under {FLOOR}), and left out of means: {named}.")
     names = dict.fromkeys(row.title if row.method.ours else row.name for row in reached)
     lines = []
     for name in names:
@@ -142,7 +148,9 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
     for name, tasks in groups.items():
         found += [f"{name}: {one}" for one in better([row.of(tasks) for row in reached])]
     told = "; ".join(found) if found else "none, over all groups and in each"
-    parts.append(f"Better than FlexASL's default at no greater cost, beyond the interval of the difference: {told}.")
+    parts.append(
+        f"Better than FlexASL's default at no greater cost (the interval of the difference excludes 0): {told}."
+    )
     shown = [row for row in rows if row.kind == "ranking" or row.method.ours or row.method.begins == FULL]
     lines = [
         [
@@ -157,7 +165,7 @@ def _model_part(model: str, kinds: dict[str, list[Record]]) -> list[str]:
     parts += ["By group, with our ranking:", table(["method", *groups], lines)]
     if "rules" in kinds and "paper" in kinds:
         parts += _rules_part(kinds)
-    parts += _columns_part("By what stands behind the question, all ranked by it", kinds, BEHIND)
+    parts += _columns_part("By the text after the question, all ranked by the question", kinds, BEHIND)
     parts += _columns_part("By length of the prompt, all ranked by the question", kinds, LENGTHS)
     return parts + (_columns_part("Reading comprehension, ranked by the question", kinds, SQUAD, least=1))
 
@@ -201,14 +209,14 @@ def _columns_part(title: str, kinds: Mapping[str, list[Record]], names: Mapping[
 
 
 def _rules_part(kinds: dict[str, list[Record]]) -> list[str]:
-    """What some 60 tokens of rules behind the question do."""
+    """The effect of some 60 tokens of rules after the question."""
     with_rules = rows_of({"paper": kinds["rules"]})
     tasks = {record["task"] for record in kinds["rules"]}
     usual = {row.name: row.of(tasks) for row in rows_of({"paper": kinds["paper"]})}
     lines = [[row.name, usual[row.name].told() if row.name in usual else "–", row.told()] for row in with_rules]
-    heads = ["method", "the question last, the answer begun", "60 tokens of rules behind it"]
+    heads = ["method", "the question last, the answer begun", "60 tokens of rules after it"]
     return [
-        "With 60 tokens of rules behind the question, each method ranking as in its paper, on five tasks:",
+        "With 60 tokens of rules after the question, each method ranking as in its paper, on five tasks:",
         table(heads, lines),
     ]
 

@@ -57,7 +57,7 @@ def main() -> None:
     name = "SmolLM2-135M-Instruct" if args.model is None else args.model.name
     body = (
         f"{name}: {len(recordings)} prompts, {args.samples} of each task, of {args.tokens[0]:,} tokens, half of them "
-        f"with rules behind the question; seed {args.seed}, select_tokens={args.select_tokens}. Share of prompts of "
+        f"with rules after the question; seed {args.seed}, select_tokens={args.select_tokens}. Share of prompts of "
         "which the selection of the default rule holds nine tenths of the tokens of the sentences that answer, the "
         "mean over tasks, and the counted cost of the prefill.\n\n" + table(["pool", *TASKS, "mean", "cost"], rows)
     )

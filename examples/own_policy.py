@@ -16,7 +16,7 @@ class Halving(policies.Policy):
 
     def selector(self, config, prompts):
         def plan(prompt_tokens: int) -> dict[int, int]:
-            """How many tokens go on, by layer."""
+            """How many tokens are kept, by layer."""
             budget = config.token_budget(prompt_tokens)
             return {prompts.num_layers // 4: max(prompt_tokens // 2, budget), prompts.num_layers // 2: budget}
 

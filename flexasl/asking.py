@@ -39,7 +39,7 @@ class Asked:
     def __init__(
         self, question: Sequence[int], tokens: int, budget: int, window: int, past: int = 0, contrast: bool = False
     ) -> None:
-        """question is ascending; tokens are the prompt's, which past ones stand before; budget is what goes on of it,
+        """question is ascending; tokens are the prompt's, which past ones stand before; budget is what is kept of it,
         window included."""
         others = [tokens - len(question) - (at - place) for place, at in enumerate(question)]
         most = min(budget, (past + tokens) // 3)

@@ -42,13 +42,15 @@ class Scoring:
 
     def __post_init__(self) -> None:
         if not isinstance(self.window, int) or self.window < 1:
-            raise ConfigError(f"window={self.window!r} is no number of queries; give an int of at least 1")
+            raise ConfigError(f"window={self.window!r} is not a number of queries; give an int of at least 1")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size={self.kernel_size!r} is no odd number of tokens; give 1, 3, 5, ...")
+            raise ConfigError(f"kernel_size={self.kernel_size!r} is not an odd number of tokens; give 1, 3, 5, ...")
         if self.pooling not in ("avgpool", "maxpool", "phrase"):
             raise ConfigError(f"pooling={self.pooling!r} is not known; give 'avgpool', 'maxpool' or 'phrase'")
         if not isinstance(self.power, (int, float)) or not self.power >= 1:
-            raise ConfigError(f"power={self.power!r} is no power of weights; give a number of at least 1, or infinity")
+            raise ConfigError(
+                f"power={self.power!r} is not a power of weights; give a number of at least 1, or infinity"
+            )
 
 
 class FlexASLAttention(nn.Module):
@@ -56,8 +58,8 @@ class FlexASLAttention(nn.Module):
 
     Args:
         scale: Factor of the logits. None: D ** -0.5.
-        sliding_window: Positions that a query sees, its own included. None: all before it.
-        chunked: Whether a query sees only those in its own chunk of `sliding_window` positions, counted from 0.
+        sliding_window: Positions that a query attends to, its own included. None: all up to its own.
+        chunked: Whether a query attends only to its own chunk of `sliding_window` positions, counted from 0.
         softcap: Bound of the logits, softcap * tanh(logits / softcap). None: none.
         alibi: A slope for each query head of a bias by distance, ALiBi: the slope times the key's position is added to
             the logits. None: none.
@@ -67,7 +69,7 @@ class FlexASLAttention(nn.Module):
 
     Raises:
         ConfigError: A setting has a value that it cannot have.
-        UnsupportedError: The kernel that was asked for cannot compute what the other settings ask for.
+        UnsupportedError: The given kernel cannot compute what the other settings need.
 
     Examples:
         >>> attention = flexasl.FlexASLAttention(sliding_window=4096)
@@ -126,7 +128,7 @@ class FlexASLAttention(nn.Module):
             query: [B, H, M, D] of a float dtype, rotary applied; the queries are those of the last M keys.
             key: [B, G, N, D] of the same dtype, rotary applied; KV heads are not expanded.
             value: [B, G, N, E] of the same dtype.
-            visible: Who sees whom. None: there is neither padding nor a gap.
+            visible: Which query attends to which key. None: there is neither padding nor a gap.
             sinks: [H] logits of a key that is not a token and takes its share of each query's attention. None: no such
                 key.
             scoring: Which window scores to return as well. None: none.

@@ -103,7 +103,7 @@ def amount(name: str, value: Any, least: int, why: str = "is too small") -> int 
     if not isinstance(value, numbers.Integral):
         share = float(value)
         if not 0 < share <= 1:
-            raise ConfigError(f"{name}={value} is no share of the prompt; give a float in (0, 1] or an int")
+            raise ConfigError(f"{name}={value} is not a share of the prompt; give a float in (0, 1] or an int")
         return share
     count = int(value)
     if count < least:

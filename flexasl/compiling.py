@@ -24,7 +24,7 @@ Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 def compile_region(function: Callable[..., Any], backend: Backend | None = None) -> Callable[..., Any]:
     """`function`, whose first argument is a module, as one graph for all lengths and for all modules alike.
 
-    Raises `FlexASLError` where it cannot be one graph, or is compiled too often: it never runs uncompiled in silence.
+    Raises `FlexASLError` where it cannot be one graph, or is compiled too often: nothing runs uncompiled instead.
     It gives no gradients: a backward pass through what it returns raises `UnsupportedError`.
     """
     from torch._dynamo import config

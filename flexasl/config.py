@@ -44,11 +44,11 @@ KV_DTYPES = ("int8", "fp8")
 LOOKUP_TAUS: dict[str, tuple[float, float]] = {"phrase": (0.2, 0.4), "maxpool": (0.5, 0.95), "avgpool": (0.5, 0.95)}
 """By pooling, scores that count as a look-up, for the final selection and for a loose one."""
 LOOSER = 1.5
-"""The least that goes on from a loose selection of a share of the prompt, as a multiple of the final budget."""
+"""The least that a loose selection of a share of the prompt keeps, as a multiple of the final budget."""
 UNASKED_TOKENS = 0.5
-"""The least that goes on from a loose selection where no question is known, as a share of the prompt."""
+"""The least that a loose selection keeps where no question is known, as a share of the prompt."""
 STAGE_TOKENS = 0.3
-"""What goes on from a loose selection, as a share of the prompt."""
+"""What a loose selection keeps, as a share of the prompt."""
 LONE_STAGE_TOKENS = 0.5
 """The same, where its range has one layer that ranks."""
 PAPER_RULE: dict[str, Any] = {
@@ -87,18 +87,19 @@ class ASLConfig:
         kv_dtype: How caches store keys and values: in eight bits, with a float16 scale for each entry and head, or
             None, as the model makes them. The prompt is read and pruned with the model's own values either way. Needs
             torchao.
-        settled_by: What ends the wait for the final selection. `"lookup"`: a token far from the question scores at
-            least `tau`, which falls by 15 percent with every further layer. `"variance"`, as in the paper: the
-            variance of ranks over `observe_layers` falls below `tau` of a reference. None: `"variance"` where
+        settled_by: What starts the final selection. `"lookup"`: a token far from the question scores at least `tau`,
+            which falls by 15 percent with every further layer. `"variance"`, as in the paper: the variance of ranks
+            over `observe_layers` falls below `tau` of a reference. None: `"variance"` where
             `variance_reference` or `observe_layers` is given, else `"lookup"`.
         tau: Threshold of `settled_by`, in (0, 1]. None: 0.2 for look-ups, or 0.5 with another pooling than `"phrase"`,
-            counted from a third of the layers, so that it is lower where the first layer that sees the whole prompt
-            comes later; for the variance 0.3 with the `"initial"` reference, as in the paper, and 0.05 with `"peak"`.
+            counted from a third of the layers, so that it is lower where the first layer that attends to the whole
+            prompt comes later; for the variance 0.3 with the `"initial"` reference, as in the paper, and 0.05 with
+            `"peak"`.
         stages: Loose selections before the final one, see `Stage`; also as texts such as `"0.5@5-9"`. None: with
-            `"lookup"`, one that keeps three tenths of the tokens, or half where only one layer of its range sees the
-            whole prompt; with `"variance"`, which takes no stages, none.
-        min_layer: First layer at which the final selection can happen. None: a third of the layers; with `"variance"`
-            and the `"peak"` reference three eighths; at least `observe_layers - 1`.
+            `"lookup"`, one that keeps three tenths of the tokens, or half where only one layer of its range attends to
+            the whole prompt; with `"variance"`, which takes no stages, none.
+        min_layer: First layer at which the final selection can happen. None: a third of the layers; three eighths with
+            `"variance"` and the `"peak"` reference; at least `observe_layers - 1`.
         min_layer_unasked: With `"lookup"`, first layer of the final selection from a prompt whose question is not
             known, so that the window ranks it. Where this comes after `min_layer`, loose stages keep at least half of
             such a prompt. None: half of the layers, or `min_layer` where that is greater, and `max_layer` at most.
@@ -113,24 +114,24 @@ class ASLConfig:
             neighbours; 25 with `"variance"`; 7 with the `"initial"` reference and for other policies than `asl`, as in
             their papers.
         pooling: How scores are pooled over neighbouring tokens. None: `"phrase"`; `"maxpool"` with `"variance"`;
-            `"avgpool"` with the `"initial"` reference and for other policies. `"phrase"` averages over 7 tokens, since
-            the question matches phrases where chance matches words, then takes the maximum of `kernel_size`. Each
-            score then also counts for the `2 * kernel_size` tokens behind it, 5 percent less with each, since an
-            answer stands behind what matches.
+            `"avgpool"` with the `"initial"` reference and for other policies. `"phrase"` averages over 7 tokens,
+            because a real match is a phrase and a match by chance is a word, then takes the maximum of `kernel_size`.
+            Each score then also counts for the `2 * kernel_size` tokens after it, 5 percent less with each, because an
+            answer comes after what matches.
         score_power: Exponent of each attention weight before the weights of several queries and heads are added up.
-            With 2 or 4, a few heads that look a token up count for more than many that look around; `"max"` takes the
+            With 2 or 4, a few high weights count for more than many low ones; `"max"` takes the
             highest weight. None: `"max"` with `"lookup"`, else 1.
         contrast: Whether the attention that a query head gives a token from the text right before the question is
-            subtracted from what it gives from the question, so that heads which look there anyway do not count. Where
+            subtracted from what it gives from the question, so that heads which attend to it anyway do not count. Where
             no question is known, nothing is subtracted. None: True with `"lookup"`, else False.
         variance_reference: What the variance is compared with: its value at `min_layer` (the paper), or the highest
             value so far. None: `"peak"`.
         select_on: Scores that tokens are selected on: `"last"`, those of the selection layer; `"max"`, the best of
-            several layers; `"recent"`, the best with every layer back counting a fifth less; `"sum"`, the sum with the
+            several layers; `"recent"`, the best with a fifth less for every earlier layer; `"sum"`, the sum with the
             same decay. The layers are the observed ones, or with `"lookup"` all from `score_from` on. None:
             `"recent"`; `"last"` in the same cases as `kernel_size` is 7.
-        if_never: What happens where nothing has settled by `max_layer`: select there, or keep every token. None: keep
-            with the `"initial"` reference and no `max_layer`, as in the paper; else select.
+        if_never: What happens where nothing has started a selection by `max_layer`: select there, or keep every token.
+            None: keep with the `"initial"` reference and no `max_layer`, as in the paper; else select.
         propagate: How the selection reaches the deeper layers: they run on the kept tokens alone, or on all tokens
             with the others masked out. Masking saves no time, but no shape depends on the decision.
         later_turns: What happens to several new tokens that follow a cached prompt: all are kept, or they are pruned
@@ -267,8 +268,7 @@ class ASLConfig:
         return self.settled_by or ("variance" if of_variance else "lookup")
 
     def token_budget(self, prompt_tokens: int) -> int:
-        """Tokens that may go on from a prompt of so many tokens, window included; a share leaves one prefix token at
-        least."""
+        """Tokens kept of a prompt of so many tokens, window included; a share keeps at least one prefix token."""
         return _amount(self.select_tokens, prompt_tokens, self.window)
 
     def cache_budget(self, prompt_tokens: int) -> int | None:

@@ -29,7 +29,7 @@ from flexasl.rows import left_padded_lengths
 from flexasl.second_pass import Rerun
 from flexasl.states import LayerStates
 
-NO_ATTENTION = "layer {} ran without LayerStep.attention; call it in the place of attention"
+NO_ATTENTION = "layer {} ran without LayerStep.attention; call it instead of attention"
 
 
 class ForwardPass:
@@ -37,8 +37,8 @@ class ForwardPass:
     next.
 
     For each layer in turn, call `before_layer` with its input. Run the layer on what that returns, with `table` of its
-    per-token inputs, and with `LayerStep.attention` in the place of attention. Then call `after_layer` with its
-    output. Once the model has run, call `close`. Prompts may be pruned, and layers see them as one row without padding
+    per-token inputs, and with `LayerStep.attention` instead of attention. Then call `after_layer` with its output.
+    Once the model has run, call `close`. Prompts may be pruned, and layers get them as one row without padding
     [1, T, C] (`PromptPass`). Other tokens continue sequences and keep their shape [B, M, C].
 
     Examples:
@@ -122,7 +122,7 @@ class ForwardPass:
                 which is on the left.
             config: The settings. None: `ASLConfig()`.
             policy: A policy's name, alone or with settings, or an instance.
-            ranking_layers: Layers that see the whole prompt, ascending. None: all.
+            ranking_layers: Layers that attend to the whole prompt, ascending. None: all.
             compiled: Whether layers run as compiled graphs. Their inputs then look the same for all lengths.
 
         Raises:
@@ -140,7 +140,7 @@ class ForwardPass:
             given = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else article(attention_mask)
             raise FlexASLError(f"attention_mask is {given}; give a tensor [rows, all tokens so far]")
         if ranking_layers is not None:
-            ranking_layers = several("ranking_layers", ranking_layers, int, "layers that see the whole prompt")
+            ranking_layers = several("ranking_layers", ranking_layers, int, "layers that attend to the whole prompt")
             if not ranking_layers or ranking_layers != [at for at in range(len(caches)) if at in ranking_layers]:
                 raise FlexASLError(f"ranking_layers={ranking_layers}; give some of 0 to {len(caches) - 1}, ascending")
         (batch, tokens), device = attention_mask.shape, attention_mask.device
@@ -356,7 +356,7 @@ class ForwardPass:
 
 
 def positions_read(caches: Sequence[LayerCache | LayerStates], batch: int) -> int:
-    """Positions that the caches have read; raises `UnsupportedError` where they cannot go on with so many rows."""
+    """Positions that the caches have read; raises `UnsupportedError` where they cannot continue with so many rows."""
     seen, rows = caches[0].seen, next((cache.rows for cache in caches if cache.rows is not None), None)
     if caches[0].unfinished or any(cache.seen != seen for cache in caches):
         raise UnsupportedError("KV caches are half filled by a pass that failed; reset them, or give new ones")

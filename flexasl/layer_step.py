@@ -21,7 +21,7 @@ from flexasl.rows_attention import attend
 
 
 class LayerStep:
-    """What one layer's attention needs in this pass, and what it leaves behind: tensors only, so that a compiler can
+    """What one layer's attention needs in this pass, and what it returns: tensors only, so that a compiler can
     take the layer as one graph."""
 
     def __init__(
@@ -53,7 +53,7 @@ class LayerStep:
         first one."""
         self.values = values
         self.reach = reach
-        """Where set, how many of the last keys a new token sees."""
+        """Where set, how many of the last keys a new token attends to."""
         self.room = room
         """Whether there is room for new tokens; otherwise `update` makes larger tensors."""
         self._updated = False

@@ -18,18 +18,18 @@ BLOCK = 128
 
 
 class Visibility:
-    """Which keys each query sees: those at its own position or before it, inside the sliding window, and valid.
+    """Which keys each query attends to: those at its own position or before it, inside the sliding window, and valid.
 
     query_positions [B, M] int; key_positions [B, N] int, or [B, G, N] where KV heads differ; key_valid bool like
     key_positions, False at padding, None where there is none. Only differences between positions count. The
-    M queries are the last M keys, in ascending order, and each sees itself even where it is not valid, so that no row
-    of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, however many
-    layers ask for it.
+    M queries are the last M keys, in ascending order, and each attends to itself even where it is not valid, so that no
+    row of the softmax is empty; with M = N all keys must ascend. A mask is built once per sliding window, for all
+    layers.
 
     query_at [M] int64: which keys are the queries', ascending, where these are not the last ones. first_seen [B, M]
-    int: before which position a query sees nothing, as in one sequence of several prompts. last_seen [B, M] int: up to
-    which position it sees keys, where that is further than its own, as for the tokens of an image that see each other;
-    by at most so many tokens `ahead`.
+    int: the first position that a query may attend to, as in one sequence of several prompts. last_seen [B, M] int:
+    the last one, where that is after its own, as for the tokens of an image that attend to each other; by at most so
+    many tokens `ahead`.
     """
 
     ahead = 0
@@ -75,7 +75,7 @@ class Visibility:
         return made
 
     def dense(self, sliding_window: int | None = None) -> Tensor:
-        """bool [B, 1 or G, M, N], True where a query sees a key."""
+        """bool [B, 1 or G, M, N], True where a query attends to a key."""
         made = self._dense.get(sliding_window)
         if made is None:
             made = self._dense[sliding_window] = self.tile(slice(None), slice(None), sliding_window)

@@ -47,9 +47,9 @@ def patch(
             and the first new token, and serve all lengths and batches. Later turns run uncompiled. A backward pass
             through such a model raises `UnsupportedError`.
         foreign_hooks: What happens to hooks that other code has put on decoder layers or inside of them, before or
-            after patching. On a layer they see and return hidden states [B, N, C] as unpatched, with 0 at padding, as
-            long as no token was dropped. `"refuse"`: a prompt that a hook would see otherwise is refused. `"packed"`:
-            hooks see prompts as they run, [1, tokens that are left of all rows, C]. See docs/loading.md.
+            after patching. On a layer they get and return hidden states [B, N, C] as unpatched, with 0 at padding, as
+            long as no token was dropped. `"refuse"`: a prompt that a hook would get in another form is refused.
+            `"packed"`: hooks get prompts as they run, [1, tokens that are left of all rows, C]. See docs/loading.md.
         tokenizer: The model's tokenizer. With it, prompts are ranked by the queries of their question, which is looked
             for in the user's last turn, and the question is kept. See docs/question.md.
         question: The question, where it is known: a text of the prompt, a span (start, stop) of positions (0 is the
@@ -194,8 +194,8 @@ def _is_a(model: Any, module: str, name: str) -> bool:
 def load_cache(path: str | os.PathLike[str], model: Any) -> PrunedCache:
     """Loads a cache that `save` wrote.
 
-    Pass it to the model as `past_key_values` (`cache` in transformers 6.0), with the new ids behind `cache.token_ids`
-    and, in a padded batch, ones behind `cache.attention_mask`. On a CPU its tensors are mapped from the file: you may
+    Pass it to the model as `past_key_values` (`cache` in transformers 6.0), with the new ids after `cache.token_ids`
+    and, in a padded batch, ones after `cache.attention_mask`. On a CPU its tensors are mapped from the file: you may
     replace the file while the cache is in use, but must not write into it.
 
     Args:

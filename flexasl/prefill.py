@@ -96,7 +96,7 @@ class Prefill:
         self.rows = self._with_scoring_tokens(rows)
         """The tokens that the current layer runs on."""
         self.counts = list(self.rows.lengths)
-        """Each row's tokens that go on from the current layer."""
+        """Each row's tokens that pass from the current layer to the next."""
         self.selections: dict[int, list[Selection]] = {}
         """By row, in order of layers."""
         self.scored: list[int] = []
@@ -235,7 +235,7 @@ class Prefill:
         return [selection.row for selection in self._fresh]
 
     def advance(self) -> Tensor | None:
-        """After a layer: which of its tokens [K] int64 go on to the next one, or None where all do."""
+        """After a layer: which of its tokens [K] int64 pass to the next one, or None where all do."""
         if self._kept is not None:
             self.rows = self.rows.masked(self._kept)
             if self._packs and self.questions is not None:
@@ -298,7 +298,7 @@ class Prefill:
         return positions - (self.tokens - self.lengths[row])
 
     def selections_passed(self, row: int) -> Tensor:
-        """How many selections each token of the row's prompt went on from: [length] int16."""
+        """How many selections each token of the row's prompt has passed: [length] int16."""
         length = self.lengths[row]
         passed = torch.zeros(length, dtype=torch.int16, device=self.device)
         left = torch.arange(length, dtype=torch.int64, device=self.device)

@@ -298,7 +298,7 @@ def _ranked_by(prefill: Prefill, row: int) -> tuple[str, Spans]:
         marks = torch.zeros(length, dtype=torch.bool, device="cpu")
         marks[asked.ranking] = True
         return text or spans(asked.ranking), _runs(marks)
-    why = "too much text stands behind the question" if asked is not None else text
+    why = "too much text follows the question" if asked is not None else text
     last = f"{THE_LAST}{window} tokens" if window > 1 else f"{THE_LAST}token"
     return f"{last}; {why}" if why else last, ((length - window, length),)
 

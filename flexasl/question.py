@@ -115,7 +115,7 @@ def question_tokens(tokenizer: Any, ids: Sequence[int], text: str) -> Span:
     """The tokens of a prompt that have a part in the last occurrence of a text; raises `FlexASLError` where the prompt
     does not contain it."""
     if not isinstance(text, str) or not text.strip():
-        raise FlexASLError(f"question={shown(text)} has no text; give the question as it stands in the prompt")
+        raise FlexASLError(f"question={shown(text)} has no text; give the question as it is written in the prompt")
     prompt, wanted = Prompt(tokenizer, ids), text.strip()
     start = prompt.text.rfind(wanted)
     if start < 0:

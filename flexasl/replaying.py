@@ -47,7 +47,7 @@ class Replay:
     lookup: list[float] = field(default_factory=list)
     """Under the rule of look-ups, the highest score of a far token at each of `eval_layers`."""
     selections: list[tuple[int, int]] = field(default_factory=list)
-    """Layer of every selection, loose ones too, and the tokens that went on."""
+    """Layer of every selection, loose ones too, and the tokens that it kept."""
     selected_layer: int | None = None
     """The last of these layers."""
     selected: Tensor | None = None
@@ -303,7 +303,7 @@ def _spread(scores: Tensor, positions: Tensor, prefix: int) -> Tensor:
 
 
 def _finish(result: Replay, trace: Trace | None, scores: Mapping[int, Tensor]) -> None:
-    """What the rule saw of one row, from its token scores [P_b] by layer."""
+    """What the rule recorded of one row, from its token scores [P_b] by layer."""
     if trace is not None:
         result.eval_layers, result.variance = trace.eval_layers, trace.variance
         result.variance_ratio, result.union_size = trace.variance_ratio, trace.union_size

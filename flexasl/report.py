@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Number = Annotated[float, NULL_IS_NAN]
 Spans = tuple[tuple[Count, Count], ...]
-"""Runs of prompt positions, ascending: the first of each, and the one behind its last."""
+"""Runs of prompt positions, ascending: the first of each, and its last plus 1."""
 
 MIB = 2**20
 WIDTH = 100
@@ -68,7 +68,7 @@ class SelectionReport:
     layer: Count
     """Layer that selected, counted from 0."""
     kept_tokens: Count
-    """Tokens that go on below it."""
+    """Tokens that pass to deeper layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class ImageReport:
     """Where its tokens begin in the prompt."""
     tokens: Count
     kept_tokens: Count
-    """Of them, how many go on below the last selection."""
+    """How many of them the last selection kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class RowReport:
     prompt_tokens: Count
     """Tokens of the prompt, padding excluded."""
     kept_tokens: Count
-    """Tokens that go on below the selection layer; `prompt_tokens` where nothing was selected."""
+    """Tokens that pass to the layers after `selected_layer`; `prompt_tokens` where nothing was selected."""
     selected_layer: Count | None
     """The last layer that selected, counted from 0; None where nothing was selected."""
     reason: str
@@ -97,7 +97,7 @@ class RowReport:
     scored_layers: tuple[Count, ...] = ()
     """Layers whose tokens were scored."""
     eval_layers: tuple[Count, ...] = ()
-    """Layers at which the rule looked whether the ranking has settled."""
+    """Layers at which the rule could select."""
     variance: tuple[Number, ...] = ()
     """Under `settled_by="variance"`: rank variance, one per layer of `eval_layers`, in squared ranks."""
     variance_ratio: tuple[Number, ...] = ()
@@ -113,7 +113,7 @@ class RowReport:
     selections: tuple[SelectionReport, ...] = ()
     """All selections, in order of layers; where none is given, the one that `selected_layer` and `kept_tokens` tell."""
     selection_spans: tuple[Spans, ...] = ()
-    """Of each of `selections`, the prompt positions that go on below it; empty where they were not recorded."""
+    """For each of `selections`, the prompt positions that it kept; empty where they were not recorded."""
     reread_layers: Count = 0
     """How many layers, from the first on, ran a second time, on the kept tokens alone."""
     ranked_by: str = ""
@@ -154,8 +154,8 @@ class Report:
     kv_bytes_full: Count
     """Bytes that an unpruned cache would hold in the model's dtype, over all rows and layers."""
     prefill_seconds: Number = _Seconds()  # type: ignore[assignment]
-    """Wall time of the prefill, in seconds. On a GPU it is the GPU's time, and reading it waits until the prefill has
-    come to its end; a function that measures it may be given."""
+    """Wall time of the prefill, in seconds. On a GPU it is the GPU's time, and reading it waits for the end of the
+    prefill; a function that measures it may be given."""
     state_bytes: Count = 0
     """Bytes of the states that layers keep in place of keys and values, or beside them, over all rows and layers; the
     same whatever is pruned."""
@@ -181,8 +181,8 @@ class Report:
 
     @property
     def thresholds(self) -> list[tuple[float, int, int]]:
-        """Under `settled_by="lookup"`, of each stage, the final one last: what a look-up must reach at the first layer
-        of its range, from which on that falls, this layer, and the last one."""
+        """Under `settled_by="lookup"`, for each stage, the final one last: the threshold at the first layer of its
+        range, that layer, and the last layer. The threshold falls from layer to layer."""
         if not any(row.lookup for row in self.rows):
             return []
         stages = (*(self.config.get("stages") or ()), self.config)
@@ -255,7 +255,7 @@ class Report:
         return [*lines, *_curve_lines(row)]
 
     def plot(self, path: str | Path | None = None, row: int = 0) -> Figure:
-        """Picture of one row: what the rule saw by layer, and where in the prompt the kept tokens lie.
+        """Picture of one row: the rule's scores by layer, and where in the prompt the kept tokens are.
 
         Writes it to `path` if given (format by suffix: PNG, SVG, PDF) and returns the matplotlib figure.
         Raises ImportError without matplotlib, ValueError where the batch has no such row.
@@ -275,13 +275,13 @@ class Report:
     def to_html(
         self, tokenizer: Any, ids: Any, path: str | Path | None = None, *, answer: str | Sequence[str] | None = None
     ) -> str:
-        """A page for a browser: what the report tells, and each prompt as text with its kept tokens marked, in a shade
-        for each selection. It stands alone: it has no scripts, and loads nothing.
+        """A page for a browser: the report, and each prompt as text with its kept tokens marked, in a shade for each
+        selection. It is one file without scripts, and loads nothing.
 
-        ids: of the tokens that were read, [N] for one row, or [B, N] as a tensor or as lists; rows may be padded on the
-        left with the tokenizer's padding token. answer: what the model said, a text, or one for each row. Writes the
-        page to `path` if given, in UTF-8, and returns it. Raises `FlexASLError` where ids or answers are not those of
-        the report's rows.
+        ids: ids of the tokens that were read, [N] for one row, or [B, N] as a tensor or as lists; rows may be padded on
+        the left with the tokenizer's padding token. answer: what the model said, a text, or one for each row. Writes
+        the page to `path` if given, in UTF-8, and returns it. Raises `FlexASLError` where ids or answers are not those
+        of the report's rows.
         """
         from flexasl.page import page
 
@@ -346,8 +346,8 @@ def _check_row(row: RowReport, num_layers: int, where: str) -> None:
         raise Unfit(f"{where} names layer {max(layers)} of {num_layers}")
     seen = [row.lookup] if row.lookup else [row.variance, row.variance_ratio]
     if any(len(values) != len(row.eval_layers) for values in seen) or (row.lookup and row.variance):
-        of = "lookup" if row.lookup else "variance and a variance_ratio"
-        raise Unfit(f"{where} has not a {of} for each of its eval_layers")
+        of = "lookup" if row.lookup else "variance and variance_ratio"
+        raise Unfit(f"{where} has no {of} for each of its eval_layers")
     kept = [row.prompt_tokens, *(selection.kept_tokens for selection in row.selections), row.kept_tokens]
     if (selected[-1] if selected else None) != row.selected_layer or any(one >= two for one, two in pairwise(selected)):
         raise Unfit(
@@ -413,7 +413,7 @@ def ranges(entries: tuple[int, ...]) -> str:
 
 
 def _curve_lines(row: RowReport) -> list[str]:
-    """What the rule saw by layer, `CURVE_COLUMNS` layers to a block; a star marks layers that selected."""
+    """The rule's scores by layer, `CURVE_COLUMNS` layers to a block; a star marks layers that selected."""
     selected = {selection.layer for selection in row.selections}
     seen = [("look-up", row.lookup)] if row.lookup else [("variance", row.variance), ("ratio", row.variance_ratio)]
     lines = []

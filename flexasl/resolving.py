@@ -19,7 +19,7 @@ from flexasl.stages import Stage, threshold
 
 
 class _RankingLayers:
-    """The layers that see the whole prompt, ascending, of so many."""
+    """The layers that attend to the whole prompt, ascending, of so many."""
 
     def __init__(self, layers: Sequence[int], num_layers: int) -> None:
         self.layers, self.num_layers = layers, num_layers

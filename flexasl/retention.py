@@ -62,7 +62,7 @@ def top_p(share: float, limit: Limit) -> Retention:
 
 
 def first_and_last(keep_first: int, limit: Limit) -> Retention:
-    """Keeps the first entries and the last, whatever was attended to (StreamingLLM, arXiv 2309.17453)."""
+    """Keeps the first entries and the last, independent of attention (StreamingLLM, arXiv 2309.17453)."""
 
     def keep(seen: Tensor, limits: Tensor, window: int, rows: Rows) -> Tensor:
         lengths = rows.lengths_on_device[:, None]

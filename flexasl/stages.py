@@ -86,13 +86,13 @@ class Stage:
 
     @classmethod
     def several(cls, given: Any) -> tuple[Stage, ...]:
-        """The stages that a list says, or a text, in which `+` stands between them; `"none"` and `""` are none."""
+        """The stages of a list, or of a text with `+` between them; `"none"` and `""` are none."""
         if isinstance(given, str):
             given = [] if given in ("", "none") else given.split("+")
         elif isinstance(given, (Stage, Mapping)):
             given = [given]
         if not isinstance(given, (list, tuple)):
-            raise ConfigError(f"stages={shown(given)} is no list; give a list of {TEXTS}, or None")
+            raise ConfigError(f"stages={shown(given)} is not a list; give a list of {TEXTS}, or None")
         return tuple(cls.of(one) for one in given)
 
     def __repr__(self) -> str:

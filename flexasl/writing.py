@@ -66,7 +66,7 @@ def check_file(
 
 
 def check_folder(name: str, path: Path) -> None:
-    """The same for files in a folder, which need not exist yet."""
+    """The same for files in a folder, which may not exist yet."""
     if os.path.lexists(path) and not path.is_dir():
         kind = "a file" if path.exists() else "a link that leads nowhere"
         raise FlexASLError(f"{name} {path} is {kind}; give a folder")

@@ -83,7 +83,7 @@ def lone(name, **given):
         ),
         (
             lambda: LayerSelector(SMALL.resolve(6), [9], ranking_layers=[0, 2]),
-            "min_layer=1 does not see the whole prompt",
+            "min_layer=1 does not attend to the whole prompt",
         ),
         (lambda: LayerSelector(SMALL.resolve(6), [9.5]), "lengths=9.5 is not a whole number"),
         (lambda: LayerSelector(SMALL.resolve(6), [9], tokens=8), "tokens=8 is too small; give at least 9"),
@@ -92,8 +92,8 @@ def lone(name, **given):
         (lambda: flexasl.FlexASLAttention(softcap="x"), "softcap='x' is out of range; give a positive number or None"),
         (lambda: flexasl.FlexASLAttention(sliding_window=2.5), "sliding_window=2.5 is not a whole number"),
         (lambda: flexasl.FlexASLAttention(kernel=["sdpa"]), "kernel=['sdpa'] is not known"),
-        (lambda: Scoring(window=0), "window=0 is no number of queries; give an int of at least 1"),
-        (lambda: Scoring(kernel_size=4), "kernel_size=4 is no odd number of tokens"),
+        (lambda: Scoring(window=0), "window=0 is not a number of queries; give an int of at least 1"),
+        (lambda: Scoring(kernel_size=4), "kernel_size=4 is not an odd number of tokens"),
         (lambda: Scoring(pooling="mean"), "pooling='mean' is not known"),
         (lambda: flexasl.patch(tiny(), 512), "config=512 is an int; give an ASLConfig or None"),
         (
@@ -127,7 +127,7 @@ def lone(name, **given):
         (lone("plan", budgets=256), "budgets=256 is an int; give a list of counts of tokens (512) or shares (0.25)"),
         (lone("plan", budgets=[]), "budgets is empty; give counts of tokens"),
         (lone("plan", lengths="1024"), "lengths='1024' is a str; give a list of numbers of tokens"),
-        (lone("plan", lengths=[True]), "length=True is no number of tokens"),
+        (lone("plan", lengths=[True]), "length=True is not a number of tokens"),
         (lone("plan", tasks="needle"), "tasks='needle' is a str; give a list of tasks such as 'needle'"),
         (lone("plan", samples="3"), "samples='3' is not a whole number; give an int"),
         (lone("plan", samples=99999999999), "samples=99999999999 is too large; give at most 1000000"),

@@ -367,7 +367,7 @@ def test_the_tokenizer_finds_the_question(chat):
     assert rows[0].ranked_by == asked
     assert asked in tokenizer.decode([batch["input_ids"][0, at] for at in rows[0].kept_positions])
     assert rows[1].ranked_by == "the last 4 tokens; no question was found"
-    assert rows[2].ranked_by == "the last 4 tokens; too much text stands behind the question"
+    assert rows[2].ranked_by == "the last 4 tokens; too much text follows the question"
     start = batch["input_ids"].shape[1] - rows[2].prompt_tokens
     assert asked in tokenizer.decode([batch["input_ids"][2, start + at] for at in rows[2].kept_positions])
     assert given.ranked_by == "Never invent facts."
@@ -404,7 +404,7 @@ def test_a_call_in_another_thread_has_its_own_question():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert seen == {"here": "the last 8 tokens; too much text stands behind the question", "there": "tokens 60 to 69"}
+    assert seen == {"here": "the last 8 tokens; too much text follows the question", "there": "tokens 60 to 69"}
 
 
 @pytest.mark.parametrize(

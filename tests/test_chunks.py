@@ -188,7 +188,7 @@ def test_what_chunks_cannot_honour_is_refused():
     model = chunked()
     for settings, message in (
         ({"compile": True}, "whose layers attend in chunks, counted from each row's first token; give compile=False"),
-        ({"policy": "fixed_layer:layer=2"}, "layer=2 does not see the whole prompt, .*; give one of 1, 4"),
+        ({"policy": "fixed_layer:layer=2"}, "layer=2 does not attend to the whole prompt, .*; give one of 1, 4"),
     ):
         with pytest.raises((ConfigError, UnsupportedError), match=message):
             flexasl.patch(model, **settings)

@@ -306,7 +306,7 @@ def test_calibrate_for_this_machine(flexasl_main, ask, model: str, tmp_path: Pat
         (["--out", "own.txt"], "out=own.txt does not end in .json"),
         (["--out", "none/own.json"], "lies in a folder that does not exist"),
         (["--out", "/proc/own.json"], "--out /proc/own.json cannot be written"),
-        (["--select-tokens", "many"], "--select-tokens many is no amount"),
+        (["--select-tokens", "many"], "--select-tokens many is not an amount"),
         (["--length", "1k,2k"], "--length 1k,2k is several lengths"),
         (
             ["--tasks", "longbook_sum_eng"],
@@ -395,7 +395,7 @@ def test_interrupted_plot_leaves_the_old_file(ask, tmp_path: Path, monkeypatch: 
     ("arguments", "words"),
     [
         (["--policy", "best"], "policy='best' is not known; give one of asl, asl_two_pass, fixed_layer"),
-        (["--select-tokens", "many"], "--select-tokens many is no amount"),
+        (["--select-tokens", "many"], "--select-tokens many is not an amount"),
         (["--select-tokens", "16"], "select_tokens=16"),
         (["--kv-budget", "1.5"], "kv_budget=1.5"),
         (["--tau", "0"], "tau=0"),

@@ -49,12 +49,12 @@ def call(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (["--policy", "nope"], "policy='nope' is not known; give one of asl, asl_two_pass, "),
         (["--policy", "fixed_layer:layer=abc"], "layer='abc' is out of range"),
         (["--policy", "streaming:sinks=2.5"], "sinks=2.5 is not a whole number"),
-        (["--policy", "asl:layer=3"], "policy='asl:layer=3': layer is no setting of asl"),
-        (["--policy", "asl:tau"], "policy='asl:tau': 'tau' is no setting; give name=value"),
+        (["--policy", "asl:layer=3"], "policy='asl:layer=3': layer is not a setting of asl"),
+        (["--policy", "asl:tau"], "policy='asl:tau': 'tau' is not a setting; give name=value"),
         (["--policy", "snapkv:tau=0.3"], "tau=0.3 would have no effect under policy 'snapkv'"),
         (["--policy", "full", "--select-tokens", "99"], "select_tokens=99 would have no effect under policy 'full'"),
         (["--policy", "asl:select_tokens=50", "--select-tokens", "99"], "contradicts policy='asl:select_tokens=50'"),
-        (["--select-tokens", "4q"], "--select-tokens 4q is no amount; give a count of tokens (512, 4k) or a share"),
+        (["--select-tokens", "4q"], "--select-tokens 4q is not an amount; give a count of tokens (512, 4k) or a share"),
     ],
 )
 def test_bad_policies_are_one_line_before_the_model_is_loaded(call, monkeypatch, command, options, words) -> None:

@@ -205,7 +205,7 @@ def test_report_has_its_pictures(finished: Path) -> None:
     assert scores[6] == "| full | 0.00 [0.00, 0.00] | 1.00 | 1.00 | – | 0/8 | – | – |"
     assert scores[7].endswith(" | 8/8 |") and scores[8].endswith(" | 1 | 8/8 | – | 0/8 |")
     assert "- ranked by: the question under adaptive selection, the window under other policies" in page
-    assert "- behind the question: nothing\n- start of the answer: in the prompt\n" in page
+    assert "- after the question: nothing\n- start of the answer: in the prompt\n" in page
 
 
 def test_without_selection_there_is_no_picture_of_layers(loaded, tmp_path: Path) -> None:
@@ -293,16 +293,16 @@ def test_what_does_not_fit_the_model_never_runs(
         (["--policies", "asl,best"], "policy='best' is not known; give one of asl, "),
         (
             ["--policies", "asl:layer=3"],
-            "policy='asl:layer=3': layer is no setting of asl; its settings are kv_budget,",
+            "policy='asl:layer=3': layer is not a setting of asl; its settings are kv_budget,",
         ),
-        (["--policies", "asl:select_tokens=3"], "select_tokens is no setting of asl; --budget sets it"),
-        (["--policies", "asl:tau"], "policy='asl:tau': 'tau' is no setting; give name=value"),
+        (["--policies", "asl:select_tokens=3"], "select_tokens is not a setting of asl; --budget sets it"),
+        (["--policies", "asl:tau"], "policy='asl:tau': 'tau' is not a setting; give name=value"),
         (["--policies", "asl:tau=2"], "tau=2"),
         (["--policies", "full:layer=2"], "policy='full:layer=2' is the unpatched model"),
         (["--policies", "asl,,full"], "policies='asl,,full' has an empty entry"),
-        (["--lengths", "1q"], "length=1q is no number of tokens; give one such as 4096 or 4k"),
-        (["--lengths", "0"], "length=0 is no number of tokens; give a whole number of at least 1"),
-        (["--budget", "many"], "budget=many is no amount"),
+        (["--lengths", "1q"], "length=1q is not a number of tokens; give one such as 4096 or 4k"),
+        (["--lengths", "0"], "length=0 is not a number of tokens; give a whole number of at least 1"),
+        (["--budget", "many"], "budget=many is not an amount"),
         (["--budget", "16"], "select_tokens=16 does not exceed window=32"),
         (["--samples", "0"], "samples=0 is too few"),
         (["--rank-by", "both"], "'--rank-by': 'both' is not one of 'policy', 'question', 'window'"),
@@ -312,7 +312,7 @@ def test_what_does_not_fit_the_model_never_runs(
         (["--policies", "snapkv:stages=0.5"], "stages=(Stage(tokens=0.5),) would have no effect under policy 'snapkv'"),
         (["--samples", "1000001"], "samples=1000001 is too large; give at most 1000000"),
         (["--samples", "300000"], "samples=300000 makes 1,200,000 prompts in all; give at most 250,000"),
-        (["--depths", "deep"], "depths='deep' are no shares of the document"),
+        (["--depths", "deep"], "depths='deep' are not shares of the document"),
         (["--haystack", "none.txt"], "none.txt does not exist"),
         (["--qa-file", "none.json"], "none.json does not exist"),
         (["--infinitebench", "none"], "infinitebench=none is not a folder"),
@@ -370,7 +370,7 @@ def test_how_prompts_end_is_chosen(folder: Path, loaded, tmp_path: Path, capsys:
     assert prompt["prompt_tokens"] <= 900 and prompt["max_new_tokens"] == 6 + 32
     assert {line["ranked_by"] for line in lines(tmp_path / "answers-0.jsonl")} == {"", "What is the pass key?"}
     page = (tmp_path / "report.md").read_text()
-    assert "- ranked by: the question\n- question: behind the text\n- behind the question: rules\n" in page
+    assert "- ranked by: the question\n- question: after the text\n- after the question: rules\n" in page
     assert "\n- start of the answer: left out\n" in page
     same = {"tasks": ["passkey"], "lengths": [900], "rank_by": "question", "after_question": "rules"}
     for other, words in (

@@ -286,7 +286,7 @@ def test_haystack_of_the_user(tokenizer, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({"haystack": Path("none.txt")}, "none.txt does not exist"),
-        ({"depths": (0.5, 2.0)}, r"depths=\[0.5, 2.0\] are no shares"),
+        ({"depths": (0.5, 2.0)}, r"depths=\[0.5, 2.0\] are not shares"),
         ({"infinitebench": Path("none")}, "infinitebench=none is not a folder"),
     ],
 )

@@ -65,7 +65,7 @@ def told(answer: Any) -> tuple[Any, ...]:
 )
 def test_same_answers_as_one_by_one(family: str) -> None:
     model, ids = tiny(family), prompts(150)[0].tolist()
-    # Where only some layers see the whole prompt, this one cannot run.
+    # Where only some layers attend to the whole prompt, this one cannot run.
     settings = every_setting(without="pyramid_infer" if "sliding_attention" in _kinds(model) else "")
     said = answer_together(model, Words(), ids, settings, max_new_tokens=12)
     for setting, answer in zip(settings, said, strict=True):

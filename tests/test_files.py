@@ -194,8 +194,8 @@ def test_stored_text_reaches_the_terminal_without_what_it_would_obey(call, saved
     ("change", "words"),
     [
         (lambda report: report["config"].update(tau="x"), "config.tau is 'x', where a number is needed"),
-        (lambda report: report["rows"][0].update(lookup=[0.5]), r"rows\[0\] has not a lookup for each of its eval_la"),
-        (lambda report: report["rows"][0].update(lookup=[], variance=[1.0]), r"rows\[0\] has not a variance"),
+        (lambda report: report["rows"][0].update(lookup=[0.5]), r"rows\[0\] has no lookup for each of its eval_la"),
+        (lambda report: report["rows"][0].update(lookup=[], variance=[1.0]), r"rows\[0\] has no variance"),
         (lambda report: report["rows"][0].update(kept_positions=[5, 5]), r"rows\[0\].kept_positions do not ascend"),
         (lambda report: report["rows"][0].update(selected_layer=6), r"rows\[0\] names layer 6 of 6"),
         (lambda report: report["rows"][0].update(prompt_tokens=-1), r"rows\[0\].prompt_tokens is -1"),

@@ -195,8 +195,8 @@ def test_what_states_cannot_honour_is_refused():
             "propagate='mask' does not go with a model whose layers keep states",
         ),
         ({"compile": True}, "compile=True cannot take Qwen3NextForCausalLM, whose layers keep states"),
-        ({"policy": "fixed_layer:layer=2"}, "layer=2 does not see the whole prompt, .*; give one of 1, 4"),
-        ({"policy": "pyramid_infer"}, "ranks tokens at every layer, but only layers 1, 4 see the whole prompt"),
+        ({"policy": "fixed_layer:layer=2"}, "layer=2 does not attend to the whole prompt, .*; give one of 1, 4"),
+        ({"policy": "pyramid_infer"}, "ranks tokens at every layer, but only layers 1, 4 attend to the whole prompt"),
     ):
         with pytest.raises((ConfigError, UnsupportedError), match=message):
             flexasl.patch(model, **settings)
@@ -234,7 +234,7 @@ def test_recorded_states_of_a_hybrid_are_replayed():
     states[[0, 2, 3, 5]] = 0
     (told,) = flexasl.replay(states, states, FIXED, "fixed_layer", ranking_layers=[1, 4])
     assert told.selected_layer == 1 and len(told.selected) == 24
-    with pytest.raises(ConfigError, match="layer=2 does not see the whole prompt"):
+    with pytest.raises(ConfigError, match="layer=2 does not attend to the whole prompt"):
         flexasl.replay(states, states, FIXED, "fixed_layer:layer=2", ranking_layers=[1, 4])
 
 

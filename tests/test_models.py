@@ -132,35 +132,35 @@ generation, in the test matrix:
 
 ## Works by structure
 
-Any other model is tried when it is patched: its layers are asked what attention they want, and a self-test on 48 tokens
-compares keep-all with the unpatched model, in a padded batch and for the next token, and dropping tokens with masking
-them out. A model that fails is refused with the reason. These pass, and generate in a batch what they generate row by
-row:
+Any other model is tested when it is patched. The attention settings of its layers are read, and a self-test on 48
+tokens compares keep-all with the unpatched model, in a padded batch and for the next token, and dropping tokens with
+masking them out. A model that fails is refused, and the error gives the reason. These models pass, and generate in a
+batch what they generate row by row:
 
 {works}.
 
 ## Layers with states
 
-Hybrids, which mix full attention with layers that keep states (convolutions, state spaces, linear attention), or have
-both in one layer. Tokens are ranked and cut at layers with full attention alone. Layers with states that come after a
-cut read the tokens that are left, in order, at their true positions, in prompts and in decode. For them dropping a
-token is not the same as masking it: a state is made of what was read, as if the prompt had been those tokens. So
-`propagate="mask"` is refused, and the tests compare with a run of the deeper layers on the kept tokens alone. The
-self-test at patching does so too, on every second token.
+Hybrids mix full attention with layers that keep states (convolutions, state spaces, linear attention), or have both in
+one layer. Tokens are ranked and dropped only at layers with full attention. Deeper layers with states read the kept
+tokens, in order, at their true positions, in prompts and in decode. For these layers dropping a token is not the same
+as masking it, because a state is made of the tokens that were read. So `propagate="mask"` is refused, and the tests
+compare with a run of the deeper layers on the kept tokens alone. The self-test at patching does the same, on every
+second token.
 
-In half precision the self-test of such a model sees only what is grossly wrong with all of four pairs of prompts:
-rounding goes on from token to token, and chooses other experts.
+In half precision the self-test of such a model finds only gross errors, in all of four pairs of prompts, because
+rounding errors add up from token to token and choose other experts.
 
-In a batch such layers run row by row, so that each row is as alone; `compile=True` is refused, and so is a padded
-later turn of several rows. Kernels that keep rows of one sequence apart would not do. transformers hands `cu_seqlens`
-to the delta rule of Qwen 3-Next, Qwen 3.5 and OLMo hybrid alone, for flash-linear-attention's kernel; its PyTorch code
-raises an error where it is given any. And its cache takes the last tokens of the sequence as a convolution's state,
-which are those of the last row.
-
-`kv_budget` trims layers with keys alone; `Report.state_bytes` counts the states, which have the same size whatever is
-pruned. Saved prompts hold them. `crop` is refused before anything is lost where states
-cannot go back: recurrent ones never, those of convolutions from `cache.activate_past_recording()` on. Where several
-tokens follow a cache, Jamba and Zamba begin with new states, patched or not.
+- In a batch such layers run row by row, so that each row gets what it gets alone. Kernels that separate the rows of one
+  sequence do not help: transformers passes `cu_seqlens` only to the delta rule of Qwen 3-Next, Qwen 3.5 and OLMo
+  hybrid, for flash-linear-attention's kernel, and its PyTorch code refuses any; its cache takes the last tokens of the
+  sequence, which are those of the last row, as a convolution's state.
+- `compile=True` is refused, and so is a padded later turn of several rows.
+- `kv_budget` trims only layers with keys. `Report.state_bytes` counts the states, whose size does not depend on
+  pruning. Saved prompts hold them.
+- `crop` is refused, before anything is lost, where states cannot be undone. Recurrent states never can. Those of
+  convolutions can, from `cache.activate_past_recording()` on.
+- Where several tokens follow a cache, Jamba and Zamba begin with new states, patched or not.
 
 These pass keep-all identity through 100 tokens, the recomputation, with and without `kv_budget` and stages, batches,
 later turns, beams, saved and copied caches, in every length around kernels and chunks that was tried, as tiny random
@@ -168,9 +168,9 @@ models:
 
 {hybrids}.
 
-Others work by structure where the self-test passes. No real weights were at hand, so what pruning does to their
-answers is not measured; `flexasl eval --model FOLDER_OR_ID --tasks niah_multikey_1,niah_multivalue,by_meaning
---samples 8` measures it on yours.
+Others work by structure if the self-test passes. No real weights were available, so the effect of pruning on their
+answers is not measured; `flexasl eval --model FOLDER_OR_ID --tasks niah_multikey_1,niah_multivalue,by_meaning --samples
+8` measures it on yours.
 
 ## Layers that share keys and values
 
@@ -183,24 +183,24 @@ These pass keep-all identity, pruned decode against a masked recomputation, with
 gathering against masking, batches, later turns, beams, saved, copied and cropped caches: `gemma3n_text`, `gemma4_text`
 (with and without embeddings by layer, with experts, and its large sizes, which share nothing).
 
-Unpatched, Gemma 4 runs the layers that share on the last token of a prompt alone, as nothing reads what others make of
-them. Patched, they run on the kept tokens. Counted costs compare with all tokens in all layers; against what the
-unpatched model does, a model of 35 layers of which 20 share runs .60 of the layers times tokens where half of the
-tokens go on after layer 4 and a sixteenth after layer 9. `compile=True` is refused.
+Unpatched, Gemma 4 runs the layers that share on the last token of a prompt alone, because nothing reads their output
+for other tokens. Patched, they run on the kept tokens. Counted costs compare with all tokens in all layers. Compared
+with what the unpatched model does, a model of 35 layers, of which 20 share, runs .60 of the layers times tokens, if
+half of the tokens are kept after layer 4 and a sixteenth after layer 9. `compile=True` is refused.
 
-Tokens are not dropped behind a lender, as nothing is to be gained there. Behind the last one all layers share: they
-have no entries, and what they make of any token but the last is read by nobody. Behind the first of two lenders there
-are as many layers with entries of their own as a pattern of sliding and full layers is long, less one; and the lender
-would still hold the tokens that were dropped, as its own new tokens see them, so that those that share its entries
-would read them under a mask.
+Tokens are not dropped after a layer whose keys and values others use (a lender), because nothing is gained there. After
+the last lender all layers share: they have no entries, and only their output for the last token is read. After the
+first of two lenders there are few layers with entries of their own: the length of a pattern of sliding and full layers,
+less one. Its own new tokens attend to the dropped tokens, so the lender would still hold them, and the layers that
+share its entries would read them under a mask.
 
 ## ALiBi
 
-BLOOM and MPT have no rotary positions, but a bias by distance: a slope for each head, times how far back a key is. It
-is computed from true positions, as a number more of each key and each query, so that scores, masks, caches and all
-kernels know it: `FlexASLAttention(alibi=)`. It is exact in half precision. Unpatched, BLOOM rounds logits to that,
-with the bias in them, to the next 4 at position 900: a tiny random model in bfloat16 is .12 to .15 from what float32
-makes of it there, and patched .01. Falcon models with ALiBi are refused; those with rotary positions work.
+BLOOM and MPT have no rotary positions, but a bias by distance: a slope for each head, times the distance of a key.
+FlexASL computes it from true positions, as one more number of each key and each query, so that scores, masks, caches
+and all kernels include it: `FlexASLAttention(alibi=)`. It is exact in half precision. Unpatched, BLOOM rounds logits
+with the bias to half precision, to the next 4 at position 900: a tiny random model in bfloat16 is .12 to .15 from its
+float32 results there, and .01 when patched. Falcon models with ALiBi are refused; those with rotary positions work.
 
 BLOOM, CodeGen, Falcon, GPT-J, GPT-NeoX Japanese and MPT attend without transformers' interface, and are patched at
 their attention modules; `compile=True` is refused.
@@ -208,16 +208,16 @@ their attention modules; `compile=True` is refused.
 ## Keys chosen by an indexer
 
 In DeepSeek V3.2 and models like it (`glm_moe_dsa`, `axk2`, `hy_v4`) each query attends to no more than `index_topk`
-keys, chosen by scores of keys of another kind. Dropping tokens goes together with that: the best of the tokens that are
-left are what masking the others out leaves to choose, and what a run on the tokens that are left chooses. Keys of the
-indexer are cached beside the values of their tokens, and dropped with them. Prompts run row by row, with a mask of all
-pairs, as in the models' own PyTorch code; `compile=True` is refused.
+keys, chosen by scores of keys of another kind. Tokens can be dropped: the indexer then chooses among the kept tokens,
+as it does when the others are masked out, and as in a run on the kept tokens alone. Keys of the indexer are cached
+beside the values of their tokens, and dropped with them. Prompts run row by row, with a mask of all pairs, as in the
+models' own PyTorch code; `compile=True` is refused.
 
-Tokens are ranked by attention to all of them, not to the chosen ones alone, which says nothing of the others. Where
-layers use the choice of an earlier one (`indexer_types`), tokens are dropped before a layer that chooses anew, and
-`kv_budget`, `kv_top_p` and policies that trim caches or read twice are refused, since choices name cache entries.
-Choices are made in float32 whatever the model's dtype, so that in a batch, where sums have another order, near ties
-may go another way; from there on tokens differ. With `kv_dtype` keys of the indexer are in eight bits, too.
+Tokens are ranked by attention to all of them, because attention to the chosen ones alone says nothing about the others.
+Where layers use the choice of an earlier one (`indexer_types`), tokens are dropped before a layer that chooses anew,
+and `kv_budget`, `kv_top_p` and policies that trim caches or read twice are refused, because choices name cache entries.
+Choices are made in float32 in any dtype of the model. In a batch sums have another order, so near ties may be broken
+differently; from there on tokens differ. With `kv_dtype` keys of the indexer are in eight bits, too.
 
 These pass keep-all identity through 100 tokens, the recomputation on the kept tokens, gathering against masking,
 batches, later turns, beams, saved, copied and cropped caches: `deepseek_v32`, `glm_moe_dsa` (all its layers choosing,
@@ -226,10 +226,11 @@ read at once and one by one.
 
 ## Attention in chunks
 
-Most layers of Llama 4 see the tokens of their own chunk of positions alone, counted from the row's first token. They
-are masked by true positions whatever was dropped, like sliding windows, and neither rank tokens nor select. Text alone;
-images and `compile=True` are refused. Its layers without rotary positions scale queries by their place in the padded
-batch, patched or not: in a batch with more than 8,191 tokens, padding included, rows differ a little from rows alone.
+In most layers of Llama 4 a token attends only to its own chunk of positions, counted from the row's first token. The
+mask goes by true positions, as for sliding windows, also where tokens were dropped. These layers neither rank tokens
+nor select. Text alone; images and `compile=True` are refused. Its layers without rotary positions scale queries by
+their place in the padded batch, patched or not: in a batch with more than 8,191 tokens, padding included, rows differ a
+little from rows alone.
 
 ## Refused
 
@@ -239,37 +240,37 @@ batch, patched or not: in a batch with more than 8,191 tokens, padding included,
 
 ## Models that read images
 
-Of a model that reads more than text, the text decoder is patched; the vision tower keeps its attention. These may be
-given images, alone and in batches, several in a prompt, in a first and in a later turn:
+In a model that reads images, the text decoder is patched; the vision tower keeps its attention. These models take
+images, alone and in batches, several in a prompt, in a first and in a later turn:
 
 {images}.
 
-Their image features take the places of placeholder tokens, and are ranked, kept and dropped like text. The report
-says how many of each image went on (`RowReport.images`; a part that has text around it counts by itself). Qwen-VL's
-positions of three parts go on with the tokens that are kept. Qwen3-VL adds features to the outputs of its first
-layers, by places in the prompt: no token may be dropped before, which is refused, and which the defaults do not do in
+Their image features take the places of placeholder tokens, and are ranked, kept and dropped like text. The report says
+how many of each image were kept (`RowReport.images`; a part of an image with text around it counts separately). Kept
+tokens keep Qwen-VL's positions of three parts. Qwen3-VL adds features to the outputs of its first layers, by places in
+the prompt, so no token may be dropped at these layers: such settings are refused, and the defaults drop none there in
 models of 24 layers and more.
 
 In Gemma 3, the large sizes of Gemma 4 (in layers with a sliding window) and PaliGemma (the whole prompt), tokens of an
-image see each other in both directions. So they do while patched, in a first and in a later turn; but PaliGemma has
-them in a first turn alone, patched or not, where a later one is refused. An image with `compile=True` is refused.
+image attend to each other in both directions. They also do so in a patched model, in a first and in a later turn.
+PaliGemma attends in this way in a first turn only, patched or not, so its later turns with images are refused. An image
+with `compile=True` is refused.
 
-All others can be patched for text alone where the self-test passes, and refuse the first image, video or sound before
-it is read. No real weights were at hand: what pruning does to answers about
-images is not measured.
+All others can be patched for text alone if the self-test passes, and refuse the first image, video or sound before it
+is read. No real weights were available, so the effect of pruning on answers about images is not measured.
 
 ## Layers with a sliding window
 
-A sliding-window layer sees its window's worth of positions, which are those of the prompt, whatever was pruned between
-them. Where a model has layers of both kinds, only those with full attention rank tokens, and only they can be the
-selection layer: `observe_layers` counts them, `min_layer` and `max_layer` move to the nearest of them. Where all layers
-slide, all rank, each the tokens that it sees.
+A sliding window counts positions of the prompt, also where tokens between them were dropped. In a model with layers of
+both kinds, only layers with full attention rank tokens and can select: `observe_layers` counts them, and `min_layer`
+and `max_layer` move to the nearest of them. If all layers have a window, all of them rank, each the tokens in its
+window.
 
 Caches of sliding layers keep no more than their window of a prompt. While an answer grows they keep some entries
 more, 64 or half the window, whichever is less, so that the last tokens can be cropped; with `compile=True` up to twice
 as many. To crop further, as drafts do, call `cache.activate_past_recording()` before the tokens are read, as without a
-patch: then nothing is dropped that a crop of all tokens since the last crop would need. transformers does so for an
-assistant.
+patch: then nothing is dropped that a crop of all tokens since the last crop would need. transformers does this for an
+assistant model.
 """
 
 

@@ -182,6 +182,7 @@ def test_the_index_page_has_no_link_that_leads_nowhere(monkeypatch):
     assert not re.search(r"\]\((?!https://)", page) and "(https://arxiv.org/abs/2601.07667)" in page
     text = "[a page](docs/a.md#part), [docs/b.md](docs/b.md), [limits](#limits), [far](https://example.org)"
     assert hook.without_relative_links(text) == "a page (`docs/a.md`), `docs/b.md`, limits, [far](https://example.org)"
+    assert hook.without_relative_links("![A curve](docs/a.png)") == "Picture (`docs/a.png`): A curve"
     hooked = hook.CustomMetadataHook()
     hooked.root, metadata = str(ROOT), {}
     hooked.update(metadata)

@@ -223,7 +223,7 @@ def test_the_page_tells_what_the_report_tells():
 def test_a_prompt_of_which_no_token_is_known_to_be_dropped_has_no_marks(row):
     parsed = Parsed(make_report(row).to_html(Bytes(), [97] * row.prompt_tokens))
     assert text_of(parsed) == "a" * row.prompt_tokens and not parsed.of("mark") and not parsed.of("input")
-    words = "It was not recorded which tokens were kept." if row.pruned else "No token was dropped."
+    words = "The report has no record of which tokens were kept." if row.pruned else "No token was dropped."
     assert words in parsed.said
 
 
@@ -274,14 +274,14 @@ def test_rows_of_a_batch_have_a_section_each():
 @pytest.mark.parametrize(
     ("ids", "answer", "message"),
     [
-        ([97] * 39, None, "ids has 39 tokens in row 0, where the report tells of 40; give those that were read"),
-        ([97] * 41, None, "ids has 41 tokens in row 0, where the report tells of 40; give those that were read"),
-        ([[97] * 40] * 2, None, "ids has 2 rows, where the report tells of 1; give as many"),
-        ("text", None, "ids holds something else than token ids"),
-        (["a"] * 40, None, "ids holds something else than token ids"),
-        ([0.5] * 40, None, "ids holds something else than token ids"),
-        (None, None, "ids holds something else than token ids"),
-        ([97] * 40, ["a", "b"], "answer has 2 texts, where the report tells of 1 rows; give one for each"),
+        ([97] * 39, None, "ids has 39 tokens in row 0, where the report has 40; give those that were read"),
+        ([97] * 41, None, "ids has 41 tokens in row 0, where the report has 40; give those that were read"),
+        ([[97] * 40] * 2, None, "ids has 2 rows, where the report has 1; give as many"),
+        ("text", None, "ids does not hold token ids"),
+        (["a"] * 40, None, "ids does not hold token ids"),
+        ([0.5] * 40, None, "ids does not hold token ids"),
+        (None, None, "ids does not hold token ids"),
+        ([97] * 40, ["a", "b"], "answer has 2 texts, where the report has 1 rows; give one for each"),
         ([97] * 40, [3], "answer=3 is an int; give a text for each row"),
         ([97] * 40, 3, "answer=3 is an int; give a text"),
     ],

@@ -42,7 +42,7 @@ def test_a_row_is_alone_under_every_policy(family, policy, kv_budget, monkeypatc
     model, rows = tiny(family, torch.float64), prompts(90, 61, 9, 33, seed=1)
     config = counting(policy, STAGED.replace(kv_budget=kv_budget))
     if family == "gemma2" and policy == "pyramid_infer":
-        with pytest.raises(ConfigError, match="ranks tokens at every layer, but only layers 1, 3, 5 see"):
+        with pytest.raises(ConfigError, match="ranks tokens at every layer, but only layers 1, 3, 5 attend"):
             flexasl.patch(model, config, policy)
         return
     with flexasl.patch(model, config, policy) as patch:
@@ -173,7 +173,7 @@ def test_streaming_keeps_the_first_and_the_last(first):
         ("pyramid_infer", {"max_layer": 2}, r"give PyramidInfer\(first=..., last=...\)"),
         ("full", {"kv_budget": 40}, r"kv_budget=40 would .* give policy='snapkv' \(of ASLConfig, it takes kv_dtype\)"),
         ("snapkv", {"propagate": "mask"}, "propagate='mask' would have no effect under policy 'snapkv'"),
-        (policies.PyramidInfer(4, 2), {}, "first=4 and last=2 are no layers in order; give 0 to 5"),
+        (policies.PyramidInfer(4, 2), {}, "first=4 and last=2 are not layers in order; give 0 to 5"),
     ],
 )
 def test_refuses_settings_that_do_not_go_together(policy, given, message):
@@ -338,7 +338,7 @@ class Own(policies.Policy):
         (Own({1: 2.5}), {}, "=2.5 is not a whole number"),
         (Own({6: 20}), {}, "'own': plan: layer=6 is too large; give from 0 to 5"),
         (Own({"1": 20}), {}, "plan: layer='1' is not a whole number"),
-        (Own([1]), {}, r"'own': plan returned \[1\]; return how many tokens go on, by layer, as a dict"),
+        (Own([1]), {}, r"'own': plan returned \[1\]; return how many tokens are kept, by layer, as a dict"),
         (Own(lambda tokens: {1: 20} if tokens > 70 else None), {}, "'own': plan returned None; return how many tokens"),
         (
             Own({1: 20}),
@@ -390,7 +390,7 @@ def test_steps_of_ones_own_are_for_layers_that_see_the_whole_prompt():
     with (
         flexasl.patch(model, SMALL, Own({2: 40})),
         pytest.raises(
-            ConfigError, match=r"drops tokens after layer 2, which does not see the whole prompt; .* 1, 3, 5"
+            ConfigError, match=r"drops tokens after layer 2, which does not attend to the whole prompt; .* 1, 3, 5"
         ),
     ):
         model(prompts(90)[0][None])
@@ -424,9 +424,13 @@ def test_words_and_settings_go_together_or_are_refused():
     for policy, config, message in (
         ("asl:tau=0.3", ASLConfig(tau=0.2), "tau=0.2 contradicts policy='asl:tau=0.3'; give one of them"),
         ("best", None, "policy='best' is not known; give one of asl, .*, full, paper$"),
-        ("asl:layer=3", None, "policy='asl:layer=3': layer is no setting of asl; its settings are select_tokens, kv_"),
-        ("asl:tau", None, "policy='asl:tau': 'tau' is no setting; give name=value"),
-        ("asl:", None, "policy='asl:': '' is no setting"),
+        (
+            "asl:layer=3",
+            None,
+            "policy='asl:layer=3': layer is not a setting of asl; its settings are select_tokens, kv_",
+        ),
+        ("asl:tau", None, "policy='asl:tau': 'tau' is not a setting; give name=value"),
+        ("asl:", None, "policy='asl:': '' is not a setting"),
         ("asl:tau=0.1,tau=0.2", None, "policy='asl:tau=0.1,tau=0.2' gives tau twice"),
         ("asl:tau=2", None, "tau=2 is out of range"),
         ("snapkv:tau=0.3", None, "tau=0.3 would have no effect under policy 'snapkv'"),

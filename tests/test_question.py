@@ -252,7 +252,7 @@ def test_both_ways_to_find_tokens_agree(before, after, asked):
     ("text", "message"),
     [
         ("Who?", "question='Who\\?' is not in the prompt; give it as it stands there, or as positions"),
-        (" ", "question=' ' has no text; give the question as it stands in the prompt"),
+        (" ", "question=' ' has no text; give the question as it is written in the prompt"),
         (3, "question=3 has no text"),
     ],
 )

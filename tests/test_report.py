@@ -194,7 +194,7 @@ def test_plot_shows_look_ups_and_every_stage():
     assert {1.0, 0.57} <= {line.get_ydata()[0] for line in others}, "a dot at every selection"
     labels = [text.get_text() for text in above.get_legend().get_texts()]
     assert labels == ["look-up", "threshold of each stage", "selected at layers 7 (1,323 tokens), 10"]
-    assert above.get_ylabel() == "highest score of a far token" and "looked up" in above.get_title(loc="left")
+    assert above.get_ylabel() == "highest score of a far token" and "found its answer" in above.get_title(loc="left")
     assert figure.get_suptitle().endswith("\nranked by: Who\\x1b?")
     for other in (make_report(looked_up_row(), config={}), make_report(pruned_row(), config=config)):
         assert other.thresholds == []

@@ -60,9 +60,9 @@ def cells(grid, ours=0.5, other=1.0, cost=0.3):
 def test_a_method_that_is_better_at_no_greater_cost_is_named(bench):
     grid, page = bench("grid"), bench("page")
     text = page.results_page(cells(grid), {})
-    assert "interval of the difference: FastKV with our ranking (1.00 [1.00, 1.00] at 0.30, ours 0.50" in text
-    assert "interval of the difference: none" in page.results_page(cells(grid, cost=0.5), {})
-    assert "interval of the difference: none" in page.results_page(cells(grid, ours=1.0), {})
+    assert "the difference excludes 0): FastKV with our ranking (1.00 [1.00, 1.00] at 0.30, ours 0.50" in text
+    assert "interval of the difference excludes 0): none" in page.results_page(cells(grid, cost=0.5), {})
+    assert "interval of the difference excludes 0): none" in page.results_page(cells(grid, ours=1.0), {})
 
 
 def test_what_the_full_cache_cannot_do_is_named_and_left_out(bench):
@@ -78,9 +78,9 @@ def test_cells_are_set_side_by_side_on_the_prompts_that_they_share(bench, tmp_pa
     fewer = [{**one, "score": one["score"] / 2} for one in records if one["index"] < 4]
     made |= {f"tiny-{kind}": (cell, about, fewer) for kind in ("behind60", "front", "4k", "squad")}
     text = page.results_page(made, {})
-    assert "all ranked by it; 4 prompts of 1 task within the model's reach:\n\n" in text
-    assert "| method | nothing behind it | 60 tokens | the question in front |" in text
-    beside = text.partition("all ranked by it;")[2].split("\n\n")[1].splitlines()
+    assert "all ranked by the question; 4 prompts of 1 task within the model's reach:\n\n" in text
+    assert "| method | nothing after it | 60 tokens | the question in front |" in text
+    beside = text.partition("all ranked by the question;")[2].split("\n\n")[1].splitlines()
     (line,) = [line for line in beside if line.startswith("| **FlexASL**, default settings | ")]
     before, *halves = (float(cell.split()[0]) for cell in line.split(" | ")[1:])
     assert len(halves) == 2 and all(one == pytest.approx(before / 2, abs=0.01) for one in halves)

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "FLEXASL_CACHE_DIR": "Folder of the converted embedded model and of the profiles that calibration stored. Default: "
     "`flexasl` in the user's cache folder.",
     "FLEXASL_TRACEBACK": "With any value, the command line prints a traceback before an error.",
+    "FLEXASL_VLLM_CHECKED": "Set by FlexASL for the processes of vLLM: the release that the start has checked.",
 }
 
 

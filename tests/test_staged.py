@@ -232,7 +232,7 @@ def test_the_reason_names_the_stage_that_selected():
 
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
     config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
-    with pytest.raises(ConfigError, match=r"min_layer=1 does not see the whole prompt; give one of 2, 4, 6"):
+    with pytest.raises(ConfigError, match=r"min_layer=1 does not attend to the whole prompt; give one of 2, 4, 6"):
         StagedSelector(config, [100], ranking_layers=[2, 4, 6])
 
 

@@ -85,7 +85,7 @@ def _kind(
 @functools.lru_cache(maxsize=256)
 def _compiled(kind: Hashable, dynamic: bool) -> Any:
     """`flex_attention` compiled for one kind of inputs: a code object each, because torch makes 8 graphs of one at
-    most. fullgraph: past that a compile without it runs the uncompiled function in silence, which reads no block
+    most. fullgraph: past that a compile without it runs the uncompiled function without a message, which reads no block
     lists."""
     own = types.FunctionType(flex_attention.__code__.replace(), flex_attention.__globals__, "flex_attention")
     own.__kwdefaults__, own.__defaults__ = flex_attention.__kwdefaults__, flex_attention.__defaults__

@@ -54,16 +54,16 @@ def _prompts(report: Report, tokenizer: Any, ids: Any) -> list[list[int]]:
     if not any(isinstance(_list(row), list) for row in given or ()):
         given = [given]
     if not isinstance(ids, str) and given is not None and len(given) != len(report.rows):
-        raise FlexASLError(f"ids has {len(given)} rows, where the report tells of {len(report.rows)}; give as many")
+        raise FlexASLError(f"ids has {len(given)} rows, where the report has {len(report.rows)}; give as many")
     prompts, padding = [], getattr(tokenizer, "pad_token_id", None)
     for index, row in enumerate(report.rows):
         own = None if given is None else _list(given[index])
         if own is None or not all(isinstance(one, int) for one in own):
-            raise FlexASLError("ids holds something else than token ids; give those of each row, as numbers")
+            raise FlexASLError("ids does not hold token ids; give the ids of each row, as numbers")
         before = len(own) - row.prompt_tokens
         if before < 0 or any(one != padding for one in own[:before]):
             raise FlexASLError(
-                f"ids has {len(own)} tokens in row {index}, where the report tells of {row.prompt_tokens}; give "
+                f"ids has {len(own)} tokens in row {index}, where the report has {row.prompt_tokens}; give "
                 "those that were read, with padding before them at most"
             )
         prompts.append(own[before:])
@@ -82,7 +82,7 @@ def _answers(report: Report, answer: str | Sequence[str] | None) -> Sequence[str
     answers = [answer] if isinstance(answer, str) else list(instance("answer", answer, (list, tuple), "a text"))
     if len(answers) != len(report.rows):
         raise FlexASLError(
-            f"answer has {len(answers)} texts, where the report tells of {len(report.rows)} rows; give one for each"
+            f"answer has {len(answers)} texts, where the report has {len(report.rows)} rows; give one for each"
         )
     return [instance("answer", one, str, "a text for each row") for one in answers]
 

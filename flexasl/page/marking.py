@@ -41,7 +41,7 @@ def legend(row: RowReport) -> str:
     """What the marks mean, with the tokens of each."""
     selections = spans_of(row)
     if not selections:
-        why = "No token was dropped." if not row.pruned else "It was not recorded which tokens were kept."
+        why = "No token was dropped." if not row.pruned else "The report has no record of which tokens were kept."
         return f"<p>{why}</p>\n"
     left = [row.prompt_tokens, *(sum(stop - start for start, stop in spans) for spans in selections)]
     layers = [selection.layer for selection in row.selections][-len(selections) :]
@@ -72,7 +72,7 @@ def shades(rows: Iterable[RowReport]) -> str:
 
 
 def spans_of(row: RowReport) -> tuple[Spans, ...]:
-    """What goes on below each selection; of a report that does not have this, below the last one alone, where that is
+    """What is kept below each selection; of a report that does not have this, below the last one alone, where that is
     known."""
     if row.selection_spans or not row.selections or not row.kept_positions:
         return row.selection_spans

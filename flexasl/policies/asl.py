@@ -6,8 +6,8 @@ from flexasl.policies.base import Policy
 
 
 class ASL(Policy):
-    """Selects tokens at the layers at which the question has looked up what it asks for; with `settled_by="variance"`
-    once, at the first layer at which their ranking has settled (ASL, arXiv 2601.07667)."""
+    """Selects tokens at the layers at which the question finds a far token; with `settled_by="variance"` once, at the
+    first layer at which their ranking has settled (ASL, arXiv 2601.07667)."""
 
     name = "asl"
     takes_profiles = True

@@ -63,8 +63,8 @@ class Policy:
     second_pass: ClassVar[bool] = False
     """Whether the layers up to the selection read the selected tokens again, alone, as if they were the prompt."""
     score: Callable[[Scored], Tensor] | None = None
-    """What ranks tokens and entries, as a method: from what a layer's attention saw, [B, G, N - window] float32. None:
-    the window's attention."""
+    """What ranks tokens and entries, as a method: from the inputs of a layer's attention, [B, G, N - window] float32.
+    None: the window's attention."""
     scoring_tokens: Callable[[Rows, ASLConfig], Sequence[Tensor]] | None = None
     """Whose queries score, as a method: of each row, places [Q] int64 among its tokens, ascending. None: those of the
     window."""
@@ -117,7 +117,7 @@ class Policy:
             raise ConfigError(f"{told} (of ASLConfig, it takes {counting})")
 
     def selector(self, config: ASLConfig, prompts: Prompts) -> Selector:
-        """What decides which tokens of these prompts go on, and after which layers; config is resolved. By default
+        """What decides which tokens of these prompts are kept, and after which layers; config is resolved. By default
         adaptive selection, or none where `prunes_tokens` is False."""
         from flexasl.selectors import LayerSelector, Selector, StagedSelector
 

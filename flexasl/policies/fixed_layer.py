@@ -45,7 +45,7 @@ class FixedLayer(Policy):
             raise ConfigError(f"layer={layer!r} is not a layer of this model; give an int from 0 to {num_layers - 1}")
         if layer not in ranking_layers:
             raise ConfigError(
-                f"layer={layer} does not see the whole prompt, so it cannot rank it; "
+                f"layer={layer} does not attend to the whole prompt, so it cannot rank it; "
                 f"give one of {', '.join(map(str, ranking_layers))}"
             )
         return config.scored().replace(min_layer=layer, max_layer=layer).resolve(num_layers, ranking_layers)

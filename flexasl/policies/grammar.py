@@ -97,7 +97,7 @@ def parse(text: str, elsewhere: Mapping[str, str] | None = None) -> Named:
             kind().check(ASLConfig(**{key: given[key]}))
         if key not in (*own, *shared):
             hint = elsewhere.get(key, f"its settings are {', '.join(own + shared)}")
-            raise FlexASLError(f"policy={text!r}: {key} is no setting of {name}; {hint}")
+            raise FlexASLError(f"policy={text!r}: {key} is not a setting of {name}; {hint}")
     settings = {key: value for key, value in given.items() if key not in own}
     policy = kind(**{key: value for key, value in given.items() if key in own})
     return Named(text, policy, settings, PAPER_RULE if name == PAPER else {})
@@ -140,7 +140,7 @@ def _given(text: str, rest: str) -> dict[str, Any]:
     for part in rest.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            raise FlexASLError(f"policy={text!r}: {part!r} is no setting; give name=value")
+            raise FlexASLError(f"policy={text!r}: {part!r} is not a setting; give name=value")
         if key in given:
             raise FlexASLError(f"policy={text!r} gives {key} twice; give it once")
         given[key] = Stage.several(value.lower()) if key == "stages" else _value(value)

@@ -44,11 +44,11 @@ class PyramidInfer(Policy):
     def rule(self, config: ASLConfig, num_layers: int, ranking_layers: Sequence[int] | None = None) -> ASLConfig:
         first, last = self._ends(num_layers)
         if not 0 <= first <= last < num_layers:
-            raise ConfigError(f"first={first} and last={last} are no layers in order; give 0 to {num_layers - 1}")
+            raise ConfigError(f"first={first} and last={last} are not layers in order; give 0 to {num_layers - 1}")
         if ranking_layers is not None and len(ranking_layers) < num_layers:
             raise ConfigError(
                 f"policy {self.name!r} ranks tokens at every layer, but only layers "
-                f"{', '.join(map(str, ranking_layers))} see the whole prompt; give another policy"
+                f"{', '.join(map(str, ranking_layers))} attend to the whole prompt; give another policy"
             )
         return config.scored().replace(min_layer=first, max_layer=last).resolve(num_layers)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class Streaming(SnapKV):
     """Every layer reads the whole prompt, and its cache keeps the first `keep_first` entries and the last ones,
-    whatever was attended to (StreamingLLM, arXiv 2309.17453, which keeps four).
+    independent of attention (StreamingLLM, arXiv 2309.17453, which keeps four).
 
     The budget is `kv_budget`; where it is not given, `select_tokens` entries per KV head. Entries keep their positions
     in the prompt, where the paper counts positions within the cache.
@@ -27,10 +27,10 @@ class Streaming(SnapKV):
     refusals: ClassVar[Mapping[str, str]] = {
         **SnapKV.refusals,
         "kv_top_p": f"goes by attention, policy {name!r} by position; give kv_budget",
-        "kernel_size": f"would have no effect under policy {name!r}, which goes by position",
-        "score_power": f"would have no effect under policy {name!r}, which goes by position",
-        "contrast": f"would have no effect under policy {name!r}, which goes by position",
-        "pooling": f"would have no effect under policy {name!r}, which goes by position",
+        "kernel_size": f"would have no effect under policy {name!r}, which selects by position",
+        "score_power": f"would have no effect under policy {name!r}, which selects by position",
+        "contrast": f"would have no effect under policy {name!r}, which selects by position",
+        "pooling": f"would have no effect under policy {name!r}, which selects by position",
     }
 
     def __init__(self, keep_first: int = 4, *, sinks: int | None = None) -> None:

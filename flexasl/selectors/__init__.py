@@ -1,4 +1,4 @@
-"""Which tokens go on to deeper layers: scores in, selections out."""
+"""Which tokens pass to deeper layers: scores in, selections out."""
 
 from flexasl.selectors.adaptive import LayerSelector
 from flexasl.selectors.base import Prompts, Selection, Selector, Trace

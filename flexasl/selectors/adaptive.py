@@ -205,7 +205,8 @@ def _checked(config: ASLConfig, ranking_layers: Sequence[int] | None) -> ASLConf
         layer = getattr(config, name)
         if ranking_layers is not None and layer not in ranking_layers:
             raise ConfigError(
-                f"{name}={layer} does not see the whole prompt; give one of {', '.join(map(str, ranking_layers))}, "
+                f"{name}={layer} does not attend to the whole prompt; give one of "
+                f"{', '.join(map(str, ranking_layers))}, "
                 "or settings resolved for these ranking_layers"
             )
     return config

@@ -20,14 +20,14 @@ from flexasl.masks import Visibility
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens of one row that go on to the layers after `layer`."""
+    """The tokens of one row that pass to the layers after `layer`."""
 
     row: int
     layer: int
     keep: Tensor
     """[N] bool over the tokens that the row has at this layer, which are at the right end; the window is True."""
     count: int
-    """How many go on."""
+    """How many are kept."""
 
     @property
     def indices(self) -> Tensor:
@@ -42,7 +42,7 @@ class Selection:
 
     def block_mask(self, sliding_window: int | None = None, heads: int = 1) -> BlockMask:
         """[1, 1, N, N] for `flex_attention`, for a run in which all tokens stay and the others are masked out. A token
-        that is not selected sees itself only."""
+        that is not selected attends to itself only."""
         at = torch.arange(self.keep.shape[0], dtype=torch.int64, device=self.keep.device)[None]
         return Visibility(at, at, self.keep[None]).block_mask(sliding_window, heads)
 
@@ -58,7 +58,7 @@ class Prompts(NamedTuple):
     """Tokens of a row with its padding."""
     num_layers: int
     ranking_layers: Sequence[int] | None
-    """Layers that see the whole prompt, ascending; None for all."""
+    """Layers that attend to the whole prompt, ascending; None for all."""
     device: torch.device
     asked: Sequence[bool] | None = None
     """Of each row, whether it is known which tokens ask, so that these rank; None: of all."""
@@ -66,7 +66,7 @@ class Prompts(NamedTuple):
 
 @dataclass
 class Trace:
-    """What a rule has seen of one row, layer by layer: its rank variance, or its look-ups."""
+    """What a rule recorded of one row, layer by layer: its rank variance, or its look-ups."""
 
     eval_layers: list[int] = field(default_factory=list)
     variance: list[float] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Trace:
 
 
 class Selector:
-    """Decides which tokens of a batch of prompts go on to deeper layers; this one lets all go on.
+    """Decides which tokens of a batch of prompts pass to deeper layers; this one keeps all.
 
     A prefill asks at every layer whether it `needs` the scores; where it does, the scores go to `observe`, and `select`
     gives the selections. A row may be selected from several times, each time from the tokens that it has left.
@@ -104,7 +104,7 @@ class Selector:
     masks: bool = False
     """Whether `mask` is there, which `propagate="mask"` needs."""
     budgets: Sequence[Sequence[int]] | None = None
-    """Of every row of the batch, tokens that go on from each of its selections; None: the budget, once."""
+    """For every row of the batch, tokens that each of its selections keeps; None: the budget, once."""
     look: Callable[[Tensor], list[int]] = staticmethod(Tensor.tolist)
     """How `select` reads bools or whole numbers [R] of the device; a prefill sets it, to read with them what else it
     needs to know at this layer."""
@@ -116,11 +116,11 @@ class Selector:
 
     @property
     def traces(self) -> Mapping[int, Trace]:
-        """By row, what an adaptive rule has seen; empty where there is none."""
+        """By row, what an adaptive rule recorded; empty where there is none."""
         return {}
 
     def needs(self, layer: int) -> bool:
-        """Whether `observe` wants the scores of this layer."""
+        """Whether `observe` needs the scores of this layer."""
         return False
 
     def observe(self, layer: int, scores: Tensor) -> None:
@@ -167,7 +167,7 @@ def batch_of(
 
 
 def budget_of(config: ASLConfig, prompt_tokens: int) -> int:
-    """Tokens that go on from a prompt that is selected from."""
+    """Tokens that are kept of a prompt that is selected from."""
     return min(config.token_budget(prompt_tokens), prompt_tokens)
 
 

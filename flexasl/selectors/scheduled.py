@@ -19,8 +19,8 @@ class ScheduledSelector(Selector):
     """Selects after the layers of a plan, each time the tokens that this layer scores best of those that are left."""
 
     def __init__(self, plan: Callable[[int], Mapping[int, int]], config: ASLConfig, prompts: Prompts) -> None:
-        """plan(prompt_tokens): how many tokens go on, window included, by layer. Raises `ConfigError` where it cannot
-        work."""
+        """plan(prompt_tokens): how many tokens are kept, window included, by layer. Raises `ConfigError` where it
+        cannot work."""
         self.rows = list(prompts.rows)
         self._config, self._prompts = config, prompts
         self._plans = {row: _checked(plan(prompts.lengths[row]), config, prompts, row) for row in self.rows}
@@ -57,7 +57,7 @@ class ScheduledSelector(Selector):
 def _checked(plan: Mapping[int, int], config: ASLConfig, prompts: Prompts, row: int) -> dict[int, int]:
     """The plan of a row."""
     if not isinstance(plan, Mapping):
-        raise ConfigError(f"plan returned {shown(plan)}; return how many tokens go on, by layer, as a dict")
+        raise ConfigError(f"plan returned {shown(plan)}; return how many tokens are kept, by layer, as a dict")
     name = f"plan: tokens after layer {{}}, window={config.window} included"
     checked = {
         integer("plan: layer", layer, 0, prompts.num_layers - 1, error=ConfigError): integer(
@@ -69,7 +69,7 @@ def _checked(plan: Mapping[int, int], config: ASLConfig, prompts: Prompts, row: 
     for layer, count in checked.items():
         if ranking is not None and layer not in ranking and count < prompts.lengths[row]:
             raise ConfigError(
-                f"plan drops tokens after layer {layer}, which does not see the whole prompt; layers that do are "
+                f"plan drops tokens after layer {layer}, which does not attend to the whole prompt; layers that do are "
                 f"{', '.join(map(str, ranking))}"
             )
     return checked

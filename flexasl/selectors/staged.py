@@ -76,7 +76,8 @@ class StagedSelector(Selector):
             for name, layer in (("min_layer", stage.first), ("max_layer", stage.last)):
                 if layer not in counting:
                     raise ConfigError(
-                        f"{name}={layer} does not see the whole prompt; give one of {', '.join(map(str, counting))}, "
+                        f"{name}={layer} does not attend to the whole prompt; give one of "
+                        f"{', '.join(map(str, counting))}, "
                         "or settings resolved for these ranking_layers"
                     )
         assert config.min_layer_unasked is not None and config.min_layer is not None
@@ -90,7 +91,7 @@ class StagedSelector(Selector):
         assert since is not None
         self._needed = frozenset(layer for layer in counting if since <= layer <= self.stages[-1].last)
         self.budgets = [self._counts(row) for row in range(len(self.lengths))]
-        """Of every row of the batch, tokens that go on from each stage."""
+        """For every row of the batch, tokens that each stage keeps."""
         self._selects_anyway = config.if_never == "select"
         self._traces = {row: Trace() for row in self.rows}
         self._seen: list[tuple[int, list[int], Tensor]] = []
@@ -196,7 +197,7 @@ class StagedSelector(Selector):
             lowered = "" if selection.layer <= stage.first else f" (tau={stage.tau}, lowered with depth)"
             return f"the question found a far token: score {weight:.2f}, threshold {least:.2f}{lowered}"
         if not final:
-            return f"{never}; if_never='keep' keeps what is left"
+            return f"{never}; if_never='keep' keeps the remaining tokens"
         if stage.first == stage.last:
             return f"the selection is set to layer {stage.last}"
         return f"{never} by max_layer={stage.last}; if_never='select' selects there"
@@ -206,7 +207,7 @@ class StagedSelector(Selector):
         return self.stages if self.asked[row] else self._unasked
 
     def _counts(self, row: int) -> list[int]:
-        """Tokens that go on from a prompt after each stage, ascending stages."""
+        """Tokens of a prompt that are kept by each stage, ascending stages."""
         length = self.lengths[row]
         counts, left, final = [], length, budget_of(self.config, length)
         waits = self._of(row)[-1].first > self.stages[-1].first
@@ -299,7 +300,7 @@ class StagedSelector(Selector):
         return select_tokens(ranks, budget, self.config.window, self._valid)
 
     def _advance(self, selects: Tensor, keep: Tensor) -> None:
-        """Rows that select go on to their next stage, and what they keep moves to the right end, in its order."""
+        """Rows that select move to their next stage, and what they keep moves to the right end, in its order."""
         assert self._scores is not None and self._far is not None
         valid = torch.ones_like(keep) if self._valid is None else self._valid
         left = torch.where(selects[:, None], keep, valid)

@@ -63,7 +63,7 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -
     Args:
         tokenizer: The model's tokenizer.
         text: The text.
-        question: The question, which stands behind the text.
+        question: The question, which comes after the text.
     """
     return prompt_ids(tokenizer, _asking(tokenizer, text, question))
 
@@ -77,7 +77,7 @@ def opening_ids(tokenizer: Any, text: str, about: str = "") -> tuple[list[int], 
     Args:
         tokenizer: The model's tokenizer.
         text: The text.
-        about: What will be asked, in any words, to stand between the text and the question.
+        about: What will be asked, in any words; it is put between the text and the question.
     """
     mark = "[question]"
     while mark in text + about:

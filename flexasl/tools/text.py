@@ -114,7 +114,7 @@ def needle_prompt(
     Raises TextError for a depth outside [0, 1], or too few tokens for needle and question.
     """
     if not 0 <= depth <= 1:
-        raise TextError(f"depth={depth} is no share of the document; give a number in [0, 1]")
+        raise TextError(f"depth={depth} is not a share of the document; give a number in [0, 1]")
 
     def message(kept: list[str]) -> str:
         starts = list(accumulate(map(len, kept), initial=0))

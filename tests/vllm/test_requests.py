@@ -79,11 +79,11 @@ def test_a_question_that_the_prompt_does_not_have(llm):
 BAD = {
     "unknown": ({"flexasl_budget": 3}, "flexasl_budget=3 is not known; a request may set flexasl_select_tokens"),
     "too_few": ({"flexasl_select_tokens": 3}, "select_tokens=3 does not exceed window=8"),
-    "no_amount": ({"flexasl_select_tokens": "many"}, "flexasl_select_tokens='many' is no amount"),
+    "no_amount": ({"flexasl_select_tokens": "many"}, "flexasl_select_tokens='many' is not an amount"),
     "no_policy": ({"flexasl_policy": "best"}, "policy='best' is not known"),
     "second_pass": ({"flexasl_policy": "asl_two_pass"}, "policy='asl_two_pass' reads tokens twice"),
     "beyond": ({"flexasl_policy": "fixed_layer:layer=9"}, "9 is beyond the model|layer=9"),
-    "no_question": ({"flexasl_question": 3.5}, "flexasl_question=3.5 is no question"),
+    "no_question": ({"flexasl_question": 3.5}, "flexasl_question=3.5 is not a question"),
     "idle_question": ({"flexasl_policy": "full", "flexasl_question": [1, 2]}, "would have no effect"),
 }
 
@@ -264,5 +264,5 @@ def test_what_requests_say():
     assert asked_for({"flexasl_question": "Why?"}) == {"question": ["Why?"]}
     assert asked_for({"flexasl_question": [1, 2, 5, 6]}) == {"question": [(1, 2), (5, 6)]}
     for bad in ([1, 2, 3], [], "", {"a": 1}, True, ["a", 1]):
-        with pytest.raises(FlexASLError, match="is no question"):
+        with pytest.raises(FlexASLError, match="is not a question"):
             asked_for({"flexasl_question": bad})

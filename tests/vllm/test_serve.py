@@ -180,7 +180,7 @@ def test_refused_before_anything_is_loaded():
     assert "select_tokens=3 does not exceed window" in refused("--select-tokens", "3")
     assert "policy='gemfilter' reads tokens twice" in refused("--policy", "gemfilter")
     assert "MODEL is empty" in refused("")
-    assert "two stands behind MODEL" in refused("one", "two", "--", "--enforce-eager")
+    assert "two follows MODEL" in refused("one", "two", "--", "--enforce-eager")
     assert "model ./none cannot be served" in refused("./none")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

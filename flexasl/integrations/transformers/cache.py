@@ -200,7 +200,7 @@ class PrunedCache(DynamicCache):
     @property
     def token_ids(self) -> Tensor | None:
         """[B, S] int64: what was read, dropped tokens and padding included; None where the model was given
-        embeddings. A later turn's ids go behind them."""
+        embeddings. Append a later turn's ids to them."""
         seen, known = self.get_seq_length(), self._known()
         return known[:, :seen] if known is not None and known.shape[1] >= seen else None
 

@@ -140,8 +140,8 @@ class Stack:
 
     @property
     def ranking_layers(self) -> list[int]:
-        """Layers whose ranking counts: those that see the whole prompt, or all with attention where none does; before
-        the first one whose keys and values others use, so that all of them run on the same tokens."""
+        """Layers whose ranking counts: those that attend to the whole prompt, or all with attention where none does;
+        before the first one whose keys and values others use, so that all of them run on the same tokens."""
         first = min(self.lenders.values(), default=len(self.layers))
         attending = {
             index: own

@@ -326,7 +326,7 @@ class Patch(BasePatch):
         return joined if rest is None else (joined, *rest)
 
     def _run_choosing(self, forward: Any, step: LayerStep, hidden: Any, kwargs: Any) -> Any:
-        """A layer that chooses keys for each query, on the rows of prompts one by one. What it chose goes on to the
+        """A layer that chooses keys for each query, on the rows of prompts one by one. What it chose passes to the
         layers after it as a tuple of the rows'."""
         before = kwargs.get(CHOSEN)
         rest: list[Any] = []

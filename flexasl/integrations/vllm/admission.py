@@ -1,5 +1,5 @@
 """What requests ask for, checked where they come in, by vLLM's hook for custom logits processors: a request that cannot
-be honoured ends with an error, HTTP 400, and the others go on. Logits are left as they are."""
+be honoured ends with an error, HTTP 400, and the others continue. Logits are left as they are."""
 
 from __future__ import annotations
 

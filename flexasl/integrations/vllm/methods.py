@@ -48,7 +48,7 @@ class Settings:
                 self, "max_new_tokens", integer("max_new_tokens", self.max_new_tokens, 1, error=ConfigError)
             )
         if self.profile is True or not isinstance(self.profile, (str, bool, type(None))):
-            raise ConfigError(f"profile={shown(self.profile)} is no file; give the name of one, False or None")
+            raise ConfigError(f"profile={shown(self.profile)} is not a file; give the name of one, False or None")
         refuse(policy, config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def asked_for(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
 def _amount(name: str, value: Any) -> Any:
     made = number(value) if isinstance(value, str) else value
     if isinstance(made, bool) or not isinstance(made, (int, float)):
-        raise FlexASLError(f"{name}={shown(value)} is no amount; give a count of tokens, or a share of the prompt")
+        raise FlexASLError(f"{name}={shown(value)} is not an amount; give a count of tokens, or a share of the prompt")
     return made
 
 
@@ -263,5 +263,5 @@ def _question(name: str, value: Any) -> Any:
     if parts and all(isinstance(part, str) and part.strip() for part in parts):
         return parts
     raise FlexASLError(
-        f"{name}={shown(value)} is no question; give a text of the prompt, or [start, stop] of its tokens"
+        f"{name}={shown(value)} is not a question; give a text of the prompt, or [start, stop] of its tokens"
     )

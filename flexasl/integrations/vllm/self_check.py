@@ -76,8 +76,11 @@ def check() -> None:
         max_layer=4,
         tau=0.2,
     )
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, SHAPE["vocab_size"], (1, length), generator=generator) for length in LENGTHS]
+    generator = torch.Generator("cpu").manual_seed(0)
+    prompts = [
+        torch.randint(3, SHAPE["vocab_size"], (1, length), generator=generator, dtype=torch.int64, device="cpu")
+        for length in LENGTHS
+    ]
     with tempfile.TemporaryDirectory(prefix="flexasl-") as folder:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)

@@ -120,7 +120,7 @@ class Step:
         return torch.cat(made)
 
     def advance(self) -> Tensor | None:
-        """After a layer: which of its rows go on, or None where all do."""
+        """After a layer: which of its rows pass to the next one, or None where all do."""
         going, first, fewer = [], 0, False
         for group in self.groups:
             count = group.prefill.rows.total

@@ -59,7 +59,7 @@ def calibrate(
     checks them by answers to other prompts.
 
     The choice is made by replaying the rule on one read of each prompt; half of the prompts have rules for the answer
-    behind the question. Then the model answers half as many other prompts, with its full cache, by the default and by
+    after the question. Then the model answers half as many other prompts, with its full cache, by the default and by
     the chosen settings. Where the chosen settings lose answers that the default does not lose, the default is kept.
 
     Args:

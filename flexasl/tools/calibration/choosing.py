@@ -27,11 +27,11 @@ FIRST, LAST = (1 / 4, 1 / 3, 5 / 12, 1 / 2), (0.6, 0.7, 0.8)
 MOST_WAITING = 1 / 4
 """Share of the prompts on which `max_layer` may decide."""
 RULE = (
-    "Of the candidates that max_layer decides for on at most a quarter of the prompts (of all, where there is none), "
-    "and that cost no more than the defaults (whatever they cost, where the best of these hold less than half of what "
-    "others do), those that hold the answer on most prompts, in the mean of a candidate and those one step away in one "
-    "setting; of these the cheapest; of several such the one with the fewest changes to the defaults. Where none holds "
-    "any answer, the default."
+    "Chosen in this order: candidates that select at max_layer without a look-up on at most a quarter of the prompts "
+    "(all candidates, if there is none); of these, candidates that cost no more than the defaults (all, if the best of "
+    "them hold less than half as many answers as others); of these, candidates that hold the answer on most prompts, "
+    "in the mean of a candidate and its neighbours, one step away in one setting; of these, the cheapest; of equally "
+    "cheap ones, the one with the fewest changes to the defaults. If no candidate holds any answer, the default."
 )
 
 

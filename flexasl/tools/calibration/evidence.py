@@ -32,7 +32,7 @@ class Used:
     index: int
     tokens: int
     behind: str
-    """What stands behind its question."""
+    """The text after its question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Calibration:
                 self.verdict,
                 _table(["setting", "chosen", "default"], settings),
                 f"`select_tokens={self.config.select_tokens}`, prompts of at most {about['length']:,} tokens, half of "
-                f"them with rules for the answer behind the question; {len(self.candidates)} candidates, the best of "
+                f"them with rules for the answer after the question; {len(self.candidates)} candidates, the best of "
                 f"which hold {best} of {count} answers. {RULE}",
                 "## On prompts that settings were chosen on, replayed",
                 _table(["setting", "held", "cost", "`max_layer` decided"], replayed),

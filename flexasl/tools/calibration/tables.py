@@ -73,7 +73,7 @@ class Table:
         return Outcome(told.selected_layer, held, cost, layers, late), not selector.rows
 
     def _cost(self, made: Sequence[tuple[int, int]], positions: Sequence[int], window: int) -> float:
-        """Of selections (layer, tokens that go on), the last of which leaves these positions. Where no layer slides,
+        """Of selections (layer, tokens that are kept), the last of which leaves these positions. Where no layer slides,
         the positions do not matter."""
         key = (*made, *(positions if self._slides else ()))
         if key not in self._known_costs:

@@ -30,7 +30,7 @@ from flexasl.tools.cli.plotting import Html, Plot, check_html, check_plot, draw,
 from flexasl.tools.cli.terminal import progress_bar, streamed
 
 LEAST = 256
-"""Tokens that go on at least where nothing is said of how many."""
+"""The least that is kept where no number is given."""
 OF_PREFILL = ("file", "select_tokens", "kv_budget", "kv_dtype", "tau", "config", "policy")
 """Options that say how a text is read, and so go with --file and not with --cache; `flexasl prefill` has them too."""
 OF_A_PROMPT = {"compare": "--compare", "rank_by_question": "--no-rank-by-question"}

@@ -26,7 +26,7 @@ def calibrate(
     out: Annotated[
         Path | None,
         path_option(
-            "File of settings to write, such as config.json; evidence and profile go beside it.",
+            "File of settings to write, such as config.json; evidence and profile are written beside it.",
             show_default="none; the profile goes to the user's cache folder, where flexasl finds it",
         ),
     ] = None,
@@ -48,7 +48,7 @@ def calibrate(
     dtype: DtypeName = None,
     device: Device = "cpu",
 ) -> None:
-    """Find the settings that suit a model: which layers, stages, thresholds. Minutes, and no training."""
+    """Find the settings that suit a model: layers, stages and thresholds. Takes minutes, without training."""
     need("flexasl calibrate", "eval", "matplotlib", "numpy", "rouge_score", "wonderwords")
     from flexasl import profiles
     from flexasl.tools.calibration import calibrating, evidence

@@ -89,13 +89,13 @@ def evaluate(
     after_question: Annotated[
         AfterQuestion | None,
         typer.Option(
-            help="Text behind each question: rules for the answer, some 60 tokens of them, 30 or 120.",
+            help="Text after each question: rules for the answer, of some 60, 30 or 120 tokens.",
             show_default="none",
         ),
     ] = None,
     answer_prefix: Annotated[bool, typer.Option(help="End prompts with the start of the answer.")] = True,
     question_first: Annotated[
-        bool, typer.Option("--question-first", help="Put the question before the text, not behind it.")
+        bool, typer.Option("--question-first", help="Put the question before the text, not after it.")
     ] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All answers to a prompt at once: much faster, but nothing is timed.")
@@ -166,4 +166,6 @@ def _of_launcher(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise FlexASLError(f"the environment has {name}={text}, which is no number; set it as torchrun does") from error
+        raise FlexASLError(
+            f"the environment has {name}={text}, which is not a number; set it as torchrun does"
+        ) from error

@@ -53,7 +53,7 @@ def _given(text: str) -> str:
 
 def _number(value: float | None) -> float | None:
     if value is not None and value != value:  # which no bound refuses
-        raise typer.BadParameter("nan is no number")
+        raise typer.BadParameter("nan is not a number")
     return value
 
 
@@ -76,7 +76,7 @@ PolicyName = Annotated[
     str,
     typer.Option(
         "--policy",
-        help=f"What to prune and when: {', '.join([*POLICIES, PAPER])}; with settings, as in fixed_layer:layer=9 or "
+        help=f"How to prune: {', '.join([*POLICIES, PAPER])}; with settings, as in fixed_layer:layer=9 or "
         "asl:tau=0.3,stages=0.5@5-9+0.25.",
     ),
 ]
@@ -99,7 +99,7 @@ Tau = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, path_option("JSON of settings, as flexasl calibrate writes it; options win over it.", "--config")
+    Path | None, path_option("JSON of settings, as flexasl calibrate writes it; options override it.", "--config")
 ]
 Depth = Annotated[float, typer.Option(min=0, max=1, callback=_number, help="Where the fact is hidden: 0 start, 1 end.")]
 Haystack = Annotated[Path | None, path_option("Text to hide needles in.", show_default="English prose")]
@@ -131,7 +131,7 @@ def amount_of(name: str, text: str) -> int | float:
     """What is typed for an amount of tokens."""
     option, value = f"--{name.replace('_', '-')}", number(text)
     if value is None:
-        raise FlexASLError(f"{option} {text} is no amount; give {AMOUNT}")
+        raise FlexASLError(f"{option} {text} is not an amount; give {AMOUNT}")
     if value > MOST_TOKENS:
         raise FlexASLError(f"{option} {text} is more than any model reads; give at most {MOST_TOKENS:,}")
     return value

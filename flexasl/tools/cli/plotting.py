@@ -11,9 +11,7 @@ from flexasl.writing import check_file, replaced, write
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 HTML_FORMATS = (".html", ".htm")
 Plot = Annotated[Path | None, path_option("Picture of the decision to write: .png, .svg or .pdf.", "--plot")]
-Html = Annotated[
-    Path | None, path_option("Page to write, with the text in which the kept tokens are marked: .html.", "--html")
-]
+Html = Annotated[Path | None, path_option("Page to write, with the kept tokens of the text marked: .html.", "--html")]
 
 
 def check_plot(path: Path | None, inputs: tuple[str | Path | None, ...]) -> None:

@@ -56,7 +56,7 @@ def prefill(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Read a text once and save what the model remembers, for flexasl ask --cache."""
+    """Read a text once and save its KV cache, for flexasl ask --cache."""
     amounts = {"select_tokens": select_tokens, "kv_budget": kv_budget}
     rule, settings = chosen(policy, tau, kv_dtype, config, **amounts)
     from flexasl import saving

@@ -41,7 +41,7 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Model folder or hub id, and, behind --, options that vLLM gets as they are.",
+            help="Model folder or hub id. Options after -- are passed to vLLM unchanged.",
             show_default="the embedded SmolLM2-135M-Instruct",
             metavar="[MODEL] [-- OPTIONS]",
         ),
@@ -137,7 +137,7 @@ def _split(words: list[str]) -> tuple[str | None, list[str]]:
     else:
         name = None
     if words and not words[0].startswith("-"):
-        raise FlexASLError(f"{words[0]} stands behind MODEL; give one model, and options of vLLM behind --")
+        raise FlexASLError(f"{words[0]} follows MODEL; give one model, and options of vLLM after --")
     return name, words
 
 

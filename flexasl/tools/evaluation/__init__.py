@@ -4,7 +4,7 @@
 
     plan = evaluation.plan("ruler", lengths=[4096], policies=["asl", "fixed_layer:layer=15"], budgets=[512])
     model, tokenizer = run.load_model("some/model")
-    evaluation.evaluate(plan, model, tokenizer, "out")  # goes on where it was stopped
+    evaluation.evaluate(plan, model, tokenizer, "out")  # continues where it was stopped
     print(evaluation.report("out"))
 
 `tasks()` lists what there is, and `build` makes one prompt of a task. `flexasl eval` is the same on a command line.

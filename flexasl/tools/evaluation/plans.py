@@ -129,7 +129,7 @@ def plan(
             adaptive selection starts from `config`, the window under `paper` and the other policies, as in their
             papers.
         profile: Whether settings that are left open come from the model's profile, where there is one.
-        after_question: Text behind the question of every prompt: rules for the answer, some 60 tokens of them
+        after_question: Text after the question of every prompt: rules for the answer, some 60 tokens of them
             (`"rules"`), 30 (`"rules-30"`) or 120 (`"rules-120"`). None: none.
         answer_prefix: Whether prompts end with the start of the answer. Without it an answer gets some more tokens.
         question_first: Whether the question stands before the text. Tasks that come from a user's file do not take it.
@@ -155,7 +155,7 @@ def plan(
         answer_tokens = defaults.answer_tokens
     for length in lengths:
         if isinstance(length, bool) or length < 1:
-            raise FlexASLError(f"length={length!r} is no number of tokens; give a whole number of at least 1")
+            raise FlexASLError(f"length={length!r} is not a number of tokens; give a whole number of at least 1")
     one_of("rank_by", rank_by, RANK_BY)
     wording = Wording(after_question, answer_prefix, question_first)
     answer_tokens = None if answer_tokens is None else few("answer_tokens", answer_tokens)
@@ -197,7 +197,7 @@ def parse_budgets(text: str) -> list[int | float]:
     for part in parts("budget", text):
         value = number(part)
         if value is None:
-            raise FlexASLError(f"budget={part} is no amount; give a count of tokens (512, 4k) or a share (0.25)")
+            raise FlexASLError(f"budget={part} is not an amount; give a count of tokens (512, 4k) or a share (0.25)")
         budgets.append(value)
     return budgets
 
@@ -207,7 +207,7 @@ def parse_depths(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in parts("depths", text))
     except ValueError as error:
-        raise FlexASLError(f"depths={text!r} are no shares of the document; give numbers in [0, 1]") from error
+        raise FlexASLError(f"depths={text!r} are not shares of the document; give numbers in [0, 1]") from error
 
 
 def parse_policies(text: str) -> list[str]:
@@ -223,7 +223,7 @@ def parse_names(name: str, text: str) -> list[str]:
 def _length(text: str) -> int:
     value = number(text) if re.fullmatch(r"\d+(\.\d+)?k|\d+", text, re.IGNORECASE) else None
     if not isinstance(value, int):
-        raise FlexASLError(f"length={text} is no number of tokens; give one such as 4096 or 4k")
+        raise FlexASLError(f"length={text} is not a number of tokens; give one such as 4096 or 4k")
     return value
 
 

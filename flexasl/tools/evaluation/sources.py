@@ -66,7 +66,7 @@ class Sources:
         depths = tuple(several("depths", self.depths, Real, "numbers in [0, 1]"))
         object.__setattr__(self, "depths", depths)
         if not depths or not all(0 <= depth <= 1 for depth in depths):
-            raise FlexASLError(f"depths={list(depths)} are no shares of the document; give numbers in [0, 1]")
+            raise FlexASLError(f"depths={list(depths)} are not shares of the document; give numbers in [0, 1]")
         if self.infinitebench is not None and not self.infinitebench.is_dir():
             raise FlexASLError(f"infinitebench={self.infinitebench} is not a folder; give the one with <task>.jsonl")
         for file in self.qa_files:
