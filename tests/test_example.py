@@ -228,7 +228,7 @@ def test_layers_that_take_other_tokens_or_no_attention_are_refused():
         begun = flexasl.ForwardPass.begin(caches, before)
         hidden, step = begun.before_layer(0, model.blocks[0].attention, torch.zeros(2, tokens, 64).double())
         if tokens == 60:
-            with pytest.raises(flexasl.FlexASLError, match=r"layer 0 ran without LayerStep\.attention; call it instead of"):
+            with pytest.raises(flexasl.FlexASLError, match=r"layer 0 ran without LayerStep\.attention; call it"):
                 begun.after_layer(0, step, hidden)
             plain.read(model, prompt, caches, before, ASLConfig())
             before = torch.ones(2, 61)
