@@ -1,13 +1,13 @@
 """Layers that attend in chunks of positions, as Llama 4's."""
 
-import copy
 import functools
 
 import pytest
 import torch
+from answers import FIXED, KEEP_ALL, STAGES, check_caches, close, say
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GREEDY, HEADS, SHAPE, STAGED, held_columns, left_padded, prefills, prompts, pruned_masks, selected
+from models import HEADS, SHAPE, held_columns, left_padded, prefills, prompts, pruned_masks, selected
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -24,10 +24,6 @@ LLAMA4 = {
     "interleave_moe_layer_step": 2,
     "floor_scale": 16,
 }
-FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
-KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
-NEW = {**GREEDY, "output_logits": True}
 RULES = {"one selection": (FIXED, "fixed_layer:layer=1"), "stages": (STAGES, "asl")}
 
 
@@ -37,16 +33,6 @@ def chunked(chunk=20, floor_scale=16):
     settings = LLAMA4 | {"attention_chunk_size": chunk, "floor_scale": floor_scale}
     config = AutoConfig.for_model("llama4_text", **(SHAPE | settings))
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-
-
-def say(model, new_tokens, **inputs):
-    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
-    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
-    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 
 
 def masked_run(model, ids, prompt, cache, selections):
@@ -141,17 +127,7 @@ def test_a_second_turn_in_a_batch_is_each_rows_own(later):
 
 
 def test_caches_are_saved_copied_and_chosen_from(tmp_path):
-    model, rows, after = chunked(), torch.stack(prompts(60, 60)), torch.tensor([[7], [9]])
-    with flexasl.patch(model, FIXED.replace(kv_budget=20), policy="fixed_layer:layer=1"):
-        cache = model(rows, use_cache=True).past_key_values
-        cache.save(tmp_path / "a")
-        copied, loaded = copy.deepcopy(cache), flexasl.load_cache(tmp_path / "a", model)
-        want = model(after, past_key_values=cache).logits
-        for other in (copied, loaded):
-            close(model(after, past_key_values=other).logits, want)
-        beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
-        alone = [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
-        assert torch.equal(beams, torch.cat(alone))
+    check_caches(chunked(), FIXED.replace(kv_budget=20), "fixed_layer:layer=1", tmp_path)
 
 
 @given(st.integers(0, 2**20), st.sampled_from([1, 3, 90, 300]), st.sampled_from([5, 40, 128]), st.booleans())

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 
+import answers
 import pytest
 import torch
+from answers import FIXED, KEEP_ALL, STAGES, check_rows_alone, say
 from hybrids import HYBRIDS, INEXACT, NEW_STATES, OWN_ARGUMENTS, hybrid, recompute_on_kept
-from models import GREEDY, SHAPE, STAGED, counting, left_padded, prefills, prompts, selected
+from models import GREEDY, SHAPE, counting, left_padded, prefills, prompts, selected
 from tiny_chat import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,20 +19,9 @@ from flexasl.tools.evaluation import runner
 from flexasl.tools.evaluation.records import ANSWERS
 from flexasl.tools.evaluation.storage import read_all
 
-FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
-KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
-NEW = {**GREEDY, "output_logits": True}
-
 
 def close(got, want, family):
-    torch.testing.assert_close(got, want, rtol=0, atol=INEXACT.get(family, 2e-4))
-
-
-def say(model, new_tokens, **inputs):
-    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
-    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
-    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
+    answers.close(got, want, INEXACT.get(family, 2e-4))
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -81,16 +72,8 @@ def test_a_kv_budget_trims_layers_with_keys_alone(family):
 @pytest.mark.parametrize("policy", ["asl", "fixed_layer:layer=1", "gemfilter:layer=1", "snapkv"])
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_row_is_alone(family, policy):
-    model, rows = hybrid(family), prompts(70, 12, 43)
-    config = counting(policy, STAGES)
-    with flexasl.patch(model, config, policy=policy) as patch:
-        alone = [say(model, 9, input_ids=row[None]) for row in rows]
-        sequences, logits, _ = say(model, 9, **left_padded(rows))
-        kept = [row.kept_tokens for row in patch.report.rows]
+    kept = check_rows_alone(hybrid(family), counting(policy, STAGES), policy, INEXACT.get(family, 2e-4))
     assert kept[1] == 12 and (policy == "snapkv" or kept[0] < 70)
-    for row, (own, own_logits, _) in enumerate(alone):
-        close(logits[row], own_logits[0], family)
-        assert torch.equal(sequences[row, -9:], own[0, -9:])
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 16, 17, 33])

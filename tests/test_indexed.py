@@ -1,12 +1,12 @@
 """Models whose layers choose, by keys of another kind, which keys each query attends to."""
 
-import copy
 import functools
 
 import pytest
 import torch
+from answers import FIXED, KEEP_ALL, RULES, STAGES, check_caches, check_rows_alone, close, say
 from hybrids import recompute_on_kept
-from models import GREEDY, MOE, SHAPE, STAGED, counting, left_padded, prefills, prompts, selected
+from models import MOE, SHAPE, counting, left_padded, prefills, prompts, selected
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -39,11 +39,6 @@ FAMILIES = {
 INEXACT = ("axk2",)
 """Families whose logits, unpatched, differ by .3 between tokens read at once and one by one, in float64."""
 SHARING = ("glm_that_shares", "hy_v4")
-FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
-KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
-NEW = {**GREEDY, "output_logits": True}
-RULES = {"one selection": (FIXED, "fixed_layer:layer=2"), "stages": (STAGES, "asl")}
 
 
 @functools.cache
@@ -61,16 +56,6 @@ def choosing(family, dtype=torch.float64):
     how = {"attn_implementation": "eager" if kind == "hy_v4" else "sdpa", "experts_implementation": "eager"}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
     return model.eval().requires_grad_(False)
-
-
-def say(model, new_tokens, **inputs):
-    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
-    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
-    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
-
-
-def close(got, want):
-    torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,15 +98,8 @@ def test_pruned_decode_equals_a_run_on_the_kept_tokens(family, rule, budget):
 def test_a_row_is_alone(family, policy, propagate):
     if policy != "asl" and (family in SHARING or propagate == "mask"):
         pytest.skip("refused")
-    model, rows = choosing(family), prompts(70, 12, 43)
     config = counting(policy, STAGES)
-    config = config.replace(propagate=propagate) if policy == "asl" else config
-    with flexasl.patch(model, config, policy=policy):
-        alone = [say(model, 9, input_ids=row[None]) for row in rows]
-        sequences, logits, _ = say(model, 9, **left_padded(rows))
-    for row, (tokens, own_logits, _) in enumerate(alone):
-        close(logits[row], own_logits[0])
-        assert torch.equal(sequences[row, -9:], tokens[0, -9:])
+    check_rows_alone(choosing(family), config.replace(propagate=propagate) if policy == "asl" else config, policy)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,22 +135,7 @@ def test_a_second_turn_in_a_batch_is_each_rows_own(family, later):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_are_saved_copied_cropped_and_chosen_from(family, tmp_path):
-    model, rows, after = choosing(family), torch.stack(prompts(60, 60)), torch.tensor([[7], [9]])
-    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=2"):
-        cache = model(rows, use_cache=True).past_key_values
-        cache.save(tmp_path / "a")
-        copied, loaded = copy.deepcopy(cache), flexasl.load_cache(tmp_path / "a", model)
-        turned, cropped = copy.deepcopy(cache), copy.deepcopy(cache)
-        turned.reorder_cache(torch.tensor([1, 0, 1]))
-        model(torch.stack(prompts(5, 5, seed=4)), past_key_values=cropped)
-        cropped.crop(-5)
-        want = model(after, past_key_values=cache).logits
-        for other in (copied, loaded, cropped):
-            close(model(after, past_key_values=other).logits, want)
-        close(model(after[[1, 0, 1]], past_key_values=turned).logits, want[[1, 0, 1]])
-        beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
-        alone = [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
-        assert torch.equal(beams, torch.cat(alone))
+    check_caches(choosing(family), FIXED, "fixed_layer:layer=2", tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 2, 11, 12, 13])
@@ -195,3 +158,9 @@ def test_what_choosing_cannot_honour_is_refused():
         with pytest.raises((ConfigError, UnsupportedError), match=message):
             flexasl.patch(model, **settings)
         assert not hasattr(model, "flexasl_patch")
+
+
+def test_eight_bits_would_choose_other_keys():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    with pytest.raises(ConfigError, match="kv_dtype='int8' does not go with a model whose layers choose the keys"):
+        flexasl.patch(choosing("deepseek_v32"), FIXED.replace(kv_dtype="int8"))

@@ -2,16 +2,16 @@
 
 import copy
 import functools
+import gc
 
 import pytest
 import torch
+from answers import FIXED, KEEP_ALL, RULES, STAGES, check_caches, check_rows_alone, close, say
 from hypothesis import given
 from hypothesis import strategies as st
 from models import (
-    GREEDY,
     HEADS,
     SHAPE,
-    STAGED,
     counting,
     held_columns,
     left_padded,
@@ -26,6 +26,7 @@ import flexasl
 from flexasl import ConfigError, FlexASLAttention, Scoring, UnsupportedError, Visibility
 from flexasl.attention_spec import AttentionSpec
 from flexasl.integrations.transformers.models import decoder_layers
+from flexasl.integrations.transformers.patch import RUNNING
 from flexasl.kernels import attention_gradients, eager, sdpa
 from flexasl.kernels.alibi import with_alibi
 
@@ -45,11 +46,6 @@ FAMILIES = {
     "nemotron": {},
     "stablelm": {},
 }
-FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
-KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
-NEW = {**GREEDY, "output_logits": True}
-RULES = {"one selection": (FIXED, "fixed_layer:layer=2"), "stages": (STAGES, "asl")}
 
 
 @functools.cache
@@ -58,16 +54,6 @@ def own(family, dtype=torch.float32):
     torch.manual_seed(3)
     config = AutoConfig.for_model(settings.pop("model_type", family), **(SHAPE | settings))
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-
-
-def say(model, new_tokens, **inputs):
-    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
-    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
-    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 
 
 def masked_run(model, ids, prompt, cache, selections):
@@ -120,15 +106,7 @@ def test_pruned_decode_equals_a_masked_run(family, rule, budget):
 @pytest.mark.parametrize("policy", ["asl", "gemfilter:layer=1"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_alone(family, policy):
-    model, rows = own(family), prompts(70, 12, 43)
-    config = counting(policy, STAGES)
-    with flexasl.patch(model, config, policy=policy) as patch:
-        alone = [say(model, 9, input_ids=row[None]) for row in rows]
-        sequences, logits, _ = say(model, 9, **left_padded(rows))
-        assert [row.kept_tokens for row in patch.report.rows][1] == 12
-    for row, (tokens, own_logits, _) in enumerate(alone):
-        close(logits[row], own_logits[0])
-        assert torch.equal(sequences[row, -9:], tokens[0, -9:])
+    assert check_rows_alone(own(family), counting(policy, STAGES), policy)[1] == 12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,22 +145,7 @@ def test_a_second_turn_in_a_batch_is_each_rows_own(family, later):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "mpt", "stablelm"])
 def test_caches_are_saved_copied_cropped_and_chosen_from(family, tmp_path):
-    model, rows, after = own(family), torch.stack(prompts(60, 60)), torch.tensor([[7], [9]])
-    with flexasl.patch(model, FIXED.replace(kv_budget=20), policy="fixed_layer:layer=2"):
-        cache = model(rows, use_cache=True).past_key_values
-        cache.save(tmp_path / "a")
-        copied, loaded = copy.deepcopy(cache), flexasl.load_cache(tmp_path / "a", model)
-        turned, cropped = copy.deepcopy(cache), copy.deepcopy(cache)
-        turned.reorder_cache(torch.tensor([1, 0, 1]))
-        model(torch.stack(prompts(5, 5, seed=4)), past_key_values=cropped)
-        cropped.crop(-5)
-        want = model(after, past_key_values=cache).logits
-        for other in (copied, loaded, cropped):
-            close(model(after, past_key_values=other).logits, want)
-        close(model(after[[1, 0, 1]], past_key_values=turned).logits, want[[1, 0, 1]])
-        beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
-        alone = [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
-        assert torch.equal(beams, torch.cat(alone))
+    check_caches(own(family), FIXED.replace(kv_budget=20), "fixed_layer:layer=2", tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bloom", "bloom_of_six_heads", "mpt"])
@@ -212,6 +175,42 @@ def test_what_own_attention_cannot_honour_is_refused():
         with pytest.raises(UnsupportedError, match="BloomAttention was called outside the patched model"):
             layer(torch.randn(1, 3, 64), alibi=None, attention_mask=None)
         assert patch.report is None
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj"])
+def test_a_pass_that_fails_leaves_nothing(family):
+    model, ids = copy.deepcopy(own(family)), prompts(60)[0][None]
+    with flexasl.patch(model, FIXED, policy="fixed_layer:layer=2", foreign_hooks="packed"):
+        want = model(ids).logits[:, -1]
+        layer = decoder_layers(model)[3]
+        handle = layer.register_forward_hook(lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+        handle.remove()
+        gc.collect()
+        assert RUNNING.get()() is None
+        assert torch.equal(model(ids).logits[:, -1], want)
+
+
+def test_forwards_of_other_libraries_are_refused_or_stay():
+    model, ids = copy.deepcopy(own("bloom")), prompts(60)[0][None]
+    layer = model.transformer.h[1]
+    want = model(ids).logits
+    theirs = functools.partial(type(layer.self_attention).forward, layer.self_attention)
+    layer.self_attention.forward = theirs
+    with pytest.raises(UnsupportedError, match="another library has replaced the forward of BloomAttention"):
+        flexasl.patch(model, FIXED)
+    assert layer.self_attention.forward is theirs and not hasattr(model, "flexasl_patch")
+    del layer.self_attention.forward
+    with flexasl.patch(model, KEEP_ALL):
+        before = layer.self_attention.forward
+        layer.self_attention.forward = around = functools.partial(
+            lambda own, *given, **named: own(*given, **named), before
+        )
+        close(model(ids).logits, want)
+    assert layer.self_attention.forward is around
+    del layer.self_attention.forward
+    assert torch.equal(model(ids).logits, want)
 
 
 # ---------------------------------------------------------------- the bias

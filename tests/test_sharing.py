@@ -1,11 +1,11 @@
 """Models whose last layers use the keys and values of earlier ones."""
 
-import copy
 import functools
 
 import pytest
 import torch
-from models import GREEDY, SHAPE, STAGED, VOCAB, counting, left_padded, prefills, prompts, recompute, selected
+from answers import FIXED, KEEP_ALL, RULES, STAGES, check_caches, close, say
+from models import SHAPE, VOCAB, counting, left_padded, prefills, prompts, recompute, selected
 from tiny_chat import tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -43,11 +43,6 @@ SHARING = {
 }
 UNSHARED = GEMMA4 | {"num_kv_shared_layers": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
 FAMILIES = SHARING | {"gemma4_unshared": UNSHARED}
-FIXED = flexasl.ASLConfig(select_tokens=24, window=8, kernel_size=3)
-KEEP_ALL = FIXED.replace(select_tokens=1.0)
-STAGES = STAGED.replace(min_layer=None, min_layer_unasked=None, max_layer=None, stages="0.5@1")
-NEW = {**GREEDY, "output_logits": True}
-RULES = {"one selection": (FIXED, "fixed_layer:layer=2"), "stages": (STAGES, "asl")}
 
 
 @functools.cache
@@ -60,16 +55,6 @@ def sharing(family, dtype=torch.float32):
     config = AutoConfig.for_model(kind, **(SHAPE | settings))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     return model.eval().requires_grad_(False)
-
-
-def say(model, new_tokens, **inputs):
-    """Tokens [B, N] and logits [B, M, V] of a greedy answer."""
-    out = model.generate(**inputs, max_new_tokens=new_tokens, **NEW)
-    return out.sequences, torch.stack(out.logits, 1), out.past_key_values
-
-
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 
 
 def columns(model, cache):
@@ -159,27 +144,7 @@ def test_a_second_turn_in_a_batch_is_each_rows_own(family, later):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_are_saved_copied_cropped_and_chosen_from(family, tmp_path):
-    model, rows, after = sharing(family), torch.stack(prompts(60, 60)), torch.tensor([[7], [9]])
-    with flexasl.patch(model, FIXED.replace(kv_budget=20), policy="fixed_layer:layer=2"):
-        cache = model(rows, use_cache=True).past_key_values
-        cache.save(tmp_path / "a")
-        copied, loaded, turned, cropped = (
-            copy.deepcopy(cache),
-            flexasl.load_cache(tmp_path / "a", model),
-            copy.deepcopy(cache),
-            copy.deepcopy(cache),
-        )
-        turned.reorder_cache(torch.tensor([1, 0, 1]))
-        cropped.activate_past_recording()
-        model(torch.stack(prompts(5, 5, seed=4)), past_key_values=cropped)
-        cropped.crop(-5)
-        want = model(after, past_key_values=cache).logits
-        for other in (copied, loaded, cropped):
-            close(model(after, past_key_values=other).logits, want)
-        close(model(after[[1, 0, 1]], past_key_values=turned).logits, want[[1, 0, 1]])
-        beams = model.generate(rows, max_new_tokens=5, num_beams=3, **GREEDY).sequences
-        alone = [model.generate(row[None], max_new_tokens=5, num_beams=3, **GREEDY).sequences for row in rows]
-        assert torch.equal(beams, torch.cat(alone))
+    check_caches(sharing(family), FIXED.replace(kv_budget=20), "fixed_layer:layer=2", tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "gemma4_unshared"])

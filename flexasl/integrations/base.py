@@ -154,9 +154,12 @@ class BasePatch:
         self._handles.append(decoder.register_forward_hook(self._leave, with_kwargs=True))
         for index, layer in enumerate(self._layers):
             # A forward, and no hooks, so that hooks of others stand around it, whenever they were put there.
-            own = functools.partial(self._run_layer, index, layer.forward)
-            self._forwards.append((layer, own, vars(layer).get("forward")))
-            layer.forward = own
+            self.replace_forward(layer, functools.partial(self._run_layer, index, layer.forward))
+
+    def replace_forward(self, module: Any, own: Callable[..., Any]) -> None:
+        """Gives a module another forward until the patch is removed."""
+        self._forwards.append((module, own, vars(module).get("forward")))
+        module.forward = own
 
     def remove(self) -> None:
         """Restores the model to exactly what it was; a second call does nothing."""
@@ -165,12 +168,12 @@ class BasePatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer, own, before in self._forwards:
-            if vars(layer).get("forward") is not own:  # another library has put its own around it, which hands on
+        for module, own, before in reversed(self._forwards):
+            if vars(module).get("forward") is not own:  # another library has put its own around it, which calls it
                 continue
-            del layer.forward
+            del module.forward
             if before is not None:
-                layer.forward = before
+                module.forward = before
         self.restore()
         del self._model.flexasl_patch
 

@@ -189,9 +189,8 @@ def find_stack(model: PreTrainedModel, kernel: Any, compile: bool) -> Stack:
         what = "choose which keys they attend to, row by row" if any(indexed) else what
         what = "attend in chunks, counted from each row's first token" if chunked else what
         raise UnsupportedError(f"compile=True cannot take {kind}, whose layers {what}; give compile=False")
-    if own is not None and (compile or any("forward" in vars(getattr(layer, own.name)) for layer in layers)):
-        what = "has its own attention" if compile else "has an attention whose forward another library has replaced"
-        raise UnsupportedError(f"compile={compile} cannot take {kind}, which {what}; give compile=False")
+    if compile and own is not None:
+        raise UnsupportedError(f"compile=True cannot take {kind}, which has its own attention; give compile=False")
     tested = model.config is config and config.model_type in SUPPORTED and _is_tested(transformers.__version__)
     asked: list[dict[str, Any] | None]
     carrying: list[nn.Module] = []

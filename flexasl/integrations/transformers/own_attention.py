@@ -31,12 +31,17 @@ class OwnAttention(NamedTuple):
     asks: Callable[[Any], dict[str, Any]]
     """What a module wants of attention."""
 
-    def install(self, layers: list[Any]) -> list[Any]:
-        """Puts it in the place of the modules' forward; returns them."""
+    def forwards(self, layers: list[Any]) -> list[tuple[Any, Callable[..., Any]]]:
+        """The attention modules of decoder layers, and what stands in the place of the forward of each. Raises
+        `UnsupportedError` where another library has replaced one."""
         modules = [getattr(layer, self.name) for layer in layers]
         for module in modules:
-            module.forward = functools.partial(_forward, self.attends, module)
-        return modules
+            if "forward" in vars(module):
+                raise UnsupportedError(
+                    f"another library has replaced the forward of {type(module).__name__}, which flexasl replaces too; "
+                    "undo that before patching"
+                )
+        return [(module, functools.partial(_forward, self.attends, module)) for module in modules]
 
 
 def own_attention(config: Any) -> OwnAttention | None:

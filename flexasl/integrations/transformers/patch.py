@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections import defaultdict
 from contextvars import ContextVar
 from typing import Any, Literal, NoReturn
@@ -47,8 +48,8 @@ OUTER = "flexasl_outer"
 """Keyword from model to decoder, which puts the `ForwardPass` there."""
 GIVEN = "flexasl_given"
 """Keyword from a model that reads images to its decoder, with what it was given."""
-RUNNING: ContextVar[ForwardPass | None] = ContextVar("flexasl_running", default=None)
-"""The pass of a decoder that hands no keyword to its layers, as long as it runs."""
+RUNNING: ContextVar[weakref.ref[ForwardPass] | None] = ContextVar("flexasl_running", default=None)
+"""The pass of a decoder that gives no keyword to its layers, as long as it runs."""
 LONG = 2**20
 """Tokens of a prompt that all limits of caches are below."""
 CHOSEN = "prev_topk_indices"
@@ -102,10 +103,10 @@ class Patch(BasePatch):
         self._outer_arguments = _arguments(model)
         self._path = next(name for name, module in model.named_modules() if module is stack.decoder).split(".")
         self._cache_name = next((name for name in CACHES[:2] if name in self._arguments), CACHES[0])
+        replaced = [] if stack.own_attention is None else stack.own_attention.forwards(stack.layers)
         check = None if stack.tested else check_by_running(model, stack)
         # A user may set it on the whole model, whose configuration the decoder shares again in the end.
         self._implementations = [(config, config._attn_implementation) for config in (model.config, text)]
-        self._regions: list[Any] = []
         if compile:
             self._compile(stack.layers, model.get_output_embeddings())
         self._named = "model" if model.config is stack.decoder.config else "model.get_decoder()"
@@ -121,7 +122,8 @@ class Patch(BasePatch):
         self._handles += carry(
             stack.carriers, PASS, lambda kwargs: next(kwargs[name] for name in CACHES if name in kwargs)
         )
-        self._own_modules = [] if stack.own_attention is None else stack.own_attention.install(stack.layers)
+        for module, own in replaced:
+            self.replace_forward(module, own)
         self.hook(stack.decoder)
         if check is not None:
             check(self)
@@ -132,9 +134,8 @@ class Patch(BasePatch):
         for layer, attention in zip(layers, self.attention, strict=True):
             assert attention is not None
             regions = kinds[kind_of(layer), attention.extra_repr()]
-            layer.forward = functools.partial(_run, regions, layer)
-        head.forward = functools.partial(_run_head, compile_region(run_layer), head)
-        self._regions = [*layers, head]
+            self.replace_forward(layer, functools.partial(_run, regions, layer))
+        self.replace_forward(head, functools.partial(_run_head, compile_region(run_layer), head))
 
     def _own_profile(self) -> Profile | None:
         if self._profile is None:  # it is looked for once
@@ -148,6 +149,11 @@ class Patch(BasePatch):
                 "are masked out; give propagate='gather'"
             )
 
+        if config.kv_dtype is not None and any(self._stack.indexed):
+            raise ConfigError(
+                f"kv_dtype={config.kv_dtype!r} does not go with a model whose layers choose the keys that they attend "
+                "to: keys of the indexer in eight bits choose others; leave kv_dtype out"
+            )
         if self._stack.reusing:
             retention = self.policy.retention(config, len(self._layers))
             trims = any(retention.limit(layer, LONG) is not None for layer in range(len(self._layers)))
@@ -163,8 +169,6 @@ class Patch(BasePatch):
         model.refuse_other(calibrated_for(self._model))
 
     def restore(self) -> None:
-        for module in (*self._regions, *self._own_modules):
-            del module.forward
         self._own.put_back()
         for config, implementation in self._implementations:
             if config._attn_implementation == NAME:
@@ -245,8 +249,8 @@ class Patch(BasePatch):
         kwargs[PASS] = forward_pass = self.begin(
             caches, valid, batch, count, tokens.device, _ids(kwargs, count), whole=added, **further
         )
-        if self._own_modules:
-            RUNNING.set(forward_pass)
+        if self._stack.own_attention is not None:
+            RUNNING.set(weakref.ref(forward_pass))
         outer: _Pass | None = kwargs.pop(OUTER, None)
         if outer is not None:
             outer.forward_pass = forward_pass
@@ -273,8 +277,10 @@ class Patch(BasePatch):
             cache.record(self._model, _ids(kwargs, count), self._mask(kwargs), count, report)
 
     def _run_layer(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._own_modules and PASS not in kwargs and RUNNING.get() is not None:
-            kwargs[PASS] = RUNNING.get()
+        if self._stack.own_attention is not None and PASS not in kwargs:
+            running = RUNNING.get()
+            forward_pass = None if running is None else running()
+            kwargs |= {} if forward_pass is None else {PASS: forward_pass}
         return super()._run_layer(index, forward, *args, **kwargs)
 
     def _hand_down(self, forward_pass: ForwardPass, step: LayerStep, kwargs: dict[str, Any]) -> None:
