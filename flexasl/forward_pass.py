@@ -25,7 +25,7 @@ from flexasl.policies import Policy, choose
 from flexasl.policies.contract import resolved
 from flexasl.prefill import Prefill
 from flexasl.report import Report
-from flexasl.rows import left_padded_lengths
+from flexasl.rows import by_token, left_padded_lengths
 from flexasl.second_pass import Rerun
 from flexasl.states import LayerStates
 
@@ -188,15 +188,15 @@ class ForwardPass:
         selection.
 
         Args:
-            states: [B or 1, M, ...].
+            states: [B or 1, M, ...], or [B or 1, 1, M, ...] with a dimension for heads.
 
         Returns:
-            [1, T, ...] for prompts, [B, M, ...] for other tokens.
+            [1, T, ...] for prompts, [B, M, ...] for other tokens, with that dimension where it had one.
         """
         for known, made in self._tables:
             if known is states:
                 return made
-        made = self._for_tokens(states)
+        made = by_token(states, self._for_tokens)
         if self._compiled:
             made = bare(made.contiguous())
         self._tables.append((states, made))

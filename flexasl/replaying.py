@@ -68,7 +68,8 @@ def replay(
     policy: str | Policy = "asl",
     *,
     attention_mask: Tensor | None = None,
-    scale: float | None = None,
+    attention: FlexASLAttention | Sequence[FlexASLAttention | None] | None = None,
+    sinks: Tensor | None = None,
     question: Sequence[Tensor | None] | None = None,
     ranking_layers: Sequence[int] | None = None,
 ) -> list[Replay]:
@@ -84,7 +85,9 @@ def replay(
         config: The settings. None: `ASLConfig()`.
         policy: A policy's name, alone or with settings, or an instance.
         attention_mask: [B, N], 0 at padding, which must be on the left. None: there is no padding.
-        scale: Factor of the attention logits. None: D ** -0.5.
+        attention: The attention of the layers, with its scale, softcap or ALiBi, or that of each layer, such as
+            `patch.attention`. None: `FlexASLAttention()`.
+        sinks: Logits [L, H] of a key that is not a token, at every layer. None: no such key.
         question: Of each row, the padded positions [W] int64, ascending, of the tokens of its question, or None: the
             window ranks.
         ranking_layers: Layers whose ranks count, ascending. None: all. Where the other layers of a hybrid have no
@@ -105,7 +108,8 @@ def replay(
         >>> len(row.selected)  # after the layer row.selected_layer
         48
     """
-    _check_states(query, key, attention_mask)
+    _check_states(query, key, attention_mask, sinks)
+    modules = _modules(attention, len(query))
     layers, batch, _, tokens, _ = query.shape
     chosen, settings = choose(policy, config)
     rule = resolved(chosen, chosen.counting(settings), layers, ranking_layers).replace(propagate="gather")
@@ -123,12 +127,11 @@ def replay(
         observer=lambda layer, seen: scores.update({layer: seen}),
         question=question,
     )
-    attention = FlexASLAttention(scale=scale)
     rows = [Replay() for _ in range(batch)]
     for layer in range(layers):
         queries, keys = (_pack(recorded[layer], prefill) for recorded in (query, key))
         queries = queries[:, :, prefill.rows.queries(rule.window)]
-        entries = prefill.observe(layer, queries, keys, attention)
+        entries = prefill.observe(layer, queries, keys, modules[layer], None if sinks is None else sinks[layer])
         for row, result in enumerate(rows):
             if row in prefill.selector.traces and layer in prefill.scored and _counts(prefill, row, layer):
                 result.scored_layers.append(layer)
@@ -233,8 +236,19 @@ def _always(asked: Asked, selector: Selector, tokens: int, left: int, budget: in
     return asked.kept(limit if left == tokens else min(limit, budget), another)
 
 
-def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises FlexASLError where states [L, B, H or G, N, D] and mask [B, N] do not belong together."""
+def _modules(attention: Any, layers: int) -> list[FlexASLAttention]:
+    """The attention of each layer; that of a layer without, which has no states to rank by, is never asked."""
+    if attention is None or isinstance(attention, FlexASLAttention):
+        return [FlexASLAttention() if attention is None else attention] * layers
+    given = list(attention) if isinstance(attention, (list, tuple)) else [attention]
+    if len(given) != layers or not all(one is None or isinstance(one, FlexASLAttention) for one in given):
+        what = f"holds {len(given)} things" if isinstance(attention, (list, tuple)) else f"is {article(attention)}"
+        raise FlexASLError(f"attention {what}; give a FlexASLAttention, one for each of the {layers} layers, or None")
+    return [one or FlexASLAttention() for one in given]
+
+
+def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None, sinks: Tensor | None) -> None:
+    """Raises FlexASLError where states [L, B, H or G, N, D], mask [B, N] and sinks [L, H] do not belong together."""
     for name, states in (("query", query), ("key", key)):
         if not isinstance(states, Tensor) or not states.is_floating_point():
             given = f"of {states.dtype}" if isinstance(states, Tensor) else article(states)
@@ -253,6 +267,10 @@ def _check_states(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> 
         raise FlexASLError(
             f"query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}; give both alike"
         )
+    if sinks is not None:
+        shape = list(instance("sinks", sinks, Tensor, "a tensor [layer, head] or None").shape)
+        if shape != [query.shape[0], heads]:
+            raise FlexASLError(f"sinks is {shape}; give [layer, head], here {[query.shape[0], heads]}")
     if attention_mask is None:
         return
     mask = instance("attention_mask", attention_mask, Tensor, "a tensor [batch, token] or None")

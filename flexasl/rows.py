@@ -338,6 +338,13 @@ def _equal(lengths: list[int], starts: list[int]) -> list[EqualRows]:
     return parts
 
 
+def by_token(states: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `pick` makes of a per-token tensor [B, M, ...], or [B, 1, M, ...] with a dimension for heads."""
+    if states.dim() == 4 and states.shape[1] == 1:
+        return pick(states.transpose(1, 2)).transpose(1, 2)
+    return pick(states)
+
+
 def left_padded_lengths(attention_mask: Tensor, name: str = "attention_mask") -> list[int]:
     """Real tokens per row of a mask [B, N] that is 0 at padding; raises `UnsupportedError`, which calls it by this
     name, unless padding is on the left."""

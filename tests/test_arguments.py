@@ -57,7 +57,9 @@ def lone(name, **given):
         (lambda: flexasl.replay(QUERY, [1], SMALL), "key is a list; give a tensor of floats"),
         (lambda: flexasl.replay(QUERY, KEY, {"select_tokens": 40}), "is a dict; give an ASLConfig or None"),
         (lambda: flexasl.replay(QUERY, KEY, policy="best"), "policy='best' is not known"),
-        (lambda: flexasl.replay(QUERY, KEY, scale="x"), "scale='x' is out of range; give a finite number or None"),
+        (lambda: flexasl.replay(QUERY, KEY, attention=0.5), "attention is a float; give a FlexASLAttention"),
+        (lambda: flexasl.replay(QUERY, KEY, attention=[flexasl.FlexASLAttention()]), "attention holds 1 things"),
+        (lambda: flexasl.replay(QUERY, KEY, sinks=torch.zeros(3)), "sinks is [3]; give [layer, head]"),
         (lambda: replay_scores(torch.randn(3)), "scores is [3] of torch.float32; give floats [layer, token]"),
         (lambda: replay_scores(torch.randn(6, 0)), "scores is [6, 0] of torch.float32; give floats [layer, token]"),
         (

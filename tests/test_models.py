@@ -5,11 +5,13 @@
 
 import os
 import re
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from answers import STAGES, check_rows_alone, close, say
 from hybrids import HYBRIDS
 from models import FAMILIES, GREEDY, LAYERS, MOE, SHAPE, SLIDING, SMALL, left_padded, prompts, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -25,6 +27,7 @@ GPT = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
 TRIED: dict[str, dict] = {
     "apertus": {},
     "arcee": {},
+    "beam": {"head_dim": 16, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"] * 3, **SLIDING},
     "biogpt": {},
     "bitnet": {},
     "bloom": {"n_layer": LAYERS, "n_head": 4},
@@ -68,6 +71,20 @@ TRIED: dict[str, dict] = {
     "vaultgemma": SLIDING,
 }
 """Model types that no other test covers, with what their configuration needs to be tiny."""
+
+
+INKLING = {
+    "layer_types": ["hybrid_sliding", "hybrid"] * (LAYERS // 2),
+    "sliding_window_size": 48,
+    "head_dim": 16,
+    "swa_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "rel_extent": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "unpadded_vocab_size": SHAPE["vocab_size"],
+}
 
 
 def model_of(kind):
@@ -203,7 +220,9 @@ with the bias to half precision, to the next 4 at position 900: a tiny random mo
 float32 results there, and .01 when patched. Falcon models with ALiBi are refused; those with rotary positions work.
 
 BLOOM, CodeGen, Falcon, GPT-J, GPT-NeoX Japanese and MPT attend without transformers' interface, and are patched at
-their attention modules; `compile=True` is refused.
+their attention modules; `compile=True` is refused. So is DiffLlama, whose layers use their weights on two kinds of
+values: the cache then holds both beside each key, which takes 1.5 times the memory of an unpatched cache of as many
+entries.
 
 ## Keys chosen by an indexer
 
@@ -275,6 +294,33 @@ assistant model.
 """
 
 
+@pytest.mark.parametrize("kind", ["inkling_text", "inkling2_text"])
+def test_models_that_look_through_their_cache_are_refused_whether_or_not_they_are_known(kind, monkeypatch):
+    """A layer that asks for the sizes of masks looks for the first layer with keys."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SHAPE | MOE | INKLING))).eval()
+    with pytest.raises(UnsupportedError, match="bias by distance"):
+        flexasl.patch(model)
+    monkeypatch.delitem(supported.REFUSED, kind)
+    with pytest.raises(UnsupportedError, match="self-test failed"):
+        flexasl.patch(model)
+
+
+def test_scales_of_queries_are_those_of_the_tokens_that_are_left(monkeypatch):
+    """Beam's layers without rotary positions scale queries by position; here far more than its own few per cent."""
+    module = sys.modules[type(model_of("beam")).__module__]
+    steep = lambda positions: torch.log2(2.0 + positions.float())[:, None, :, None]  # noqa: E731
+    monkeypatch.setattr(module, "compute_attention_scaling", steep)
+    model, batch = model_of("beam"), left_padded(prompts(70, 12, 43))
+    said = []
+    assert check_rows_alone(model, STAGES, "asl")[0] == 24
+    for propagate in ("gather", "mask"):
+        with flexasl.patch(model, STAGES.replace(propagate=propagate)):
+            said.append(say(model, 12, **batch)[:2])
+    assert torch.equal(said[0][0], said[1][0])
+    close(said[0][1], said[1][1])
+
+
 LEAD = r"^model type '\w+' (\(\w+\) )?(cannot be patched: |is )|; (it cannot be patched|tested models are .*)$"
 """What every refusal says."""
 
@@ -286,7 +332,7 @@ def page():
         tested="\n".join(f"| {kind} | {', '.join(features(kind))} |" for kind in supported.SUPPORTED),
         images=textwrap.fill(", ".join(media.TESTED), 118),
         hybrids=textwrap.fill(", ".join(sorted(HYBRIDS)), 118),
-        works=textwrap.fill(", ".join(kind for kind in TRIED if found[kind] is None), 118),
+        works=textwrap.fill(", ".join(kind for kind in TRIED if found[kind] is None), 118, break_on_hyphens=False),
         refused="\n".join(f"| {kind} | {why.replace('|', '/')} |" for kind, why in sorted(refused.items())),
     )
 

@@ -36,6 +36,7 @@ FAMILIES = {
     "bloom": {"n_layer": LAYERS, "n_head": HEADS},
     "bloom_of_six_heads": {"model_type": "bloom", "n_layer": LAYERS, "n_head": 6, "hidden_size": 96},
     "codegen": GPT,
+    "diffllama": {"num_key_value_heads": 2},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon_of_one_kv_head": {"model_type": "falcon"},
     "falcon_of_many": {"model_type": "falcon", "multi_query": False, "parallel_attn": False},

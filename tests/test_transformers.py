@@ -13,6 +13,7 @@ from models import (
     GREEDY,
     LAYERS,
     RULES,
+    SHAPE,
     SMALL,
     STAGED,
     counting,
@@ -24,7 +25,15 @@ from models import (
     tiny,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertModel, DynamicCache, StaticCache, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    StaticCache,
+    TextStreamer,
+)
 
 import flexasl
 from flexasl import ASLConfig, UnsupportedError, quantizing, rows_attention
@@ -105,20 +114,28 @@ def test_rows_of_one_batch_select_at_different_layers(rule):
     assert len({row.selected_layer for row in patch.report.rows}) > 1
 
 
+def biased():
+    """A tiny BLOOM, which has ALiBi."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model("bloom", **(SHAPE | {"n_layer": LAYERS, "n_head": 4}))
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "bloom"])
 @pytest.mark.parametrize("rule", RULES)
-def test_cached_entries_are_those_that_replay_keeps(rule, monkeypatch):
-    model = tiny()
+def test_cached_entries_are_those_that_replay_keeps(rule, kind, monkeypatch):
+    model = biased() if kind == "bloom" else tiny(kind)
     ids, seen = prompts(80)[0][None], []
     config = RULES[rule].replace(kv_budget=20)
 
     original = LayerStep.attend
 
-    def attend(self, query, key, value, sinks, *chosen):
-        seen.append((query, key))
-        return original(self, query, key, value, sinks)
+    def attend(self, query, key, value, sinks=None, *chosen):
+        seen.append((query, key, sinks))
+        return original(self, query, key, value, sinks, *chosen)
 
-    monkeypatch.setattr(LayerStep, "attend", attend)
     with flexasl.patch(model, config) as patch, prefills() as read:
+        monkeypatch.setattr(LayerStep, "attend", attend)
         out = model(ids)
     row, states = patch.report.rows[0], []
     going = [
@@ -129,13 +146,17 @@ def test_cached_entries_are_those_that_replay_keeps(rule, monkeypatch):
         for layer in range(LAYERS):
             full[layer][:, :, going[layer]] = seen[layer][part]
         states.append(full)
-    want = flexasl.replay(*states, config)[0]
+    sinks = None if seen[0][2] is None else torch.stack([own for *_, own in seen])
+    full = [layer for layer, own in enumerate(patch.attention) if own.sliding_window is None]
+    how = {"attention": patch.attention, "sinks": sinks, "ranking_layers": full}
+    want = flexasl.replay(*states, config, **how)[0]
     assert want.selected_layer == row.selected_layer
     assert tuple(want.selected.tolist()) == row.kept_positions
     assert want.selections == [(one.layer, one.kept_tokens) for one in row.selections]
     for layer, held in enumerate(out.past_key_values.layers):
-        kept = [sorted(going[layer][head].tolist()) for head in want.kept_indices[layer]]
-        assert held.positions[0].tolist() == kept
+        if layer in full:
+            kept = [sorted(going[layer][head].tolist()) for head in want.kept_indices[layer]]
+            assert held.positions[0].tolist() == kept
 
 
 def test_logits_keep_the_prompts_shape_and_dropped_tokens_are_nan():

@@ -32,7 +32,7 @@ from flexasl.profiles import Profile, filled, is_open
 from flexasl.prompt_pass import PromptPass
 from flexasl.quantizing import primitives
 from flexasl.report import Report, also
-from flexasl.rows import left_padded_lengths
+from flexasl.rows import by_token, left_padded_lengths
 from flexasl.second_pass import RecordedLayers
 from flexasl.states import LayerStates
 
@@ -358,4 +358,6 @@ class BasePatch:
 
 def rows_of(table: Any, tokens: slice) -> Any:
     """A per-token tensor [1, T, ...] at some tokens, or several of them."""
-    return tuple(rows_of(states, tokens) for states in table) if isinstance(table, tuple) else bare(table[:, tokens])
+    if isinstance(table, tuple):
+        return tuple(rows_of(states, tokens) for states in table)
+    return bare(by_token(table, lambda states: states[:, tokens]))

@@ -67,12 +67,16 @@ SUPPORTED = (
 OWN_STATES = "it keeps states outside of transformers' cache"
 NO_KEYS = "none of its layers has keys and values, by which tokens are ranked"
 ROUNDED = "its ALiBi is made of positions in bfloat16, of which several tokens share one, and is no bias by distance"
+BIASED = "each query makes a bias by distance of its own for every key, which no kernel here can add to logits"
 PICKS = "its attention chooses keys by a rule of its own"
 REFUSED = {
     "deepseek_v4": "far tokens have no keys of their own, but one entry for 4 or 128 neighbours, so that no layer "
     "ranks single tokens, and those that are left would be other neighbours",
     "doge": "its attention chooses keys by a mask that it makes itself",
     "falcon_mamba": NO_KEYS,
+    "inkling2_text": BIASED,
+    "inkling_text": BIASED,
+    "longcat_flash": "each of its layers attends twice, with two caches, and a patch takes layers that attend once",
     "mamba": NO_KEYS,
     "mamba2": NO_KEYS,
     "minimax": OWN_STATES,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from flexasl.errors import UnsupportedError
@@ -118,6 +119,32 @@ def _falcon(
     return out
 
 
+def _diffllama(
+    module: Any,
+    hidden: Tensor,
+    step: LayerStep,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> Tensor:
+    """Two maps of weights, of the first and of the second half of the query heads, over values of twice the width: a
+    KV head's values are those of two, so that a cache may keep other tokens for each head."""
+    states = (
+        made(hidden).unflatten(2, (-1, module.head_dim)) for made in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    query, key, value = (part.transpose(1, 2) for part in states)
+    query, key = _its(module, "apply_rotary_pos_emb")(query, key, *position_embeddings)
+    wide = torch.cat(value.chunk(2, 1), 3).repeat(1, 2, 1, 1)
+    first, second = step.attention(query, key, wide).transpose(1, 2).chunk(2, 2)
+    one, other = (
+        torch.exp((getattr(module, f"lambda_q{at}") * getattr(module, f"lambda_k{at}")).sum(dtype=torch.float32))
+        for at in (1, 2)
+    )
+    share = one.to(query.dtype) - other.to(query.dtype) + module.lambda_init
+    mixed = (1 - module.lambda_init) * module.groupnorm(first - share * second)
+    out: Tensor = module.o_proj(mixed.flatten(2))
+    return out
+
+
 class _Attending:
     """A module whose method `_attn` is another one."""
 
@@ -142,6 +169,10 @@ def _scaled(module: Any) -> dict[str, Any]:
     return {"scale": module.inv_norm_factor}
 
 
+def _scaling(module: Any) -> dict[str, Any]:
+    return {"scale": module.scaling}
+
+
 def _divided(module: Any) -> dict[str, Any]:
     return {"scale": 1.0 / float(module.scale_attn)}
 
@@ -152,6 +183,7 @@ def _normed(module: Any) -> dict[str, Any]:
 
 OWN = {
     "bloom": OwnAttention("self_attention", _bloom, _bloom_asks),
+    "diffllama": OwnAttention("self_attn", _diffllama, _scaling),
     "codegen": OwnAttention("attn", _by_method, _divided),
     "gpt_neox_japanese": OwnAttention("attention", _by_method, _normed),
     "falcon": OwnAttention("self_attention", _falcon, _scaled),

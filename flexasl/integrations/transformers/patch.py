@@ -67,7 +67,7 @@ class Patch(BasePatch):
 
     KEYWORD = PASS
     MASK = "attention_mask"
-    TABLES = ("position_embeddings", "position_ids", "original_hidden_states", "per_layer_input")
+    TABLES = ("position_embeddings", "position_ids", "original_hidden_states", "per_layer_input", "attention_scaling")
 
     def __init__(
         self,

@@ -167,7 +167,7 @@ class _Everywhere(Sequence[StateLayer]):
         self._states = states
 
     def __len__(self) -> int:
-        return 2**31
+        return 2**12  # more than any model has, and few enough for a cache that looks through all of them
 
     def __getitem__(self, index: Any) -> Any:
         return self._states
