@@ -24,9 +24,21 @@ from flexasl.integrations.transformers import models as supported
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 GPT = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
 
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+
 TRIED: dict[str, dict] = {
     "apertus": {},
     "arcee": {},
+    "axk1": LATENT | ROUTED,
     "beam": {"head_dim": 16, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"] * 3, **SLIDING},
     "biogpt": {},
     "bitnet": {},
@@ -34,8 +46,10 @@ TRIED: dict[str, dict] = {
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 16},
     "codegen": {**GPT, "rotary_dim": 8},
     "cohere": {},
+    "deepseek_v2": LATENT | ROUTED,
     "diffllama": {},
     "doge": {},
+    "dots1": ROUTED,
     "ernie4_5": {},
     "ernie4_5_moe": {},
     "exaone4": SLIDING,
@@ -44,12 +58,14 @@ TRIED: dict[str, dict] = {
     "glm": {},
     "glm4": {},
     "glm4_moe": {},
+    "glm4_moe_lite": LATENT | ROUTED,
     "gpt_bigcode": GPT,
     "gpt_neox_japanese": {},
     "gptj": {**GPT, "rotary_dim": 8},
     "granitemoe": {},
     "llama4_text": {"no_rope_layers": [1, 0, 0, 0, 1, 1], "intermediate_size_mlp": 96},
     "mamba": {},
+    "minicpm3": LATENT,
     "minimax": {},
     "ministral3": {},
     "modernbert-decoder": {},
@@ -69,6 +85,7 @@ TRIED: dict[str, dict] = {
     "starcoder2": {},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
     "vaultgemma": SLIDING,
+    "youtu": LATENT,
 }
 """Model types that no other test covers, with what their configuration needs to be tiny."""
 

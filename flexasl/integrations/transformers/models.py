@@ -80,8 +80,11 @@ REFUSED = {
     "mamba": NO_KEYS,
     "mamba2": NO_KEYS,
     "minimax": OWN_STATES,
+    "qwen4_exp_text": "its indexer chooses blocks of neighbouring tokens, and those of the tokens that are left would be "
+    "other blocks",
     "recurrent_gemma": OWN_STATES,
     "rwkv": OWN_STATES,
+    "zaya": "its layers pass states of their router on for each token, beside the hidden states that a patch takes",
 }
 CACHES = ("past_key_values", "cache", "layer_past", "past_key_value")
 """What the argument that is the cache is called: the first two by models, since 5.24 the second; all by layers."""
