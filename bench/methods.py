@@ -93,7 +93,7 @@ class Row(NamedTuple):
         return self._replace(records=[record for record in self.records if record["task"] in tasks])
 
     def score(self) -> Estimate:
-        return bootstrap(list(scores_by_task(self.records).values()))
+        return estimate(self.records)
 
     def told(self) -> str:
         return f"{self.score()} at {self.cost:.2f}" if self.records else "–"
@@ -151,7 +151,7 @@ def better(rows: Sequence[Row]) -> list[str]:
             known = {prompt(record): record["score"] for record in ours.records}
             both = [record for record in row.records if prompt(record) in known]
             apart = [{**record, "score": record["score"] - known[prompt(record)]} for record in both]
-            if apart and bootstrap(list(scores_by_task(apart).values())).low > 0:
+            if apart and estimate(apart).low > 0:
                 found.append(f"{row.name} {VARIANTS[row.kind]} ({row.told()}, ours {ours.told()})")
     return found
 
@@ -190,6 +190,12 @@ def scores_by_task(records: Iterable[Record]) -> dict[str, list[float]]:
     for record in records:
         found.setdefault(record["task"], []).append(record["score"])
     return found
+
+
+def estimate(records: Iterable[Record]) -> Estimate:
+    """Mean over tasks, and its interval by prompt: within each task, or over all of them where each has one prompt."""
+    tasks = list(scores_by_task(records).values())
+    return bootstrap([sum(tasks, [])] if all(len(scores) == 1 for scores in tasks) else tasks)
 
 
 def prompt(record: Record) -> tuple[str, int, int]:

@@ -64,7 +64,8 @@ def results_page(cells: Cells, times: Times) -> str:
         "# Results",
         "Scores of every method at its counted cost, on prompts that no setting was chosen on. `python bench/grid.py "
         "page` makes this page from the answers in [grid](grid).",
-        "- Answers are greedy. A score is a mean over tasks, with a 95 % bootstrap interval over prompts.\n"
+        "- Answers are greedy. A score is a mean over tasks, with a 95 % bootstrap interval over prompts\n"
+        "  (over tasks where each has one prompt).\n"
         '- A cell reads "score [interval] at cost". The cost is the counted operations of the prefill, as a share of '
         "the full prefill.\n"
         "- **Its paper's settings**: those of the method's paper, scaled to the model's depth.\n"
