@@ -195,7 +195,9 @@ def scores_by_task(records: Iterable[Record]) -> dict[str, list[float]]:
 def estimate(records: Iterable[Record]) -> Estimate:
     """Mean over tasks, and its interval by prompt: within each task, or over all of them where each has one prompt."""
     tasks = list(scores_by_task(records).values())
-    return bootstrap([sum(tasks, [])] if all(len(scores) == 1 for scores in tasks) else tasks)
+    return bootstrap(
+        [[score for scores in tasks for score in scores]] if all(len(scores) == 1 for scores in tasks) else tasks
+    )
 
 
 def prompt(record: Record) -> tuple[str, int, int]:
