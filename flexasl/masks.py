@@ -162,6 +162,7 @@ class Visibility:
     def _make_blocks(self, sliding_window: int | None, heads: int) -> BlockMask:
         key = _by_head(self.key_positions)
         valid = torch.ones_like(key, dtype=torch.bool) if self.key_valid is None else _by_head(self.key_valid)
+        key, valid = torch.broadcast_tensors(key, valid)  # rows may share positions and differ in what is valid
         queries, keys = self.query_positions.shape[1], key.shape[2]
         at = torch.arange(queries, dtype=torch.int64, device=key.device)
         highest = torch.iinfo(key.dtype).max

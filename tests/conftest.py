@@ -5,9 +5,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import placing
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -23,10 +24,30 @@ def _reproducible():
     torch.manual_seed(0)
 
 
+ON_CPU = {"chat", "folder", "loaded"}
+"""Fixtures that load a model, onto the CPU."""
+if placing.DEVICE == placing.PRETENDED:  # ten times as slow
+    settings.register_profile("few", settings.get_profile("flexasl"), max_examples=4, phases=[Phase.generate])
+    settings.load_profile("few")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where models and tensors of a test are: on a GPU where there is one. FLEXASL_TEST_DEVICE names another."""
-    return torch.device(os.environ.get("FLEXASL_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of tests that say themselves where their tensors are (`places`): a GPU where there is one."""
+    return torch.device("cpu" if placing.DEVICE == placing.PRETENDED else placing.DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request: pytest.FixtureRequest):
+    """A test's tensors are made on the device, but for tests that say where themselves, or are for the CPU alone."""
+    marks = {mark.name for mark in request.node.iter_markers()}
+    if placing.DEVICE == "cpu" or marks & {"cpu", "places"} or ON_CPU & set(request.fixturenames):
+        yield
+    elif placing.DEVICE == placing.PRETENDED and "real" in marks:
+        pytest.skip("not for a pretended GPU")
+    else:
+        with placing.on(placing.DEVICE):
+            yield
 
 
 @pytest.fixture(scope="session")

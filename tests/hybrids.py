@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import pytest
 import torch
 from models import LAYERS, MOE, SHAPE, pruned_masks
+from placing import shared
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 MAMBA2 = {
@@ -116,7 +116,7 @@ INEXACT = {"nemotron_h": 2e-3, "zamba2": 2e-2}
 more than 2e-4."""
 
 
-@functools.cache
+@shared
 def hybrid(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The family's tiny model in eval mode; shared, so leave it as it was."""
     if family not in CONFIG_MAPPING:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
+from placing import shared
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import flexasl
@@ -96,7 +96,7 @@ def counting(policy: str | flexasl.policies.Policy, config: flexasl.ASLConfig = 
     return flexasl.ASLConfig(**own)
 
 
-@functools.cache
+@shared
 def tiny(
     family: str = "llama", dtype: torch.dtype = torch.float32, sliding_window: int | None = None
 ) -> PreTrainedModel:

@@ -49,6 +49,12 @@ class Away(torch.Tensor):
     is_meta = False  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __repr__(self, **how: Any) -> str:  # type: ignore[override]
+        return f"away({self.held!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.held, spec)
+
     @staticmethod
     def __new__(cls, held: Tensor) -> Any:
         where = {"strides": held.stride(), "storage_offset": held.storage_offset()}
@@ -182,7 +188,7 @@ class _Calls(TorchFunctionMode):
         if isinstance(index, list) or (type(index) is torch.Tensor and index.dim() > 0):
             note(self.found, "upload", "index")
             with _disable_current_modes():
-                return Away(torch.as_tensor(index))
+                return Away(torch.as_tensor(index) if len(index) else torch.empty(0, dtype=torch.int64))
         return index
 
 

@@ -25,6 +25,7 @@ from models import (
 from models import (
     RULES as BOTH_RULES,
 )
+from placing import here
 from tiny_chat import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -156,7 +157,9 @@ def test_scores_are_those_of_the_questions_queries(lengths, seed, some, padding,
         start = max(0, length - 1 - int(torch.randint(1, 9, (1,), generator=generator)))
         positions = torch.arange(start, min(length, start + 4)) + tokens - length
         question.append(None if some and row % 2 else positions)
-    prefill = Prefill(ASL(), rule, 6, lengths, tokens=tokens, question=question, observer=seen.__setitem__)
+    prefill = Prefill(
+        ASL(), rule, 6, lengths, tokens=tokens, question=question, observer=seen.__setitem__, device=here()
+    )
     total = sum(lengths)
     query, key = (torch.randn(1, heads, total, DIM, generator=generator) for heads in (HEADS, GROUPS))
     for layer in range(6):
@@ -391,6 +394,7 @@ def test_a_question_for_each_row_and_beam(chat):
     assert not hasattr(model, "flexasl_patch")
 
 
+@pytest.mark.cpu("a device mode is of one thread")
 def test_a_call_in_another_thread_has_its_own_question():
     model, ids, seen = tiny(), prompts(80)[0][None], {}
     with flexasl.patch(model, SMALL, question=(60, 70)) as patch, asking(patch, (50, 55)):
@@ -493,6 +497,7 @@ def test_reports_tell_and_old_ones_are_read():
     assert "ranked by: tokens 60 to 69" in report.plot().get_suptitle()
 
 
+@pytest.mark.real("compiles")
 @torch.no_grad()
 def test_questions_of_any_length_make_no_graphs(monkeypatch):
     made = []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu("reads pages and files, not tensors")
+
 BENCH = Path(__file__).parents[1] / "bench" / "models.py"
 PARTS = [b"GGUF", b"", b"the middle", b"the end"]
 WHOLE = b"".join(PARTS)

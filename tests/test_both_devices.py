@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import flexasl
 from flexasl.retention import top_p
 
+pytestmark = pytest.mark.places
+
 CLOSE = {"rtol": 0, "atol": 2e-4, "equal_nan": True}
 LENGTHS, TURN = (70, 41, 55), (50, 50, 50)
 
@@ -165,9 +167,10 @@ def test_a_second_pass_that_keeps_by_attention_reads_nothing(place, family):
 
 @pytest.mark.parametrize("settings", [{}, {"kv_budget": 16}, {"kv_top_p": 0.6}, {"propagate": "mask"}], ids=str)
 @pytest.mark.parametrize("config", [SMALL, STAGED], ids=["variance", "lookup"])
-def test_questions(place, config, settings):
+@pytest.mark.parametrize("lengths", [LENGTHS, (70, 70, 70)], ids=str)
+def test_questions(place, lengths, config, settings):
     both = Both(place, tiny(), config.replace(**settings), question=(30, 41))
-    both.prompt()
+    both.prompt(lengths)
     both.turn()
 
 

@@ -1,13 +1,12 @@
 """Layers that attend in chunks of positions, as Llama 4's."""
 
-import functools
-
 import pytest
 import torch
 from answers import FIXED, KEEP_ALL, STAGES, check_caches, close, say
 from hypothesis import given
 from hypothesis import strategies as st
 from models import HEADS, SHAPE, held_columns, left_padded, prefills, prompts, pruned_masks, selected
+from placing import shared
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -27,7 +26,7 @@ LLAMA4 = {
 RULES = {"one selection": (FIXED, "fixed_layer:layer=1"), "stages": (STAGES, "asl")}
 
 
-@functools.cache
+@shared
 def chunked(chunk=20, floor_scale=16):
     torch.manual_seed(3)
     settings = LLAMA4 | {"attention_chunk_size": chunk, "floor_scale": floor_scale}

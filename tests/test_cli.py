@@ -18,6 +18,8 @@ from flexasl import cli, run
 from flexasl.report import Report
 from flexasl.tools.text import prose
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 SELECT = 100
 KV_BYTES_PER_TOKEN = 6 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head dim, float32
 

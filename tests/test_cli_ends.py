@@ -18,6 +18,8 @@ from flexasl import cli, run
 from flexasl.report import Report
 from flexasl.tools.text import prose
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 FLEXASL = (sys.executable, "-m", "flexasl")
 PIPE = subprocess.PIPE
 FULL_DISK = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

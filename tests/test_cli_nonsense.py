@@ -9,6 +9,8 @@ import transformers
 
 from flexasl import cli, embedded
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 LINES = 3000
 LONG = "9" * 400
 WORDS = ("", "many", "nan", "-1", "1.5.1", "ä", "--", "[]", "None")

@@ -14,6 +14,8 @@ from flexasl.tools.cli import demo
 from flexasl.tools.cli.options import chosen
 from flexasl.tools.text import prose
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 COMMANDS = {
     "ask": ["--file", "document.txt", "--question", "Why?"],
     "prefill": ["--file", "document.txt", "--out", "out.safetensors"],

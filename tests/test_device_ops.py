@@ -14,6 +14,8 @@ from flexasl.ops import reference
 from flexasl.rows import Rows
 from flexasl.rows_attention import attend
 
+pytestmark = pytest.mark.places
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LATE = torch.arange(64)[None] >= 32
 DECISIONS = [

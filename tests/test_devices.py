@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 import flexasl
 
+pytestmark = pytest.mark.places
+
 CLOSE = {"rtol": 0, "atol": 5e-4}
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 PRUNING = {

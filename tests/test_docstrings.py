@@ -13,6 +13,8 @@ from models import tiny
 
 import flexasl
 
+pytestmark = pytest.mark.cpu("reads pages and files, not tensors")
+
 API = Path(__file__).parents[1] / "docs" / "api"
 MODULES = (
     "attention",

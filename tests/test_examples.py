@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 FOLDER = Path(__file__).parents[1] / "examples"
 NOTEBOOK = FOLDER / "flexasl.ipynb"
 SAYS = {

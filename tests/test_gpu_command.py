@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "pytest", "hypothesis", "safetensors", "rich", "matplotlib")
 USE = """

@@ -1,12 +1,11 @@
 """Models whose layers choose, by keys of another kind, which keys each query attends to."""
 
-import functools
-
 import pytest
 import torch
 from answers import FIXED, KEEP_ALL, RULES, STAGES, check_caches, check_rows_alone, close, say
 from hybrids import recompute_on_kept
 from models import MOE, SHAPE, counting, left_padded, prefills, prompts, selected
+from placing import shared
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -41,7 +40,7 @@ INEXACT = ("axk2",)
 SHARING = ("glm_that_shares", "hy_v4")
 
 
-@functools.cache
+@shared
 def choosing(family, dtype=torch.float64):
     """In float64, in which rounding is less likely to change what is chosen."""
     settings = dict(FAMILIES[family])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from placing import DEVICE, here
 
 from flexasl import ASLConfig, FlexASLAttention, ops
 from flexasl.attention_spec import AttentionSpec
@@ -30,7 +31,7 @@ def tensor(array):
 # ---------------------------------------------------------------- window_scores
 
 
-KERNELS = {"general": ops.window_mass._init_fn, "cpu": cpu.window_mass_in_tiles}
+KERNELS = {"general": ops.window_mass._init_fn} | ({"cpu": cpu.window_mass_in_tiles} if DEVICE == "cpu" else {})
 
 
 def window_mass(query, key, mass=ops.window_mass, **settings):
@@ -231,7 +232,7 @@ def scored_rows(draw):
     return np.where(valid, scores, np.float32(1e9)), valid
 
 
-RANKS = {"general": ops.token_ranks._init_fn, "cpu": cpu.token_ranks_by_radix}
+RANKS = {"general": ops.token_ranks._init_fn} | ({"cpu": cpu.token_ranks_by_radix} if DEVICE == "cpu" else {})
 
 
 @pytest.mark.parametrize("kernel", RANKS)
@@ -464,6 +465,7 @@ def test_gradients_of_gathers_are_exact(number):
     assert torch.autograd.gradgradcheck(op, arguments)
 
 
+@pytest.mark.real("looks into the dispatcher")
 @pytest.mark.parametrize("number", range(len(list(examples()))))
 def test_opcheck(number):
     op, arguments = list(examples())[number]
@@ -544,6 +546,7 @@ def decision(graphs):
     return decide
 
 
+@pytest.mark.real("compiles")
 def test_the_decision_is_one_graph_for_many_lengths():
     graphs = []
     decide = decision(graphs)
@@ -561,6 +564,7 @@ def test_the_decision_is_one_graph_for_many_lengths():
     assert len(graphs) == 1
 
 
+@pytest.mark.real("counts calls, which test_waits.py counts there")
 @pytest.mark.parametrize("if_never", ["keep", "select"])
 def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_never, monkeypatch):
     moved = []
@@ -575,7 +579,7 @@ def test_the_decision_moves_one_scalar_to_the_host_for_each_observed_layer(if_ne
     rule = ASLConfig(
         select_tokens=20, window=4, min_layer=2, max_layer=6, observe_layers=2, tau=1e-9, if_never=if_never
     )
-    prefill = Prefill(ASL(), rule.resolve(8), 8, [60])
+    prefill = Prefill(ASL(), rule.resolve(8), 8, [60], device=here())
     moved.clear()
     for layer in range(8):
         query, key = torch.randn(1, 4, rule.window, 8), torch.randn(1, 2, prefill.rows.width, 8)
@@ -598,6 +602,7 @@ def test_phrase_pooling_takes_a_run_of_tokens_and_goes_on_behind_it():
     torch.testing.assert_close(scores[35:46], weight / 7 * 0.95 ** torch.arange(11), rtol=1e-6, atol=0)
 
 
+@pytest.mark.real("looks into the dispatcher")
 def test_logits_of_one_query_head_at_a_time_where_more_are_too_many(monkeypatch):
     query, key, held = torch.randn(2, 8, 4, 16), torch.randn(2, 2, 40, 16), []
     want, softmax = ops.window_mass._init_fn(query, key), torch.Tensor.softmax

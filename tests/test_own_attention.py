@@ -20,6 +20,7 @@ from models import (
     pruned_masks,
     selected,
 )
+from placing import shared
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
@@ -49,7 +50,7 @@ FAMILIES = {
 }
 
 
-@functools.cache
+@shared
 def own(family, dtype=torch.float32):
     settings = dict(FAMILIES[family])
     torch.manual_seed(3)

@@ -22,6 +22,8 @@ from flexasl.page.marking import EDGE, FOLDED
 from flexasl.prompt_text import decoded, pieces
 from flexasl.report import ImageReport, Report, RowReport, SelectionReport
 
+pytestmark = pytest.mark.cpu("reads pages and files, not tensors")
+
 VOID = {"meta", "input"}
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "dl", "div", "dt", "dd", "section"),

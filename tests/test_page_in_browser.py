@@ -8,7 +8,7 @@ import torch
 from test_page import HOSTILE, Bytes, row_of
 from test_report import full_row, make_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.cpu("reads pages and files, not tensors"), pytest.mark.slow]
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 LENGTH = 32_768

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu("starts commands, which choose a device themselves")
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

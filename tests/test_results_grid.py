@@ -16,6 +16,8 @@ from test_fuzz_files import answer
 
 from flexasl.tools.evaluation.records import ANSWERS, check
 
+pytestmark = pytest.mark.cpu("reads pages and files, not tensors")
+
 ROOT = Path(__file__).parents[1]
 
 

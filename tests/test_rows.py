@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placing import here
 from test_attention import check_blocks
 
 from flexasl import FlexASLAttention, Scoring, Visibility, masks
@@ -48,7 +49,7 @@ def some_columns(lengths, tokens, seed):
     pack=st.booleans(),
 )
 def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, masked, sinks, pack):
-    packed = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    packed = Rows.left_padded(lengths, max(lengths) + 2, here())
     if gaps:
         packed = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
     if masked:
@@ -83,7 +84,7 @@ def test_attention_and_scores_are_those_of_each_row(lengths, attention, gaps, ma
 @settings(max_examples=60)
 @given(lengths=lengths, most=st.integers(1, 40), masked=st.booleans())
 def test_groups_are_whole_rows_in_order_and_no_larger_than_they_must_be(lengths, most, masked):
-    packed = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    packed = Rows.left_padded(lengths, max(lengths) + 2, here())
     if masked:
         packed = packed.masked(torch.arange(packed.total) % 3 != 1)
     with pytest.MonkeyPatch.context() as context:
@@ -110,7 +111,7 @@ def test_groups_are_whole_rows_in_order_and_no_larger_than_they_must_be(lengths,
 )
 def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entries, by_head, padded, sinks):
     batch, past = len(lengths), 12
-    packed = Rows.left_padded(lengths, max(lengths), torch.device("cpu"))
+    packed = Rows.left_padded(lengths, max(lengths), here())
     query, key, value = states(packed.total)
     generator = torch.Generator().manual_seed(3)
     shape = (batch, GROUPS, entries) if by_head else (batch, entries)
@@ -150,9 +151,10 @@ def test_a_later_turn_attends_to_its_cache_and_itself(lengths, attention, entrie
                 torch.testing.assert_close(mass[row, group, mass.shape[2] - length :], whole[0, 0, -length:])
 
 
+@pytest.mark.real("looks into the dispatcher")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_node_of_a_graph_is_a_sound_op(masked):
-    packed = Rows.left_padded([6, 4, 4], 6, torch.device("cpu"))
+    packed = Rows.left_padded([6, 4, 4], 6, here())
     stays = torch.arange(14) % 3 != 1 if masked else None
     query, key, value = (tensor.float() for tensor in states(14))
     arguments = (query, key, value, packed.layout, packed.positions, stays, None, "sliding_window=3")
@@ -163,6 +165,7 @@ def test_the_node_of_a_graph_is_a_sound_op(masked):
     torch.testing.assert_close(rows_attention(*arguments), want)
 
 
+@pytest.mark.real("looks into the dispatcher")
 @pytest.mark.parametrize("softcap, sunk", [(None, False), (None, True), (1.5, True)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("few", [False, True])
@@ -205,7 +208,7 @@ def each_alone(rows, sliding_window):
     block=st.sampled_from([2, 4, 16]),
 )
 def test_rows_of_one_sequence_do_not_see_each_other(lengths, window, gaps, masked, ahead, block):
-    rows = Rows.left_padded(lengths, max(lengths) + 2, torch.device("cpu"))
+    rows = Rows.left_padded(lengths, max(lengths) + 2, here())
     if gaps:
         rows = Rows(lengths, some_columns(lengths, 40, 1), contiguous=False)
     if masked:
@@ -228,7 +231,7 @@ def after_a_past(lengths, entries, by_head=False, padded=False, seed=3, past=Non
     shape = (len(lengths), GROUPS, entries) if by_head else (len(lengths), entries)
     at = torch.rand(*shape[:-1], past, generator=generator).argsort(-1)[..., :entries].sort(-1).values
     valid = torch.rand(shape, generator=generator) < 0.7 if padded else None
-    return Rows.left_padded(lengths, max(lengths), torch.device("cpu")).after(at, valid, past)
+    return Rows.left_padded(lengths, max(lengths), here()).after(at, valid, past)
 
 
 @given(
@@ -279,7 +282,7 @@ def test_all_rows_at_once_after_cached_entries_are_each_of_them(kernel, by_head,
 
 
 def test_blocks_of_one_sequence_are_those_of_its_rows():
-    rows = Rows.left_padded([512, 256, 1024], 1024, torch.device("cpu"))
+    rows = Rows.left_padded([512, 256, 1024], 1024, here())
     made = rows.together().block_mask()
     # Diagonals of 4, 2 and 8 blocks, and what is before each.
     assert (made.kv_num_blocks.sum(), made.full_kv_num_blocks.sum()) == (14, 6 + 1 + 28)
@@ -291,7 +294,7 @@ def test_blocks_of_one_sequence_are_those_of_its_rows():
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_flex_takes_all_rows_at_once(window, masked):
-    rows, query, key, value = Rows.left_padded([100, 61, 33], 100, torch.device("cpu")), *states(194)
+    rows, query, key, value = Rows.left_padded([100, 61, 33], 100, here()), *states(194)
     query, key, value = (tensor.float() for tensor in (query, key, value))
     rows = rows.masked(torch.arange(194) % 3 != 1) if masked else rows
     want = attend(rows, FlexASLAttention(sliding_window=window, kernel="eager"), query, key, value)
@@ -319,24 +322,27 @@ def test_how_rows_go_through_attention(kernel, cuda):
 
 
 def test_last_tokens_of_each_row():
-    packed = Rows.left_padded([4, 2, 3], 6, torch.device("cpu"))
+    packed = Rows.left_padded([4, 2, 3], 6, here())
     assert packed.queries(3).tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and packed.queries(3) is packed.queries(3)
     assert packed.queries(1).tolist() == [3, 5, 8]
 
 
 def test_rows_as_a_padded_batch_and_back():
-    packed = Rows.left_padded([3, 5, 1], 6, torch.device("cpu"))
+    packed = Rows.left_padded([3, 5, 1], 6, here())
     tokens, real = packed.as_batch()
     assert tokens[real].tolist() == list(range(9)) and real.sum(1).tolist() == [3, 5, 1]
     assert packed.flat(6).tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 17]
     assert packed.cu_seqlens.tolist() == [0, 3, 8, 9] and packed.cu_seqlens.dtype == torch.int32
-    assert Rows.left_padded([4, 4], 4, torch.device("cpu")).as_batch()[1] is None
+    assert Rows.left_padded([4, 4], 4, here()).as_batch()[1] is None
 
 
 @settings(max_examples=40)
 @given(lengths=lengths, attention=attentions, seed=st.integers(0, 99), past=st.booleans(), sinks=st.booleans())
 def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past, sinks):
-    rows, generator = Rows.left_padded(lengths, max(lengths), torch.device("cpu")), torch.Generator().manual_seed(seed)
+    rows, generator = (
+        Rows.left_padded(lengths, max(lengths), here()),
+        torch.Generator().manual_seed(seed),
+    )
     query, key, _ = states(rows.total, seed)
     rows.scoring_tokens = [
         torch.randperm(length, generator=generator)[: 1 + seed % length].sort().values for length in lengths
@@ -367,7 +373,7 @@ def test_any_tokens_of_a_row_can_score_the_others(lengths, attention, seed, past
 
 
 def test_groups_keep_the_tokens_that_score():
-    rows = Rows.left_padded([4, 2, 3], 4, torch.device("cpu"))
+    rows = Rows.left_padded([4, 2, 3], 4, here())
     rows.scoring_tokens = [torch.tensor([0, 2]), torch.tensor([1]), torch.tensor([0])]
     assert rows.queries(1).tolist() == [0, 2, 5, 6]
     with pytest.MonkeyPatch.context() as context:
@@ -388,6 +394,7 @@ def _(states):
     return torch.empty_like(states)
 
 
+@pytest.mark.real("compiles")
 def test_an_op_of_a_graph_can_make_block_lists():
     graph = torch.compile(lambda states: blocks(states), fullgraph=True)
     assert torch.equal(graph(torch.zeros(1)), blocks(torch.zeros(1)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from placing import here
 
 from flexasl import ASLConfig, LayerSelector, ops
 from flexasl.config import SELECT_ON
@@ -96,7 +97,7 @@ def select(selector, layer, scores):
 def run(config, scores, tokens, rows=None, trim=lambda layer: False):
     """Feeds a selector as a prefill does: scores[row][layer] at the right end of `tokens` columns, junk in padding."""
     lengths = [len(row[0]) + config.window for row in scores]
-    selector = LayerSelector(config, lengths, tokens=tokens, rows=rows)
+    selector = LayerSelector(config, lengths, tokens=tokens, rows=rows, device=here())
     made, asked, prefix = {}, [], tokens - config.window
     for layer in range(LAYERS):
         if not selector.needs(layer):
@@ -263,13 +264,13 @@ def test_a_share_is_taken_of_each_rows_own_length():
 
 
 def test_no_layer_is_needed_where_nothing_can_come_of_it():
-    never = LayerSelector(rule(min_layer=3, max_layer=3, if_never="keep"), [9, 9])
-    no_rows = LayerSelector(rule(), [9, 9], rows=[])
+    never = LayerSelector(rule(min_layer=3, max_layer=3, if_never="keep"), [9, 9], device=here())
+    no_rows = LayerSelector(rule(), [9, 9], rows=[], device=here())
     assert not any(selector.needs(layer) for selector in (never, no_rows) for layer in range(LAYERS))
 
 
 def test_prompts_shorter_than_the_window_are_left_alone():
-    selector = LayerSelector(rule(select_tokens=9, window=8), [3, 5], rows=[])
+    selector = LayerSelector(rule(select_tokens=9, window=8), [3, 5], rows=[], device=here())
     assert not any(selector.needs(layer) for layer in range(LAYERS))
 
 
@@ -288,7 +289,7 @@ def test_only_the_observed_layers_are_held(select_on, monkeypatch):
     config = ASLConfig(
         select_tokens=20, window=2, min_layer=2, max_layer=9, observe_layers=observe, tau=1e-9, select_on=select_on
     ).resolve(12)
-    selector = LayerSelector(config, [prefix + 2] * rows)
+    selector = LayerSelector(config, [prefix + 2] * rows, device=here())
     most = {"ranks": observe, "scores": 1 if select_on == "last" else observe}
     for layer in range(9):
         assert select(selector, layer, torch.rand(rows, prefix)) == []
@@ -306,7 +307,7 @@ def test_a_decided_row_leaves_nothing_behind():
     selector, made, _ = run(config, [settles, [UP, DOWN] * 4], 5)
     assert [made[row].layer for row in range(2)] == [3, 5]
     assert selector.rows == [] and not selector._ranks and not selector._scores
-    selector = LayerSelector(config, [5, 5])
+    selector = LayerSelector(config, [5, 5], device=here())
     for layer in range(4):
         scores = torch.tensor([settles[layer], [UP, DOWN][layer % 2]])
         select(selector, layer, scores)

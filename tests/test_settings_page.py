@@ -17,6 +17,8 @@ import flexasl
 from flexasl import policies
 from flexasl.tools.cli.app import command
 
+pytestmark = pytest.mark.cpu("reads pages and files, not tensors")
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "settings.md"
 ENVIRONMENT = {

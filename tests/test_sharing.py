@@ -1,11 +1,10 @@
 """Models whose last layers use the keys and values of earlier ones."""
 
-import functools
-
 import pytest
 import torch
 from answers import FIXED, KEEP_ALL, RULES, STAGES, check_caches, close, say
 from models import SHAPE, VOCAB, counting, left_padded, prefills, prompts, recompute, selected
+from placing import shared
 from tiny_chat import tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -45,7 +44,7 @@ UNSHARED = GEMMA4 | {"num_kv_shared_layers": 0, "attention_k_eq_v": True, "num_g
 FAMILIES = SHARING | {"gemma4_unshared": UNSHARED}
 
 
-@functools.cache
+@shared
 def sharing(family, dtype=torch.float32):
     settings = dict(FAMILIES[family])
     kind = settings.pop("model_type", family)

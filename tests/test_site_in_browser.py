@@ -15,7 +15,11 @@ import pytest
 
 SITE = Path(__file__).parents[1] / "out" / "site"
 PAGES = sorted(page.relative_to(SITE).as_posix().removesuffix("index.html") for page in SITE.rglob("index.html"))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PAGES, reason="the site is not built; run make docs")]
+pytestmark = [
+    pytest.mark.cpu("reads pages and files, not tensors"),
+    pytest.mark.slow,
+    pytest.mark.skipif(not PAGES, reason="the site is not built; run make docs"),
+]
 
 OUTSIDE = """() => {
   const scrolls = node => node && (['auto', 'scroll', 'hidden'].includes(getComputedStyle(node).overflowX)

@@ -2,11 +2,11 @@
 model's."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from models import FAMILIES, GREEDY, SMALL, STAGED, left_padded, prompts, sliding_window, tiny
+from placing import shared
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import flexasl
@@ -21,7 +21,7 @@ FLAT = STAGED.replace(max_layer=3)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@functools.cache
+@shared
 def slides(family, seed=3):
     """A model of four layers, all or half of which look back `WINDOW` positions."""
     settings = tiny(family).config.to_dict() | {"sliding_window": WINDOW, "num_hidden_layers": LAYERS}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from placing import here
 
 from flexasl import ASLConfig, ConfigError, stages
 from flexasl.config import SELECT_ON, SETTLED_BY
@@ -130,7 +131,9 @@ def run(config, layers, scores, tokens, rows, known, masks=False):
     """Feeds a selector as a prefill does: each row's tokens that are left at the right end, junk in padding. Gives what
     was selected by row, as `decide` does, and the layers that were needed."""
     lengths = [row.shape[1] + config.window for row in scores]
-    selector = StagedSelector(config, lengths, tokens=tokens, rows=rows, ranking_layers=layers, asked=known)
+    selector = StagedSelector(
+        config, lengths, tokens=tokens, rows=rows, ranking_layers=layers, asked=known, device=here()
+    )
     left, made, asked = {row: np.arange(lengths[row]) for row in rows}, {row: [] for row in rows}, []
     for layer in layers:
         if not selector.needs(layer):
@@ -148,7 +151,7 @@ def run(config, layers, scores, tokens, rows, known, masks=False):
             found = [(made_.row, made_.keep) for made_ in selector.select(layer)]
         for row, keep in found:
             assert len(keep) == tokens and not keep[: tokens - len(left[row])].any(), "padding is not kept"
-            left[row] = left[row][keep[tokens - len(left[row]) :].numpy()]
+            left[row] = left[row][keep[tokens - len(left[row]) :].tolist()]
             made[row].append((layer, left[row].tolist()))
     return selector, made, asked
 
@@ -201,7 +204,7 @@ def test_a_look_up_counts_from_tau_on_and_far_from_what_is_kept_anyway(monkeypat
     ):
         scores = torch.zeros(1, 99)
         scores[0, token] = weight
-        selector = StagedSelector(config, [100])
+        selector = StagedSelector(config, [100], device=here())
         made = []
         for at in range(LAYERS):
             if selector.needs(at):
@@ -221,7 +224,7 @@ def test_the_reason_names_the_stage_that_selected():
     config = ASLConfig(**settings, stages=stages, tau=0.9, min_layer=4, max_layer=5).resolve(LAYERS)
     scores = torch.zeros(1, 99)
     scores[0, 50] = 0.5
-    selector, made = StagedSelector(config, [100]), []
+    selector, made = StagedSelector(config, [100], device=here()), []
     for layer in range(LAYERS):
         if selector.needs(layer):
             selector.observe(layer, scores)
@@ -233,13 +236,13 @@ def test_the_reason_names_the_stage_that_selected():
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():
     config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, stages="0.5@1").resolve(LAYERS)
     with pytest.raises(ConfigError, match=r"min_layer=1 does not attend to the whole prompt; give one of 2, 4, 6"):
-        StagedSelector(config, [100], ranking_layers=[2, 4, 6])
+        StagedSelector(config, [100], ranking_layers=[2, 4, 6], device=here())
 
 
 def test_no_layer_is_needed_without_rows_or_beyond_the_last_one():
     config = ASLConfig(settled_by="lookup", min_layer=2, max_layer=4, score_from=1).resolve(LAYERS)
-    assert not any(StagedSelector(config, [9, 9], rows=[]).needs(layer) for layer in range(LAYERS))
-    selector = StagedSelector(config, [99])
+    assert not any(StagedSelector(config, [9, 9], rows=[], device=here()).needs(layer) for layer in range(LAYERS))
+    selector = StagedSelector(config, [99], device=here())
     assert [layer for layer in range(LAYERS) if selector.needs(layer)] == [1, 2, 3, 4]
 
 
@@ -251,7 +254,7 @@ def test_the_threshold_falls_with_every_layer_of_the_range():
     for weight, layer in ((0.5, 1), (0.43, 2), (0.37, 3), (0.31, 4), (0.27, 5)):
         scores = torch.zeros(1, 99)
         scores[0, token] = weight
-        selector, made = StagedSelector(resolved, [100]), []
+        selector, made = StagedSelector(resolved, [100], device=here()), []
         for at in range(LAYERS):
             if selector.needs(at):
                 selector.observe(at, scores)
@@ -264,7 +267,7 @@ def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_ne
     narrow = {"window": 1, "kernel_size": 1, "tau": 0.3, "if_never": if_never}
     loose = Stage(tokens=39, tau=0.3, min_layer=1, max_layer=3)
     config = ASLConfig(settled_by="lookup", select_tokens=40, min_layer=4, stages=loose, **narrow).resolve(LAYERS)
-    selector, scores = StagedSelector(config, [100]), torch.zeros(1, 99)
+    selector, scores = StagedSelector(config, [100], device=here()), torch.zeros(1, 99)
     scores[0, 50] = 0.35
     for at in range(1, 5):
         selector.observe(at, scores)
@@ -277,7 +280,7 @@ def test_a_stage_that_is_no_looser_than_the_final_selection_is_passed_over(if_ne
 @pytest.mark.parametrize(("budget", "loose"), [(10, 30), (20, 30), (30, 45), (60, 90), (70, None)])
 def test_a_stage_of_a_share_is_looser_than_a_large_budget(budget, loose):
     config = ASLConfig(select_tokens=budget, window=1, stages="0.3@1-2", min_layer=3, max_layer=3).resolve(LAYERS)
-    selector, made = StagedSelector(config, [100]), []
+    selector, made = StagedSelector(config, [100], device=here()), []
     for layer in range(1, 4):
         selector.observe(layer, torch.zeros(1, 99))
         made += [(one.layer, one.count) for one in selector.select(layer)]
@@ -289,4 +292,4 @@ def test_each_rule_has_its_selector():
     with pytest.raises(ConfigError, match="is for StagedSelector"):
         LayerSelector(lookup, [100])
     with pytest.raises(ConfigError, match="is for LayerSelector"):
-        StagedSelector(variance, [100])
+        StagedSelector(variance, [100], device=here())

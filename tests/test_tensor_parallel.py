@@ -12,6 +12,8 @@ import torch
 from models import VOCAB, tiny
 from two_ranks import CONFIGS, run
 
+pytestmark = pytest.mark.cpu("processes of the CPU, over gloo")
+
 SPLITS_HEADS = {"gpt_oss": False, "llama": True}
 """Families in the order in which they are run, and whether their plan gives each rank a part of the heads."""
 

@@ -25,6 +25,8 @@ from flexasl.policies.contract import resolved
 from flexasl.prefill import Prefill
 from flexasl.prompt_pass import PromptPass
 
+pytestmark = pytest.mark.places
+
 ENDS = 4
 """Reads once the layers have run, at most: what masks dropped, old entries, what the rule saw, what was kept."""
 UPLOADS = 2
