@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pretend_gpu
@@ -35,20 +35,24 @@ MAKERS = {
 }
 
 
+_places = [torch.device("cpu")]
+
+
 @contextmanager
 def on(device: str) -> Iterator[None]:
     """What is made inside, without a device that is named, is there."""
-    if device == PRETENDED:
-        with pretend_gpu.counted(), _MadeOn(pretend_gpu.AWAY):
+    place = pretend_gpu.AWAY if device == PRETENDED else torch.device(device)
+    _places.append(place)
+    try:
+        with pretend_gpu.counted() if device == PRETENDED else nullcontext(), _MadeOn(place):
             yield
-    else:
-        with _MadeOn(torch.device(device)):
-            yield
+    finally:
+        _places.pop()
 
 
 def here() -> torch.device:
     """Where tensors are made now."""
-    return torch.empty(0).device
+    return _places[-1]
 
 
 def shared(build: Callable[..., M]) -> Callable[..., M]:

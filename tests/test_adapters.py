@@ -61,7 +61,10 @@ LORA = LoraConfig(init_lora_weights=False, **TARGETS)
 CALL = [5, 6, 7]
 ACTIVATED = LoraConfig(init_lora_weights=False, alora_invocation_tokens=CALL, **TARGETS)
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
-BATCH = left_padded(prompts(70, 41))
+
+
+def two_rows():
+    return left_padded(prompts(70, 41))
 
 
 def config_of(kind):
@@ -101,10 +104,10 @@ def test_adapters_that_treat_every_token_alone(kind):
         pytest.skip("needs scikit-learn")
     model = adapted(config_of(kind))
     # Poly gives each row a task; the rows of a packed batch cannot have theirs.
-    batch, more = (
-        ({"input_ids": BATCH["input_ids"][:1]}, {"task_ids": torch.tensor([0])}) if kind == "poly" else (BATCH, {})
-    )
-    row = {"input_ids": BATCH["input_ids"][:1]}
+    batch, more = two_rows(), {}
+    if kind == "poly":
+        batch, more = {"input_ids": batch["input_ids"][:1]}, {"task_ids": torch.tensor([0])}
+    row = {"input_ids": two_rows()["input_ids"][:1]}
     plain = generate(model, **batch, **more)
     assert not torch.allclose(plain[0], generate(tiny(), **batch)[0], atol=1e-2)
     # Rounding grows with the logits.
@@ -160,12 +163,12 @@ def test_x_lora_is_refused(tmp_path):
     with flexasl.patch(first, SMALL):
         model = get_peft_model(first, XLoraConfig(hidden_size=64, adapters=places, task_type="CAUSAL_LM")).eval()
         with pytest.raises(UnsupportedError, match="adapter of type XLORA"):
-            model(**BATCH)
+            model(**two_rows())
 
 
 @pytest.mark.parametrize("config", [ACTIVATED, peft.LilyConfig(**TARGETS)])
 def test_adapters_that_come_or_go_while_the_model_is_patched(config):
-    model, ids = copy.deepcopy(tiny()), BATCH["input_ids"][:1].clone()
+    model, ids = copy.deepcopy(tiny()), two_rows()["input_ids"][:1].clone()
     ids[0, 40:43] = torch.tensor(CALL)
     with flexasl.patch(model, KEEP_ALL):
         plain = generate(model, input_ids=ids)
@@ -180,14 +183,14 @@ def test_adapters_that_come_or_go_while_the_model_is_patched(config):
 
 def test_an_activated_lora_that_is_not_active():
     model = adapted(LORA, ACTIVATED)
-    plain = generate(model, **BATCH)
+    plain = generate(model, **two_rows())
     with flexasl.patch(model, KEEP_ALL):
-        torch.testing.assert_close(generate(model, **BATCH), plain, rtol=0, atol=1e-4)
+        torch.testing.assert_close(generate(model, **two_rows()), plain, rtol=0, atol=1e-4)
         model.set_adapter("de")
         with pytest.raises(UnsupportedError, match="activated LoRA"):
-            generate(model, **BATCH)
+            generate(model, **two_rows())
         model.set_adapter("fr")
-        torch.testing.assert_close(generate(model, **BATCH), plain, rtol=0, atol=1e-4)
+        torch.testing.assert_close(generate(model, **two_rows()), plain, rtol=0, atol=1e-4)
 
 
 NAMES = [["fr", "__base__"], ["de", "de"]]
@@ -197,21 +200,21 @@ NAMES = [["fr", "__base__"], ["de", "de"]]
 @pytest.mark.parametrize("kind", ["lora", "road", "glora"])
 def test_adapters_by_row_are_refused_and_leave_nothing_behind(kind, names):
     model = adapted(config_of(kind), config_of(kind))
-    plain = generate(model, **BATCH)
-    mixed = generate(model, **BATCH, adapter_names=names)
+    plain = generate(model, **two_rows())
+    mixed = generate(model, **two_rows(), adapter_names=names)
     for inside in (model, model.get_base_model()):
         with flexasl.patch(inside, KEEP_ALL):
             for call in (generate, lambda given, **inputs: given(**inputs)):
                 with pytest.raises(UnsupportedError, match=r"adapter_names of 2 rows cannot .* set_adapter"):
-                    call(model, **BATCH, adapter_names=names)
-            torch.testing.assert_close(generate(model, **BATCH), plain, rtol=0, atol=1e-4)
-    assert torch.equal(generate(model, **BATCH), plain)
-    assert torch.equal(generate(model, **BATCH, adapter_names=names), mixed)
+                    call(model, **two_rows(), adapter_names=names)
+            torch.testing.assert_close(generate(model, **two_rows()), plain, rtol=0, atol=1e-4)
+    assert torch.equal(generate(model, **two_rows()), plain)
+    assert torch.equal(generate(model, **two_rows(), adapter_names=names), mixed)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_one_row_by_name_and_other_refusals_of_the_call():
-    model, row = adapted(LORA, LORA), {"input_ids": BATCH["input_ids"][:1]}
+    model, row = adapted(LORA, LORA), {"input_ids": two_rows()["input_ids"][:1]}
     want, plain = generate(model, **row, adapter_names=["__base__"]), generate(model, **row)
     with flexasl.patch(model, KEEP_ALL):
         got = generate(model, **row, adapter_names=["__base__"])
@@ -231,7 +234,7 @@ def test_tasks_by_row_are_refused():
         flexasl.patch(model, KEEP_ALL),
         pytest.raises(UnsupportedError, match="type POLY, which takes task_ids by row"),
     ):
-        generate(model, **BATCH, task_ids=torch.tensor([0, 0]))
+        generate(model, **two_rows(), task_ids=torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])

@@ -14,6 +14,8 @@ from flexasl.attention import Scoring
 from flexasl.prefill import Prefill
 from flexasl.replaying import replay_scores
 
+pytestmark = pytest.mark.cpu("tells what is refused, before anything runs")
+
 QUERY, KEY = torch.randn(6, 2, 4, 80, 8), torch.randn(6, 2, 2, 80, 8)
 MASK = torch.ones(2, 80)
 

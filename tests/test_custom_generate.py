@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 import flexasl
 from flexasl import ConfigError, UnsupportedError
 
+pytestmark = pytest.mark.cpu("loads models from files")
+
 RECIPE = Path(flexasl.__file__).parent / "integrations"
 SETTINGS = {f"asl_{name}": value for name, value in SMALL.to_dict().items()}
 

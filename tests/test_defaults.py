@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexasl
 
+pytestmark = pytest.mark.places
+
 FACTORIES = {
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
     *("ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),

@@ -10,7 +10,11 @@ from transformers import DynamicCache
 import flexasl
 from flexasl import FlexASLError, UnsupportedError
 
-NEW = torch.tensor([[5]])
+
+def new():
+    return torch.tensor([[5]])
+
+
 HALF_FILLED = "half filled by a pass that failed; reset them"
 
 
@@ -47,22 +51,22 @@ def test_a_new_token(family, when, slack):
     with flexasl.patch(model, SMALL) as patch:
         patch.slack = slack
         cache = model(ids).past_key_values
-        model(NEW, past_key_values=cache)
-        want = model(NEW, past_key_values=copy.deepcopy(cache)).logits
+        model(new(), past_key_values=cache)
+        want = model(new(), past_key_values=copy.deepcopy(cache)).logits
         retried = []
         for index, module in parts(model):
             held = copy.deepcopy(cache)
-            fails(model, module, when, NEW, held)
+            fails(model, module, when, new(), held)
             try:
-                got = model(NEW, past_key_values=held).logits
+                got = model(new(), past_key_values=held).logits
             except UnsupportedError as error:
                 assert HALF_FILLED in str(error)
                 with pytest.raises(FlexASLError, match="half filled"):
                     held.save("nowhere")
                 held.reset()
                 model(ids, past_key_values=held)
-                model(NEW, past_key_values=held)
-                got = model(NEW, past_key_values=held).logits
+                model(new(), past_key_values=held)
+                got = model(new(), past_key_values=held).logits
             else:
                 retried.append(index)
                 assert held.get_seq_length() == 62
@@ -77,7 +81,7 @@ def test_a_prompt_and_a_later_turn(family, later_turns):
     with flexasl.patch(model, SMALL.replace(later_turns=later_turns), foreign_hooks="packed"):
         want = model(ids).past_key_values
         model(turn, past_key_values=want)
-        want = model(NEW, past_key_values=want).logits
+        want = model(new(), past_key_values=want).logits
         for index, module in parts(model)[3::5]:
             for tokens in (ids, turn):
                 cache = DynamicCache(config=model.config) if tokens is ids else model(ids).past_key_values
@@ -88,7 +92,7 @@ def test_a_prompt_and_a_later_turn(family, later_turns):
                 cache.reset()
                 for part in (ids, turn):
                     model(part, past_key_values=cache)
-                torch.testing.assert_close(model(NEW, past_key_values=cache).logits, want)
+                torch.testing.assert_close(model(new(), past_key_values=cache).logits, want)
 
 
 def test_layers_that_have_read_unlike_counts():
@@ -97,4 +101,4 @@ def test_layers_that_have_read_unlike_counts():
         cache = model(ids).past_key_values
         cache.layers[3].crop(-2)
         with pytest.raises(UnsupportedError, match=HALF_FILLED):
-            model(NEW, past_key_values=cache)
+            model(new(), past_key_values=cache)

@@ -23,8 +23,15 @@ from flexasl import ASLConfig, UnsupportedError
 from flexasl.cache import LayerCache
 from flexasl.policies import POLICIES
 
-NEW = torch.tensor([[7], [8]])
-MORE = prompts(60, seed=9)[0][None]
+pytestmark = pytest.mark.real("needs gradients")
+
+
+def new():
+    return torch.tensor([[7], [8]])
+
+
+def more():
+    return prompts(60, seed=9)[0][None]
 
 
 def trained(family, dtype=torch.float32):
@@ -53,7 +60,7 @@ def test_dropping_gives_the_gradients_of_masking(family, lengths, config):
         with flexasl.patch(model, config.replace(propagate=mode)) as patch:
             out = model(**inputs, use_cache=True)
             mask = torch.cat([inputs["attention_mask"], torch.ones(len(lengths), 1, dtype=torch.long)], 1)
-            after = model(NEW[: len(lengths)], past_key_values=out.past_key_values, attention_mask=mask)
+            after = model(new()[: len(lengths)], past_key_values=out.past_key_values, attention_mask=mask)
         assert all(row.pruned for row in patch.report.rows)
         found.append(gradients(model, out.logits[:, -5:].square().mean() + after.logits.square().mean()))
     check_same(*found)
@@ -93,7 +100,7 @@ def whole_loss(model, rule):
         out, mask = model(**inputs, use_cache=True), inputs["attention_mask"]
         cache, parts = out.past_key_values, [out.logits[:, -1]]
         told += [row.kept_positions for row in patch.report.rows]
-        for ids in (NEW, NEW + 2, MORE.expand(2, -1)):
+        for ids in (new(), new() + 2, more().expand(2, -1)):
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             parts.append(model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1])
         told += [
@@ -159,12 +166,12 @@ def test_what_gives_no_gradients_says_so_when_asked():
     with flexasl.patch(model, SMALL.replace(kv_dtype="int8")):
         out = model(ids, use_cache=True)
         out.logits[:, -1].sum().backward()
-        after = model(NEW[:1], past_key_values=out.past_key_values)
+        after = model(new()[:1], past_key_values=out.past_key_values)
         with pytest.raises(
             UnsupportedError, match="no gradients flow through a cache in eight bits; patch the model w"
         ):
             after.logits.sum().backward()
         with torch.no_grad():
             held = model(ids, use_cache=True).past_key_values
-        model(NEW[:1], past_key_values=held).logits.sum().backward()
+        model(new()[:1], past_key_values=held).logits.sum().backward()
     assert decoder_layers(model)[0].mlp.up_proj.weight.grad is not None

@@ -16,6 +16,8 @@ import flexasl
 from flexasl import UnsupportedError
 from flexasl.integrations.transformers import models
 
+pytestmark = pytest.mark.cpu("loads models from files")
+
 CPU = torch.device("cpu")
 KEEP_ALL = SMALL.replace(select_tokens=1.0)
 TIGHT = SMALL.replace(kv_budget=16)

@@ -13,6 +13,8 @@ import flexasl
 from flexasl import embedded, loading, run, text
 from flexasl.errors import FlexASLError
 
+pytestmark = pytest.mark.cpu("loads models from files")
+
 
 def _file(name: str, content: bytes | None) -> Callable[[Path], None]:
     def change(model: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from placing import here
 from torch.nn.attention.flex_attention import create_mask
 
 from flexasl.attention import FlexASLAttention
@@ -68,7 +69,7 @@ def test_kernels_and_block_masks_agree_with_the_rule(tokens, window, seed, longe
         torch.testing.assert_close(kernel(spec, query, key, value, visible, None), exact(query, key, value, mask))
     blocks = visible.block_mask(window)
     count = positions.shape[1]
-    pointwise = create_mask(blocks.mask_mod, 2, 1, count, count, device="cpu")[:, 0]
+    pointwise = create_mask(blocks.mask_mod, 2, 1, count, count, device=here())[:, 0]
     assert torch.equal(pointwise, mask)
     listed = blocks.to_dense()[:, 0].repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :count, :count].bool()
     assert not (mask & ~listed).any(), "a block that is seen is not listed"
@@ -83,7 +84,7 @@ def test_kernels_and_block_masks_agree_with_the_rule(tokens, window, seed, longe
 @pytest.mark.parametrize("window", [None, 40])
 def test_rows_of_unlike_lengths(window):
     lengths, last = [150, 90, 90], [spans(1, length, 5 + row, 60) for row, length in enumerate([150, 90, 90])]
-    rows = Rows.left_padded(lengths, 150, torch.device("cpu"))
+    rows = Rows.left_padded(lengths, 150, here())
     joined = torch.cat([own[0] + 150 - length for (own, _), length in zip(last, lengths)])
     rows.seeing(joined, max(ahead for _, ahead in last))
     query, key, value = torch.randn(

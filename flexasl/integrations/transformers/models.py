@@ -80,7 +80,7 @@ REFUSED = {
     "mamba": NO_KEYS,
     "mamba2": NO_KEYS,
     "minimax": OWN_STATES,
-    "qwen4_exp_text": "its indexer chooses blocks of neighbouring tokens, and those that are left would make other blocks",
+    "qwen4_exp_text": "its indexer chooses blocks of neighbouring tokens, and kept tokens make other blocks",
     "recurrent_gemma": OWN_STATES,
     "rwkv": OWN_STATES,
     "zaya": "its layers pass states of their router on for each token, beside the hidden states that a patch takes",
