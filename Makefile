@@ -13,10 +13,10 @@ demo check: $(INSTALLED)
 	$(BIN)/flexasl demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 	FLEXASL_TEST_DEVICE=pretended $(BIN)/python -m pytest -q -n auto --dist loadfile $(PARTS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
-# What runs on a GPU that is not there as well (tests/pretend_gpu.py); in seconds, not minutes, for each.
+# What also runs on a GPU that is not there (tests/pretend_gpu.py).
 PARTS = $(addprefix tests/test_,$(addsuffix .py,attention cache golden ops rows seeing_ahead selector staged stored varlen))
 
 test-slow: $(INSTALLED)

@@ -50,8 +50,7 @@ def draw_thresholds(axes: Axes, stages: Iterable[tuple[float, int, int]], layers
 def _draw_curve(axes: Axes, row: RowReport, report: Report) -> None:
     tau: Any = report.config.get("tau")
     name, values = ("look-up", row.lookup) if row.lookup else ("variance ratio", row.variance_ratio)
-    title = "Has the question found its answer?" if row.lookup else "Has the ranking of tokens settled?"
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(row.curve_title, loc="left", fontsize=10)
     axes.set_xlabel("layer")
     axes.set_ylabel("highest score of a far token" if row.lookup else "rank variance / reference")
     axes.set_xlim(-0.5, report.num_layers - 0.5)

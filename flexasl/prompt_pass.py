@@ -22,13 +22,10 @@ from flexasl.forward_pass import NO_ATTENTION, ForwardPass, look_up, still_valid
 from flexasl.layer_step import LayerStep
 from flexasl.ops import compact_kv, gather_tokens
 from flexasl.prefill import Prefill
-from flexasl.report import Report, RowReport, SelectionReport, Spans
+from flexasl.report import THE_LAST, Report, RowReport, SelectionReport, Spans
 from flexasl.rows import Rows
 from flexasl.second_pass import Rerun, read_again, refuse_second_pass
 from flexasl.states import LayerStates
-
-THE_LAST = "the last "
-"""How a report begins to say that no question ranked."""
 
 
 class PromptPass(ForwardPass):

@@ -70,8 +70,13 @@ _TASK = re.compile(
     re.IGNORECASE,
 )
 _COMMENT = re.compile(r"(?://|#)\s*(?:[a-z]|\W*$)")
-_CODE = re.compile(r"[{}=;\[\]\\]|\w\(|\w_\w|^[a-z]+(?: [\w.]+)?$|^[a-z]+ [(\"']|^return \w+,|\n[ \t]{4,}")
+_CODE = re.compile(
+    r"[{}=;\[\]\\]|\w\(|\w_\w|^[a-z]+(?: [\w.]+)?$|^[a-z]+ [(\"']|^[a-z]+[\"']\s*[:,)]|^return \w+,|\n[ \t]{4,}|"
+    r"^return \w+(?:\.\w+)*\s*(?:\.\w|[-+*/%]|or |and |if )|^(?:continue|break|pass)\s+#"
+)
 """In a sentence that begins with a small letter: a line of a program."""
+_PATTERN = re.compile(r"\(\?[:P<=!#]|\\[wWsSdDbB]|[.)\]][*+]\?|[\"']\?[\"']$")
+"""Of a regular expression or a character, which may end in a question mark."""
 _FORMAT = re.compile(
     r"\b(?:only|alone|nothing else|no other|letter of|format(?:ted)?|json|markdown|bullet|comma|separated|digits|"
     r"(?:one|a single|two|three|\d+) (?:short )?(?:word|sentence|line|paragraph|phrase)s?|briefly|concise(?:ly)?|"
@@ -233,6 +238,8 @@ def _kind(sentence: str) -> tuple[Kind, Form]:
     if _COMMENT.match(sentence):
         return "text", "open"
     if not quoted and re.search(rf"[?？؟]{_CLOSING}*$", sentence):
+        if _PATTERN.search(sentence) and not _QUESTION.match(bare):
+            return "text", "open"
         return "asks", "open" if sentence.startswith("#") else "marked"
     if quoted or sentence.startswith(('"""', "'''")) or (bare[:1].islower() and _CODE.search(sentence)):
         return "text", "open"

@@ -19,6 +19,8 @@ Number = Annotated[float, NULL_IS_NAN]
 Spans = tuple[tuple[Count, Count], ...]
 """Runs of prompt positions, ascending: the first of each, and its last plus 1."""
 
+THE_LAST = "the last "
+"""How `RowReport.ranked_by` begins where no question ranked."""
 MIB = 2**20
 WIDTH = 100
 ROWS_IN_FULL = 8
@@ -133,6 +135,15 @@ class RowReport:
     def pruned(self) -> bool:
         """True where at least one token was dropped."""
         return self.kept_tokens < self.prompt_tokens
+
+    @property
+    def curve_title(self) -> str:
+        """What a curve of `lookup` or `variance_ratio` shows, as a question."""
+        if not self.lookup:
+            return "Has the ranking of tokens settled?"
+        if self.ranked_by.startswith(THE_LAST):
+            return "Have the last tokens found what they look for?"
+        return "Has the question found its answer?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

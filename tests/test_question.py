@@ -64,6 +64,9 @@ TEXTS = {
     "a task behind a reference": (f"{REFERENCE}Explain what is returned.", ["Explain what is returned."]),
     "before a program": (f"{Q}\n\n{PROGRAM}", [Q]),
     "behind a program": (f"{PROGRAM}\n{Q}", [Q]),
+    "behind a pattern": (f"{PROGRAM}\n    for found in (r'(?P<quote>[\"']).*?', # \"?\n{Q}", [Q]),
+    "before a pattern": (f"{Q}\n\n{PROGRAM}\n    found = re.compile(r'(?P<quote>[\"']).*?')", [Q]),
+    "about a pattern": (f"{PROGRAM}\n\nWhat does r'(?P<quote>a).*?' find?", ["What does r'(?P<quote>a).*?' find?"]),
     "a task before a manual": (
         f"Explain the second step.\n\n{DOCUMENT}\n\nCreate a mask. It is of zeros.",
         ["Explain the second step."],

@@ -260,3 +260,10 @@ def test_positions_of_a_prompt_that_was_not_pruned_are_made_when_they_are_read(m
     assert [row.kept_positions for row in report.rows] == [tuple(range(20)), tuple(range(12))]
     assert json.loads(json.dumps(report.to_dict()))["rows"][1]["kept_positions"] == list(range(12))
     assert "kept_positions=(0, 1, 2, 3, 4" in repr(report.rows[1])
+
+
+def test_a_curve_is_called_after_what_ranked():
+    assert pruned_row().curve_title == "Has the ranking of tokens settled?"
+    assert pruned_row(lookup=(0.1,) * 9, ranked_by="Who?").curve_title == "Has the question found its answer?"
+    by_last = pruned_row(lookup=(0.1,) * 9, ranked_by="the last 32 tokens; no question was found")
+    assert by_last.curve_title == "Have the last tokens found what they look for?"

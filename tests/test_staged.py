@@ -231,6 +231,8 @@ def test_the_reason_names_the_stage_that_selected():
             made += selector.select(layer)
     assert [(one.layer, one.count) for one in made] == [(2, 9)]
     assert selector.reason(0, made[0]).endswith("the question found a far token: score 0.50, threshold 0.30")
+    selector.asked = [False]
+    assert selector.reason(0, made[0]).startswith("the last token found a far token: score 0.50")
 
 
 def test_a_layer_that_does_not_see_the_whole_prompt_is_refused():

@@ -89,14 +89,13 @@ def curve(report: Report, row: RowReport) -> str:
         if math.isfinite(value):
             kind, size = ("dot chosen", 5) if layer in chosen else ("dot", 2.5)
             parts.append(f'<circle class="{kind}" cx="{axes.x(layer)}" cy="{axes.y(value)}" r="{size}"/>')
-    title = "Has the question found its answer?" if row.lookup else "Has the ranking of tokens settled?"
     name = "highest score of a far token" if row.lookup else "rank variance / reference"
     keys = [("seen", name), ("asked", "threshold")] if asked else [("seen", name)]
     if chosen:
         keys.append(
             ("chosen", f"selected at layer{'s' if len(chosen) > 1 else ''} {', '.join(map(str, sorted(chosen)))}")
         )
-    return _figure(title, "".join(parts), keys)
+    return _figure(row.curve_title, "".join(parts), keys)
 
 
 def layers(report: Report, row: RowReport, note: str) -> str:

@@ -195,7 +195,9 @@ class StagedSelector(Selector):
         least = stage.threshold(selection.layer)
         if weight >= least:
             lowered = "" if selection.layer <= stage.first else f" (tau={stage.tau}, lowered with depth)"
-            return f"the question found a far token: score {weight:.2f}, threshold {least:.2f}{lowered}"
+            last = f"the last {config.window} tokens" if config.window > 1 else "the last token"
+            who = "the question" if self.asked[row] else last
+            return f"{who} found a far token: score {weight:.2f}, threshold {least:.2f}{lowered}"
         if not final:
             return f"{never}; if_never='keep' keeps the remaining tokens"
         if stage.first == stage.last:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from flexasl.config import ASLConfig
 from flexasl.policies.asl import ASL
-from flexasl.prompt_pass import THE_LAST
-from flexasl.report import RowReport
+from flexasl.report import THE_LAST, RowReport
 from flexasl.selectors.base import Trace
 from flexasl.selectors.staged import waited
 from flexasl.tools.calibration.recording import Prompt
