@@ -179,9 +179,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.step == "page":
         cells = {name: (cell, *read(name)) for name, cell in CELLS.items() if stored(name).exists()}
-        write_pages(
-            cells, args.root, {name: json.loads(timed(name).read_text()) for name in cells if timed(name).exists()}
-        )
+        times = {name: json.loads(timed(name).read_text()) for name in cells if timed(name).exists()}
+        missing = {
+            "run": [name for name in CELLS if name not in cells],
+            "time": [name for name in TIMED if name not in times],
+        }
+        write_pages(cells, args.root, times, missing)
         return
     if args.step == "time" and args.peaks:
         print(json.dumps(first_token.peaks(*_first_prompt(args.cells[0], args.models, args.out))))

@@ -5,7 +5,7 @@ The same answers give the same bytes. Settings of all methods stand in `bench/gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ from flexasl.tools.evaluation.tables import FLOOR, Record, table
 BEGIN, END = "<!-- made by bench/grid.py page -->", "<!-- end -->"
 
 
-def write_pages(cells: Cells, root: Path, times: Times) -> None:
-    """Writes the page, its picture, and README's part."""
+Missing = Mapping[str, Sequence[str]]
+"""By step of `bench/grid.py`, cells that were left out."""
+
+
+def write_pages(cells: Cells, root: Path, times: Times, missing: Missing | None = None) -> None:
+    """Writes the page, its pictures, and README's part"""
     folder = root / "docs" / "results"
     models = by_model(cells)
-    (folder / "README.md").write_text(results_page(cells, times), encoding="utf-8")
+    (folder / "README.md").write_text(results_page(cells, times, missing), encoding="utf-8")
     drawn = {
         "grid": picture({model: rows_of(kinds) for model, kinds in models.items()}),
         "layers": picture_of_layers(models),
@@ -58,7 +62,7 @@ def with_part(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n{part}\n{END}{after}"
 
 
-def results_page(cells: Cells, times: Times) -> str:
+def results_page(cells: Cells, times: Times, missing: Missing | None = None) -> str:
     """The page of all results."""
     parts = [
         "# Results",
@@ -87,6 +91,16 @@ def results_page(cells: Cells, times: Times) -> str:
         parts += [*_model_part(model, kinds), *_times_part(kinds, own)]
     if picture_of_endings(models) is not None:
         parts.append("![The effect of text after the question on each method](behind.png)")
+    left_out = [
+        f"- `python bench/grid.py {step} {' '.join(names)}`" for step, names in (missing or {}).items() if names
+    ]
+    if left_out:
+        parts += [
+            "## Left out",
+            "For want of time on two cores, not for what they might show. These commands add them (`run`) and measure "
+            "times (`time`):",
+            "\n".join(left_out),
+        ]
     parts += ["## Commands", *(_command(name, cell, told) for name, (cell, told, _) in cells.items())]
     return "\n\n".join(parts) + "\n"
 

@@ -70,6 +70,9 @@ def test_a_method_that_is_better_at_no_greater_cost_is_named(bench):
 def test_what_the_full_cache_cannot_do_is_named_and_left_out(bench):
     grid, page = bench("grid"), bench("page")
     text = page.results_page(cells(grid), {})
+    assert "## Left out" not in text
+    missing = {"run": ["smollm2-8k", "gemma-paper"], "time": []}
+    assert "- `python bench/grid.py run smollm2-8k gemma-paper`" in page.results_page(cells(grid), {}, missing)
     assert "`fwe` (0.00)" in text and "| FastKV | – | – | 1.00 [1.00, 1.00] at 0.30 | 0.60 |" in text
 
 
