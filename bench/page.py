@@ -39,7 +39,7 @@ Missing = Mapping[str, Sequence[str]]
 
 
 def write_pages(cells: Cells, root: Path, times: Times, missing: Missing | None = None) -> None:
-    """Writes the page, its pictures, and README's part"""
+    """Writes the page, its pictures, and README's part."""
     folder = root / "docs" / "results"
     models = by_model(cells)
     (folder / "README.md").write_text(results_page(cells, times, missing), encoding="utf-8")
